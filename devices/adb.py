@@ -171,7 +171,8 @@ class AdbDevice:
         return record
 
     def _push(self, file: Path, target: str) -> None:
-        """Push a file under another name, compare the hashes there, and rename it, so that no partial file is used."""
+        """Push a file under another name, compare the hashes there, and rename it."""
+        # a partial file must not be used, even if the connection is lost amid the push
         digest = sha256_of(file)
         if self._sha256(target) == digest:
             return

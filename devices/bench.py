@@ -143,8 +143,10 @@ def bench(
     journal = open_journal(json_path, info, options, release, log)
     measurements: list[list[Measurement]] = [[] for _ in artefacts]
     hashes = [artefact.sha256 for artefact in artefacts]
+    # in turn, so that a device that grows warm, or busy, slows all artefacts alike
     for turn in range(options.rounds):
         for index, artefact in enumerate(artefacts):
+            # the count tells apart two artefacts with the same files
             key = (hashes[index], hashes[:index].count(hashes[index]), turn)
             measurement = journal.get(key)
             label = f"round {turn + 1}/{options.rounds}: {artefact.path}"

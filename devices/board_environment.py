@@ -83,7 +83,8 @@ def runtime_wheel(wheel: str, scratch: Path, log: Callable[[str], None]) -> Path
 
 
 def build_wheel(source: Path, output: Path) -> Path:
-    """Build a wheel in a copy of the tree, because setuptools would include stale files of its build folder."""
+    """Build a wheel in a copy of the tree."""
+    # in the tree itself, setuptools would include stale files of its build folder
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "source"
         shutil.copytree(source, tree, ignore=shutil.ignore_patterns(".*", "build", "dist", "runs", "tests", "docs"))
@@ -120,7 +121,7 @@ def pack_installed(distribution: importlib.metadata.Distribution, output: Path) 
 
 
 def _archive_entry(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(name, (2000, 1, 1, 0, 0, 0))
+    return zipfile.ZipInfo(name, (2000, 1, 1, 0, 0, 0))  # a fixed date, so that equal files give an equal wheel
 
 
 def engine_wheel(extra: str, facts: Mapping[str, str], folder: str) -> EngineWheel | None:

@@ -210,17 +210,15 @@ def _add_ollama_files(entry: HubEntry, folder: Path) -> None:
         return
     except UnicodeDecodeError as error:
         raise ArtefactError(f"{entry.artefact / OLLAMA_FILE} is not UTF-8; write it again, or delete it") from error
-    if any((folder / name).exists() for name in OLLAMA_HUB_FILES):
+    if any((folder / name).exists() for name in OLLAMA_HUB_FILES):  # of an earlier entry
         return
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def ollama_files(modelfile: str) -> dict[str, str]:
-    """Return {file: text} of a Modelfile. As in Ollama, the last of several templates counts.
-
-    A Modelfile, which `ollama create` reads, has the same contents. The user may have edited it since the export.
-    """
+    """Return {file: text} of a Modelfile. As in Ollama, the last of several templates counts."""
+    # from its text, not from the manifest: the user may have edited it since the export
     parameters: dict[str, Any] = {}
     template = None
     for command in MODELFILE_COMMAND.finditer(modelfile):  # a command inside another one's text does not match

@@ -125,6 +125,7 @@ class EngineTests:
         self._record(test, len(ends), ends[-1])
         clocks = {test: [end.wall for end in ends], f"{test} CPU": [end.cpu for end in ends]}
         for name, seconds in clocks.items():
+            # the quartile, as other work on the machine only ever adds time
             of_each_token = np.diff(seconds, prepend=0.0)
             quartile = np.quantile(of_each_token, 0.25)
             self.quiet_ms_per_token.setdefault(name, []).append(1000 * float(quartile))
@@ -161,12 +162,13 @@ class EngineTests:
 
 
 def measure(request: Request) -> Measurement:
-    """Load an artefact and time each test. Weights are read, not mapped, so that RSS counts them once."""
+    """Load an artefact and time each test."""
     options = BenchOptions.from_json(request.options)
     baseline_rss_bytes = memory_bytes().get("rss_bytes", 0)
     artefact = Artefact.open(request.artefact)
     context = request.context or options.context
     threads = options.threads or os.cpu_count() or 1  # 0 would follow the load of the machine
+    # weights are read, not mapped, so that RSS counts them once; the artefact was checked when the bench began
     settings = EngineOptions(threads, context, huge_pages=options.huge_pages, kv_cache=options.kv_cache)
     engine = load_engine(artefact, settings, probe=False)
     measurement = measure_engine(engine, options, engine_version(artefact.engine), baseline_rss_bytes)
@@ -179,7 +181,7 @@ def measure_engine(engine: Decoder, options: BenchOptions, version: str, baselin
     """Time each test of a loaded engine after a warm-up repetition, and close it."""
     shell, tests = LocalShell(), EngineTests(engine, options)
     celsius_before = temperature_celsius(shell)
-    tests.repeat()
+    tests.repeat()  # the warm-up: first passes read weights from disk and allocate
     tests.reset()
     clock_before = clock_mhz(shell, options.threads)
     for _ in range(options.repetitions):

@@ -164,9 +164,9 @@ class RunnerCall:
     def joules_per_token(self) -> list[float]:
         """Return the energy per token of the last test, one entry per repetition.
 
-        The last samples belong to the last test, because the program ends with it. Returns [] if the battery charged,
-        has no meter, or the test was too short for it.
+        Returns [] if the battery charged, has no meter, or the test was too short for it.
         """
+        # the last samples belong to the last test, because the program ends with it
         watts = mean_watts(self.record.last(self.output.seconds(self.output.last)))
         if watts is None:
             return []

@@ -112,11 +112,7 @@ def _work_folder(settings: ProfileOptions) -> AbstractContextManager[str]:
 
 
 def _measured_on(run: Run, options: BenchOptions, settings: ProfileOptions) -> MeasuredOn:
-    """Return the description of the measurement.
-
-    The clock is CPU time for one thread, if the device reports it. Several threads wait for each other, so their
-    clock is wall time.
-    """
+    """Return the description of the measurement."""
     first, threads = run.results[0], options.threads or run.device.cores
     engine_settings = {result.engine_settings for result in run.results}
     if len(engine_settings) > 1:
@@ -129,6 +125,7 @@ def _measured_on(run: Run, options: BenchOptions, settings: ProfileOptions) -> M
         engine_version=first.engine_version,
         quantization=settings.weight_type,
         threads=threads,
+        # several threads wait for each other, so their clock is wall time
         clock="cpu" if threads == 1 and first.cpu_ms_per_token else "wall",
         measured_at=run.measured_at,
         engine_settings=first.engine_settings,

@@ -96,7 +96,7 @@ def _spread(
         observed = next((matrix for matrix in same if name.endswith(matrix)), "")
         readers = same[observed] if observed else ("",)  # the head's input is its own
         result |= {f"{name.removesuffix(observed)}{reader}.weight": value for reader in readers}
-    if checkpoint.architecture.tie_word_embeddings:
+    if checkpoint.architecture.tie_word_embeddings:  # the file has one matrix, whose products are the head's
         result["model.embed_tokens.weight"] = result.pop("lm_head.weight")
     return result
 

@@ -55,8 +55,8 @@ def search_scales(
 ) -> np.ndarray:
     """Return scales fp32 [..., 1] of `groups` [..., group] with the least squared rounding error.
 
-    `importance` [..., group], broadcast, weights the squares. `rounding` is applied to every candidate, so that the
-    file format can store the result. `signed` allows negative scales.
+    `importance` [..., group], broadcast, weights the squares. `rounding` is applied to every candidate. `signed`
+    allows negative scales.
     """
     lowest_code, highest_code = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if signed:
@@ -67,6 +67,7 @@ def search_scales(
     full = np.where(np.abs(full) < SMALLEST, np.float32(SMALLEST), full)
     best_scale, best_error = rounding(full), np.full_like(full, np.inf)
     for share in shares if bits <= SEARCHED_BITS else []:
+        # rounded before the errors are compared: the file stores this scale
         scale = rounding(full * np.float32(share))
         difference = _round(groups, scale, bits) * scale - groups
         squares = difference * difference

@@ -182,10 +182,7 @@ BLOCKS = Exporter(HfOptions, export_hf)
 
 
 def block_architecture(architecture: Architecture) -> Architecture:
-    """Return the smallest shape with the same number of query heads in every attention.
-
-    A first layer without attention gets one, because vLLM begins the residual stream there.
-    """
+    """Return the smallest shape with the same number of query heads in every attention."""
     ratio = max(1, *(layer.queries_per_group for layer in architecture.layers))
     least, groups = architecture.widest.num_attention_heads, architecture.widest.num_key_value_heads
     shapes = (_with_heads(architecture, heads) for heads in range(least, groups * ratio + 1))
@@ -196,6 +193,7 @@ def _with_heads(architecture: Architecture, heads: int) -> Architecture | None:
     """Return the shape with `heads` query heads in every attention; None if a layer's groups do not divide them."""
     layers = []
     for index, layer in enumerate(architecture.layers):
+        # a first layer without attention gets one, because vLLM begins the residual stream there
         if layer.num_attention_heads or not index:
             least, ratio = max(layer.num_key_value_heads, 1), layer.queries_per_group
             fitting = (n for n in range(least, heads + 1) if heads % n == 0 and heads // n >= ratio)

@@ -23,14 +23,12 @@ TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_SETTINGS, "special_tokens_map.jso
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Copy the tokenizer's files and the chat template, and return the names of the existing ones.
-
-    The template is also put into tokenizer_config.json, where transformers.js' tokenizers read it.
-    """
+    """Copy the tokenizer's files and the chat template, and return the names of the existing ones."""
     names = [name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()]
     for name in names:
         shutil.copy(checkpoint.folder / name, folder / name)
     settings = checkpoint.json_file(TOKENIZER_SETTINGS)
+    # also there, where transformers.js' tokenizers read the template
     if TOKENIZER_SETTINGS in names and checkpoint.chat_template is not None and "chat_template" not in settings:
         settings = {**settings, "chat_template": checkpoint.chat_template}
         (folder / TOKENIZER_SETTINGS).write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")

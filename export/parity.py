@@ -69,7 +69,8 @@ def _asymmetric(axes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     """Return the rounding to 256 levels between the smallest and the largest input over `axes`, zero included."""
 
     def rounded(x: Tensor) -> Tensor:
-        low, high = x.amin(axes, keepdim=True).clamp(max=0), x.amax(axes, keepdim=True).clamp(min=0)
+        low = x.amin(axes, keepdim=True).clamp(max=0)
+        high = x.amax(axes, keepdim=True).clamp(min=0)
         scale = ((high - low) / 255).clamp(min=1e-30)
         zero = (-low / scale).round()
         codes = ((x / scale).round() + zero).clamp(0, 255)
@@ -188,11 +189,11 @@ def check_written(
 def check_runs(reference: Reference, runs: list[EngineRun], origin: str, target: str) -> dict[str, object]:
     """Return the distances of the runs from the reference, for the manifest. Raises ArtefactError beyond the limit.
 
-    `origin` says where the weights were read. A distance is the root mean square of differences over the vocabulary. A
-    single position may be further away than many on average, because one rounding can decide an attention.
+    `origin` says where the weights were read. A distance is the root mean square of differences over the vocabulary.
     """
     floor = MAX_EXACT_DIFFERENCE * max(1.0, float(np.abs(reference.exact).max()) / 32)
     worst, mean = (reference.factor * each for each in _distances(reference.exact, reference.rounded))
+    # a single position may be further away than many on average, because one rounding can decide an attention
     limits = {"worst": WORST * worst + floor, "mean": mean + floor}
     found: dict[str, dict[str, float]] = {"worst": {}, "mean": {}}
     for run in runs:

@@ -53,14 +53,11 @@ def sample_text() -> str:
 
 
 def sample_tokens(checkpoint: Checkpoint, slots: int = sys.maxsize) -> list[int]:
-    """Return token ids of the sample text under the checkpoint's tokenizer, at most `slots`.
-
-    A model with windows gets more, the text repeated, so that every window ends within them.
-    """
+    """Return token ids of the sample text under the checkpoint's tokenizer, at most `slots`."""
     ids = checkpoint.tokenizer.encode(sample_text(), add_special_tokens=False).ids
     window = max(settings.window for settings in checkpoint.attention)
     count = min(SAMPLE_TOKENS, len(ids))
-    if window:
+    if window:  # every window must end within the sample, which repeats the text if that is too short
         count = max(count, window + BEYOND_WINDOW)
     repetitions = -(-count // len(ids))
     return (ids * repetitions)[: min(count, slots, checkpoint.context_length)]
@@ -194,10 +191,8 @@ def check_exact(
     most: float = MAX_EXACT_DIFFERENCE,
     own_error: Callable[[], float] = lambda: 0.0,
 ) -> None:
-    """Raise ArtefactError if an fp32 file is not the checkpoint's function.
-
-    The limit grows with the logits' size, because fp32 rounding is relative, and with torch's `own_error`.
-    """
+    """Raise ArtefactError if an fp32 file is not the checkpoint's function, beyond torch's `own_error`."""
+    # it grows with the logits' size, because fp32 rounding is relative
     limit = most * max(1.0, float(np.abs(reference).max()) / 32)
     if agreement.max_logit_difference > limit:
         limit = max(limit, OWN_ERRORS * own_error())
@@ -209,10 +204,7 @@ def check_exact(
 
 
 def check_distance(agreement: Agreement, max_kl: float | None, target: str) -> None:
-    """Raise ArtefactError if quantisation changed the model more than --max-kl, if that is set.
-
-    On text that the model would write, a KL of k multiplies the perplexity by exp(k), which is its limit.
-    """
+    """Raise ArtefactError if quantisation changed the model more than --max-kl, if that is set."""
     if max_kl is None:
         return
     if not agreement.mean_kl <= max_kl:
@@ -220,6 +212,7 @@ def check_distance(agreement: Agreement, max_kl: float | None, target: str) -> N
             f"{target}: quantisation gives a mean KL of {agreement.mean_kl:.3f} nats per token, more than --max-kl "
             f"{max_kl}; nothing was written. Choose a larger type or raise --max-kl"
         )
+    # on text that the model would write, a KL of k multiplies the perplexity by exp(k)
     if not agreement.perplexity_ratio <= math.exp(max_kl):
         raise ArtefactError(
             f"{target}: quantisation multiplies the sample's perplexity by {agreement.perplexity_ratio:.3f}, more than "
@@ -283,7 +276,8 @@ CHUNKS = (33, 1, 64, 7, 2)
 
 def run_chunks(engine: Stepwise, tokens: list[int]) -> EngineRun:
     """Return the logits after each of several prefills, each of which continues the last. Closes the engine."""
-    ends = [end for end in itertools.accumulate(CHUNKS * len(tokens)) if end < len(tokens)][: len(tokens)]
+    all_ends = itertools.accumulate(itertools.cycle(CHUNKS))
+    ends = list(itertools.takewhile(lambda end: end < len(tokens), all_ends))
     ends = ends or [len(tokens) // 2, len(tokens) - 1]  # a context shorter than the first chunk
     rows = [engine.prefill(tokens[:end]) for end in ends]
     engine.close()

@@ -56,10 +56,7 @@ class Batch:
         return len(self._waiting) + len(self._active)
 
     def add(self, generation: Generation, owner: Hashable = None) -> None:
-        """Queue an answer. Without `owner` it counts as its own owner.
-
-        Owners take turns, so that fifty answers of one owner do not delay the only answer of another one.
-        """
+        """Queue an answer. Without `owner` it counts as its own owner."""
         self._owners[id(generation)] = id(generation) if owner is None else owner
         self._waiting.append(generation)
 
@@ -126,17 +123,15 @@ class Batch:
             generation.begin()
 
     def _next_waiting(self, passed_over: Sequence[Generation]) -> Generation | None:
-        """Return the waiting answer whose owner has the fewest answers in progress, or None if none may start.
-
-        Fairness: among owners with as many, the answer that arrived first wins. No owner takes all sequences of a
-        large batch, so that a new owner does not wait for the end of somebody's long answers.
-        """
+        """Return the waiting answer whose owner has the fewest answers in progress, or None if none may start."""
         active = Counter(self._owners[id(generation)] for generation in self._active)
+        # no owner takes all sequences of a large batch: a new one would wait for the end of somebody's long answers
         limit = self._engine.num_sequences - self._engine.num_sequences // OTHER_OWNERS_SHARE
 
         def num_active(generation: Generation) -> int:
             return active[self._owners[id(generation)]]
 
+        # owners take turns: fifty answers of one do not delay the only answer of another one
         candidates = [one for one in self._waiting if not any(one is other for other in passed_over)]
         chosen = min(candidates, key=num_active, default=None)
         return chosen if chosen is not None and num_active(chosen) < limit else None
@@ -164,6 +159,7 @@ class Batch:
             return False
         limit = len(generation.tokens) - 1
         return any(
+            # a shorter prompt counts if all of it but the last token is shared
             common_length(other.tokens, generation.tokens, limit) >= min(MIN_SHARED_PREFIX, limit)
             for other in self._active
             if other.lease.num_pending > 1

@@ -203,10 +203,8 @@ class _ControlTokens:
 
 
 def _any_of(texts: Sequence[str], start: int = 0) -> str:
-    """Return a pattern without groups for sorted `texts`, longest match first, from character `start`.
-
-    Common beginnings are matched once, so that a search takes time linear in the text.
-    """
+    """Return a pattern without groups for sorted `texts`, longest match first, from character `start`."""
+    # common beginnings are matched once, so that a search takes time linear in the text
     branches: dict[str, list[str]] = {}
     for text in texts:
         if len(text) > start:

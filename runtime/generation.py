@@ -281,6 +281,7 @@ class Generation:
             self.constraint.push(token)
         self.stats.completion_tokens += 1
         piece = self.text.push(self.engine.token_bytes(token))
+        # stop strings and grammars before the limit: an answer that ends with its last token has the reason "stop"
         if self.text.stopped or (self.constraint is not None and self.constraint.is_complete):
             self._stop()
         elif self.stats.completion_tokens >= self.max_tokens:
@@ -342,4 +343,5 @@ def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
     """Return the log-probability of `token` under fp32 `logits` [V], and those of the `top` best tokens."""
     best = ranked(logits, top) if top else np.empty(0, np.intp)
     values = logits[[token, *best]].astype(np.float64) - log_sum(logits)
-    return TokenLogprob(token, float(values[0]), tuple(zip(best.tolist(), values[1:].tolist(), strict=True)))
+    top = zip(best.tolist(), values[1:].tolist(), strict=True)
+    return TokenLogprob(token, float(values[0]), tuple(top))

@@ -125,6 +125,7 @@ def tool_prompt(
             messages, shown = in_plain_roles(messages, shown, format), ()
         # a model that was not trained to call functions may repeat a call without end
         is_untrained = use is not None and use.must_call and not format.is_from_template
+        # without a text between calls, the grammar ends after the first one
         if use is not None and (use.only or not use.parallel or is_untrained):
             format = replace(format, between="")
     escape = MessageEscape(engine, messages, shown, options.variables)

@@ -119,10 +119,8 @@ class Sampler:
             logits[tokens] -= times * options.frequency_penalty + options.presence_penalty
 
     def _draw(self, logits: np.ndarray, best: float, temperature: float) -> int:
-        """Draw a token by its probability at `temperature`, among those that top_k, then top_p, then min_p keep.
-
-        Only kept tokens are sorted, because sorting all V takes as long as evaluating the token.
-        """
+        """Draw a token by its probability at `temperature`, among those that top_k, then top_p, then min_p keep."""
+        # only kept tokens are sorted: sorting all V takes as long as evaluating the token
         top_k, top_p, min_p = self.options.top_k or 0, self.options.top_p or 1.0, self.options.min_p or 0.0
         if 0 < top_k < len(logits):
             kept = ranked(logits, top_k)
@@ -145,7 +143,8 @@ class Sampler:
         return int(kept[drawn])
 
     def _draw_of_all(self, weights: np.ndarray) -> int:
-        """Draw a block by its weight, then a token in it. A cumulative sum over all V would cost more than the rest."""
+        """Draw a block by its weight, then a token in it."""
+        # a cumulative sum over all V would cost more than the rest
         starts = np.arange(0, len(weights), BLOCK)
         sums = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
         block = int(np.searchsorted(sums, self.random.random() * sums[-1], side="right"))
@@ -188,17 +187,16 @@ class _GrowingSet:
 
 def _weights(logits: np.ndarray, best: float, temperature: float) -> np.ndarray:
     """Return exp((logits - best) / temperature) in fp32, which suffices for a draw among V."""
+    # less the largest one, so that exp overflows at no temperature
     shifted = logits - np.float32(best)
     shifted /= np.float32(max(temperature, SMALLEST))
     return np.exp(shifted, out=shifted)
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Return the positions of at least the `count` largest of `values` [V].
-
-    The count-th largest of the maxima of V / 64 columns is at most the count-th largest of all values. Every value that
-    reaches it is returned. This takes two passes and no sort.
-    """
+    """Return the positions of at least the `count` largest of `values` [V]."""
+    # The count-th largest of the maxima of V / 64 columns is at most the count-th largest of all values. Every value
+    # that reaches it is returned, which takes two passes and no sort.
     columns = len(values) // 64
     if count >= columns:
         return np.argpartition(values, len(values) - count)[len(values) - count :]

@@ -58,9 +58,9 @@ class Conversation:
     def ask(self, text: str) -> bool:
         """Stream the answer to stdout and store it. Return True unless Ctrl-C ended it.
 
-        An answer that Ctrl-C ends is stored as far as it was generated. An empty one removes the question as well. A
-        refused question leaves the conversation unchanged.
+        An answer that Ctrl-C ends is stored as far as it was generated. An empty one removes the question as well.
         """
+        # a copy: a question that the template refuses leaves the conversation as it was
         messages = [*self.messages, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self.system}] if self.system else []
         options = AnswerOptions(self.options.max_tokens, self.sampling, overflow=self.options.overflow)

@@ -17,6 +17,7 @@ class TextStream:
         self.found = ""
         """The stop string, "" if there was none."""
         self._until = (until,) if until and self.stop else ()
+        # incremental: a character may be spread over several tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._unshown = ""
 

@@ -179,6 +179,7 @@ def device_memory(device: torch.device, processes: int = 1) -> Memory | None:
     values = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
     total = values["MemTotal"] + values["SwapTotal"]
     free = values["MemAvailable"] + values["SwapFree"]
+    # /proc/meminfo shows the memory of the machine also within a container
     for path in CONTROL_GROUP_LIMITS:
         limit = path.read_text(encoding="ascii").strip() if path.is_file() else "max"
         if limit != "max":

@@ -192,9 +192,10 @@ class PruningEvent:
         if not pruner.is_above(target):
             return None
         before, kept = pruner.architecture, all_groups(pruner.architecture)
-        if pruner.units_of_event is None:  # a new event: training has changed the prices of all blocks
+        # the list is in the pruner, whose state a checkpoint holds: an event may stop between two rounds
+        if pruner.units_of_event is None:
             pruner.units_of_event = []
-            if blocks is not None:
+            if blocks is not None:  # training has changed the prices of all blocks
                 blocks.invalidate()
         # A round ends at the target, at the next renewal of all prices, or before a block whose price is outdated.
         while True:
@@ -256,6 +257,7 @@ class PruningEvent:
         """Zero the selected groups, after the remaining weights absorbed them if --weight-update is on."""
         zeroed, grams, model = self.pruner.add(removal), self.pruner.grams, self.trained.model
         if grams is not None:
+            # ranks observe their own tokens between two removals, and must all make the same update
             self.parallel.mean_tensors(grams.grams.values())
             grams.update_weights(model, zeroed)
         zero_groups(model, zeroed, self.trained.optimizer)

@@ -274,14 +274,14 @@ def _describe(trainer: Trainer, model: Path) -> None:
 def stored_weights(model: Any, dtype: torch.dtype, keeps: bool = True) -> dict[str, Tensor]:
     """Return {name: whole tensor} of the final model, with a tied head once (a collective call).
 
-    The type is `dtype`, or fp32 if a number exceeds it (fp16 ends at 65504). A rank that `keeps` nothing returns {}.
+    The type is `dtype`, or fp32 if a number exceeds it. A rank that `keeps` nothing returns {}.
     """
     weights: dict[str, Tensor] = {}
     beyond = None
     for name, parameter in model.named_parameters():
         # collective, so a rank that keeps nothing takes part as well
         weight = full(parameter.detach()).to(dtype)
-        if beyond is None and not torch.isfinite(weight).all():
+        if beyond is None and not torch.isfinite(weight).all():  # fp16 ends at 65504
             beyond = name
         if keeps:
             weights[name] = weight

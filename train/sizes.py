@@ -92,7 +92,7 @@ def write_branch(config: TrainConfig, size: str, checkpoint: Path, tokens: int) 
         shutil.copytree(checkpoint, temporary / "checkpoints" / checkpoint.name, copy_function=link_or_copy)
         if (folder / TEACHER_FOLDER).is_dir():
             shutil.copytree(folder / TEACHER_FOLDER, temporary / TEACHER_FOLDER, copy_function=link_or_copy)
-        for name in ("metrics.jsonl", SCORES_FILE):  # these grow
+        for name in ("metrics.jsonl", SCORES_FILE):  # copied, not linked: both runs append to their own
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
         text = branch_config(config, size, tokens).to_toml()

@@ -186,7 +186,7 @@ def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) 
 def _round(model: Any, inputs: torch.Tensor, settings: QuantisationConfig) -> None:
     """Round the weights to the type of the run. The inputs [n, S] weight the errors of columns, as in training."""
     rounding = RoundedWeights(settings)
-    model.train()
+    model.train()  # inputs are observed in training mode only
     with rounding.applied(model):
         model(inputs)
     model.eval()

@@ -79,6 +79,7 @@ class Trainer:
         self.progress = RunProgress()
         if plan.resume is not None:
             self.progress, saved = training_state.read_trainer_json(plan.resume.checkpoint)
+        # functions, because the loss is wrapped between the two, and a compacted model is configured again
         self.trained = TrainedModel(
             loss,
             self.parallel,
@@ -171,6 +172,7 @@ class Trainer:
         total, every = self.config.optimizer.tokens, self.config.run.checkpoint_every
         if "source" not in self.progress.perplexity:
             self._measure_stage("source")
+        # the checkpoint was written between a step's update and the end of its removal or measurements
         if self.unfinished is not None:
             if self.unfinished.record is not None:
                 self._log_step(self._finish_step(self.unfinished))
@@ -214,7 +216,7 @@ class Trainer:
     def _measure_after_step(self) -> None:
         """Take the measurements that are due. After StopRequested, the resumed run takes them."""
         every, progress = self.config.run.eval_every, self.progress
-        with self._rounded_weights():
+        with self._rounded_weights():  # those of the exported file are measured
             if self.pruner is not None and self.pruner.is_done and "after_pruning" not in progress.perplexity:
                 self.measuring.stage("after_pruning")
             if every and progress.step % every == 0 and progress.tokens < self.config.optimizer.tokens:
@@ -246,13 +248,10 @@ class Trainer:
         return "start again with a lower --learning-rate"
 
     def _step_or_save(self) -> dict[str, Any]:
-        """Take a step. If text cannot be read, save the run first, unless it would replace an older run.
-
-        All ranks raise the DataError of one, so they all save.
-        """
+        """Take a step. If text cannot be read, save the run first, unless it would replace an older run."""
         try:
             return self._step()
-        except DataError as error:
+        except DataError as error:  # all ranks raise that of one, so they all save
             if self.parallel.any(self.parallel.is_main and has_stashed_run(self.plan.folder)):
                 raise
             name = (self.removal_checkpoint or self.save()).name
@@ -280,6 +279,7 @@ class Trainer:
         removal = self._prune() if step.is_usable else {}
         seconds = time.monotonic() - start
         self.progress.seconds += seconds
+        # of the step alone: a removal may take longer than many steps
         speed = self.training_step.speed(step.seconds, self.architecture.num_parameters)
         sizes: dict[str, Any] = {"parameters": self.architecture.num_parameters, **speed}
         time_target = self.plan.pruning.time if self.plan.pruning is not None else None
@@ -408,7 +408,7 @@ class Trainer:
         }
         tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.text.stream.state())}
         own: dict[str, Any] = {}
-        if self.unfinished is not None:
+        if self.unfinished is not None:  # the checkpoint is between a step and its removal or measurements
             extra["unfinished"] = asdict(self.unfinished)
         if self.pruner is not None:
             extra["pruner"] = self.pruner.state_json()
@@ -417,6 +417,7 @@ class Trainer:
         if self.rounding is not None:
             tensors["shipped"] = self.rounding.inputs.state_dict()
         state = training_state.TrainingState(self.progress, extra, tensors, own)
+        # the one of the last kept score stays, however many newer ones there are: --keep-score may return to it
         folder, keep = self.checkpoint, self.config.run.keep
         optimizer = self.trained.optimizer
         kept = self.kept_checkpoint

@@ -135,11 +135,9 @@ class TrainingStep:
         return [each.pin_memory() for each in own] if parallel.device.type == "cuda" else own
 
     def _loss_weights(self) -> LossWeights:
-        """Return the configured weights, with at least the whole cross-entropy while gradients rank groups.
-
-        The gradient of distillation is zero at the source, and its rounding errors rank nothing.
-        """
+        """Return the configured weights, with at least the whole cross-entropy while gradients rank groups."""
         cross_entropy, distill = self.settings.cross_entropy, self.settings.distill
+        # the gradient of distillation is zero at the source, and its rounding errors rank nothing
         if self.pruner is not None and self.pruner.ranks_by_gradients and not self.pruner.is_done:
             cross_entropy = max(1.0, cross_entropy)
         return LossWeights(cross_entropy, distill)
@@ -180,6 +178,7 @@ def learning_rate(settings: OptimizerConfig, tokens: int) -> float:
     """
     total, peak, floor, shape = settings.tokens, settings.learning_rate, settings.lr_floor, settings.lr_schedule
     warmup = round(settings.lr_warmup * total)
+    # `tokens` counts those of the step itself, so that the first step learns
     if tokens < warmup:
         return peak * (tokens / warmup)
     start = round((1 - settings.lr_decay) * total) if shape == "wsd" else warmup

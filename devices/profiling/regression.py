@@ -98,14 +98,12 @@ def assemble(
 
 
 def _significant_residuals(measured: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """Return the residuals [models, conditions] beyond the noise of all models.
-
-    A layer's share of the residual is added for each layer of a model, so noise would be added up to thirty times. A
-    relative residual above OUTLIER is 0, because it is a disturbance and not the step of a kernel.
-    """
+    """Return the residuals [models, conditions] beyond the noise of all models, 0 for outliers."""
+    # a layer's share of the residual is added for each layer of a model, so noise would be added up to thirty times
     noise = NOISE * np.median(np.abs(fitted / measured - 1), axis=0)
     residuals = measured - fitted
     beyond_noise = np.sign(residuals) * np.maximum(np.abs(residuals) - noise * measured, 0.0)
+    # larger ones are a disturbance and not the step of a kernel
     return np.where(np.abs(residuals / measured) < OUTLIER, beyond_noise, 0.0)
 
 

@@ -117,10 +117,8 @@ def quantize_decoder(
 
 
 def _padded_inputs(model: nn.Module, name: str, module: nn.Linear) -> nn.Linear:
-    """Replace a matrix by one with zero columns for zeros behind its inputs, and return the new one.
-
-    The heads of an attention need not fill ALIGNMENT. Widths of the stem and of FFNs are padded by padding.py.
-    """
+    """Replace a matrix by one with zero columns for zeros behind its inputs, and return the new one."""
+    # the heads of an attention need not fill ALIGNMENT; padding.py has padded the widths of the stem and of FFNs
     padding = (0, -module.in_features % ALIGNMENT)
     wide = nn.Linear(module.in_features + padding[1], module.out_features, device="meta")
     wide.weight = nn.Parameter(nn.functional.pad(module.weight, padding), requires_grad=False)
@@ -130,12 +128,10 @@ def _padded_inputs(model: nn.Module, name: str, module: nn.Linear) -> nn.Linear:
 
 
 def given_weights(model: Any, weights: WeightFormat) -> StoredWeights:
-    """Return the dequantised weights of a StaticDecoder as they are given to the backend.
-
-    A tied head may be rounded otherwise than the embedding, so the two are apart here.
-    """
+    """Return the dequantised weights of a StaticDecoder as they are given to the backend."""
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
 
+    # a tied head may be rounded otherwise than the embedding
     architecture = replace(model.architecture, tie_word_embeddings=False)
     tensors, roundings, modules = {}, {}, dict(model.named_modules())
     for name in tensor_names(architecture):

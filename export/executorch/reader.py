@@ -122,6 +122,7 @@ def _product(value: dict[str, Any], constant: Callable[[int], bytes]) -> _Matrix
         if kind == "qcint8":
             codes = _tensor(data, torch.int8).reshape(shape)
             return codes * _tensor(scales, torch.float32)[:, None]
+        # int4: the even column in the lower half, codes shifted by 8
         packed = _tensor(data, torch.uint8)
         halves = torch.stack([packed & 15, packed >> 4], -1)
         codes = halves.reshape(shape).float() - 8

@@ -93,6 +93,7 @@ def _read_prompts(rendered: Rendered) -> Turns | None:
     before.
     """
     system, user, reply, second = ASKED
+    # the contents are words that no template writes, so what stands between them is the template's own
     begin, tail = _around(rendered([user], True), user)
     between_users = _between(rendered([user, second], True), user, second)
     # after a user's turn comes its end in both, and then another turn in one and the prompt of a reply in the other

@@ -53,7 +53,7 @@ def quantize_gguf(
     embedding_type: int | None,
     importance: Path | None = None,
 ) -> list[Fallback]:
-    """Quantise in a child process, because ggml aborts on some errors. Return the tensors with a fallback type.
+    """Quantise in a child process and return the tensors with a fallback type.
 
     `importance` is an .npz of fp32 column weights by tensor name (llama.cpp's importance matrix). Raises ArtefactError
     if llama.cpp refuses.
@@ -66,6 +66,7 @@ def quantize_gguf(
         "output_tensor_type": output_type,
         "token_embedding_type": embedding_type,
     }
+    # ggml aborts on some errors, which would end this process
     done = run_python("-m", __spec__.name, json.dumps(request))
     if done.code:
         raise ArtefactError(f"llama.cpp cannot quantise to {name}: {done.last_error}")

@@ -69,10 +69,8 @@ def changed_tensors(exact: Path, target: Path) -> Iterator[tuple[str, float]]:
 
 
 def check_rows(path: Path) -> None:
-    """Raise ArtefactError where a quantised matrix has rows that CPUs with AMX multiply wrongly, see LEAST_ROW.
-
-    No run on another CPU would show it.
-    """
+    """Raise ArtefactError where a quantised matrix has rows that CPUs with AMX multiply wrongly, see LEAST_ROW."""
+    # from the header, as no run on another CPU would show it
     for tensor in read_header(path).tensors:
         weights, _ = block_of(tensor.kind)
         if weights > 1 and tensor.shape[-1] < LEAST_ROW:

@@ -66,6 +66,7 @@ def _tokens(data: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]
     """Return (texts, gguf.TokenType) by id, `vocab_size` each. A model may have more rows than tokens."""
     with extra("gguf"):
         from gguf import TokenType
+    # as llama.cpp's converter fills up rows without a token
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types: list[int] = [TokenType.UNUSED] * vocab_size
     for token, index in data["model"]["vocab"].items():

@@ -25,7 +25,7 @@ from .tokenizer import GgufTokenizer, read_tokenizer
 def add_metadata(writer: Any, checkpoint: Checkpoint) -> None:
     """Write general.*: type, name, size, and the licence, tags, base model and data sets of the checkpoint's README.md.
 
-    The class is the one that llama.cpp's converter uses. The folder's name is left out, because it may be temporary.
+    The class is the one that llama.cpp's converter uses.
     """
     import gguf
     import yaml
@@ -36,7 +36,7 @@ def add_metadata(writer: Any, checkpoint: Checkpoint) -> None:
     except (yaml.YAMLError, UnicodeDecodeError):  # anybody's text, and not what the weights depend on
         card = {}
     metadata = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, total_params=parameters)
-    metadata.name = Path(checkpoint.name).name
+    metadata.name = Path(checkpoint.name).name  # not that of the folder, which may be temporary
     metadata.size_label = metadata.size_label or gguf.size_label(parameters, 0, 0, 0)
     writer.add_type(gguf.GGUFType.MODEL)
     metadata.set_gguf_meta_model(writer)
@@ -58,6 +58,7 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
         num_bytes += array.nbytes
     require_room(path, num_bytes)
     factors = frequency_factors(checkpoint.rope, _rotary_dim(checkpoint))
+    # the factors of linear scaling are equal, and the file has a field for them
     if factors is not None and checkpoint.rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", factors)
     writer.write_header_to_file()
@@ -121,6 +122,7 @@ def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
     writer.add_context_length(checkpoint.context_length)
     writer.add_embedding_length(architecture.hidden_size)
     writer.add_vocab_size(architecture.vocab_size)
+    # the other architectures read one number for all layers
     if plan.name in PER_LAYER_WIDTHS:
         writer.add_head_count([layer.num_attention_heads for layer in layers])
         writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])

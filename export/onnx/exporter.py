@@ -110,10 +110,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def genai_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
-    """Return onnxruntime-genai's config. Its runtime reads each layer's key/value heads from the graph.
-
-    The attention operator of a portable file cannot write into the past in place.
-    """
+    """Return onnxruntime-genai's config. Its runtime reads each layer's key/value heads from the graph."""
     architecture = checkpoint.architecture
     ends = checkpoint.end_of_generation_ids
     decoder = {
@@ -150,6 +147,7 @@ def genai_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
         "search": {
             "max_length": checkpoint.context_length,
             "do_sample": False,
+            # the attention operator of a portable file cannot write into the past in place
             "past_present_share_buffer": not is_portable,
         },
     }

@@ -79,7 +79,8 @@ class GraphBuilder(GraphValues):
         return self._embed_blocks(matrix, input_ids)
 
     def _embed_blocks(self, matrix: QuantizedMatrix, input_ids: ir.Value) -> ir.Value:
-        """Return rows of a matrix as embeddings, in standard operators. Runtimes lack GatherBlockQuantized."""
+        """Return rows of a matrix as embeddings, in standard operators."""
+        # not by GatherBlockQuantized, which some runtimes lack
         stored = self._node("Gather", [matrix.data, input_ids], axis=0)
         codes = self._cast(stored, ir.DataType.FLOAT)
         if matrix.bits == 4:
@@ -203,7 +204,7 @@ class GraphBuilder(GraphValues):
             kv_num_heads=layer.num_key_value_heads,
             scale=settings.scale,
             do_rotary=int(settings.rope is not None),
-            rotary_interleaved=0,
+            rotary_interleaved=0,  # Hugging Face's order of channels, in halves
             **window,
         )
         shape[2] = "total"
@@ -263,11 +264,9 @@ class GraphBuilder(GraphValues):
         return self._node("Gelu", [x], approximate=formula)
 
     def _last_valid(self, x: ir.Value, input_ids: ir.Value) -> ir.Value:
-        """Return the rows of x [B * S, H] of the last valid tokens, [B, H].
-
-        Rows are counted over the flat batch, because every execution provider has a plain Gather. The last valid token
-        is new, so its row is S - 1 with a past. The attention supports padding in the first call only.
-        """
+        """Return the rows of x [B * S, H] of the last valid tokens, [B, H]."""
+        # Rows are counted over the flat batch, because every execution provider has a plain Gather. The last valid
+        # token is new, so its row is S - 1 with a past. The attention supports padding in the first call only.
         shape = self._node("Shape", [input_ids])
         length = self._node("Gather", [shape, self._scalar(1)])
         position = self._cast(self.last_position, ir.DataType.INT64)
@@ -289,7 +288,8 @@ class GraphBuilder(GraphValues):
         else:
             x, shape = self._last_valid(x, input_ids), self._ints(-1, 1, vocab_size)
         # Gemm reads the embedding as it is; MatMul would want a transposed copy
-        product = self._node("Gemm", [x, head], transB=1) if self.bits.head >= 16 else self._multiply(x, head)
+        is_packed = self.bits.head < 16
+        product = self._multiply(x, head) if is_packed else self._node("Gemm", [x, head], transB=1)
         logits = self._node("Reshape", [product, shape])
         if self.element != ir.DataType.FLOAT:
             logits = self._cast(logits, ir.DataType.FLOAT)

@@ -119,11 +119,9 @@ class GraphValues:
         unused: tuple[int, ...] = (),
         **attributes: Any,
     ) -> Any:
-        """Return the node's output, or its `count` outputs.
-
-        `unused` outputs get no name, so that kernels need not write them.
-        """
+        """Return the node's output, or its `count` outputs."""
         node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=count, name=f"{kind}_{len(self.nodes)}")
+        # kernels need not write an output without a name
         for position, output in enumerate(node.outputs):
             output.name = "" if position in unused else f"{node.name}_{position}"
         self.nodes.append(node)
@@ -180,7 +178,8 @@ class GraphValues:
         )
 
     def _multiply_integers(self, x: ir.Value, matrix: IntegerMatrix) -> ir.Value:
-        """Return x W^T in int8. onnxruntime fuses these nodes into one."""
+        """Return x W^T in int8."""
+        # in this order, onnxruntime fuses the nodes into one
         quantized, scale, zero = self._node("DynamicQuantizeLinear", [x], count=3)
         product = self._node("MatMulInteger", [quantized, matrix.codes, zero])
         factor = self._node("Mul", [scale, matrix.scales])

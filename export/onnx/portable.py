@@ -120,6 +120,7 @@ def write_portable(checkpoint: Checkpoint, path: Path, has_all_logits: bool) -> 
     inputs = config.generate_dummy_inputs(framework="pt")
     dims = {title: torch.export.Dim(title, min=1) for title in ("batch_size", "sequence", "past")}
     shapes = [{axis: _dim(title, dims) for axis, title in axes.items()} for axes in config.inputs.values()]
+    past_shapes = [tuple(shapes[2:])] if shapes[2:] else []  # *past is one argument, or none without attention
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -131,7 +132,7 @@ def write_portable(checkpoint: Checkpoint, path: Path, has_all_logits: bool) -> 
                 tuple(inputs.values()),
                 input_names=list(config.inputs),
                 output_names=list(config.outputs),
-                dynamic_shapes=(*shapes[:2], *([tuple(shapes[2:])] if shapes[2:] else [])),  # of *past: one, or none
+                dynamic_shapes=(*shapes[:2], *past_shapes),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -146,7 +147,8 @@ def write_portable(checkpoint: Checkpoint, path: Path, has_all_logits: bool) -> 
 
 
 def _drop_metadata(model: ir.Model) -> None:
-    """Remove the stack traces that torch notes at every node, because they name folders of this machine."""
+    """Remove the stack traces that torch notes at every node."""
+    # they name folders of this machine
     values = [value for node in model.graph for value in node.outputs]
     for item in (model, model.graph, *model.graph, *values):
         item.metadata_props.clear()

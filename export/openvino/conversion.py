@@ -44,10 +44,8 @@ def stateful_decoder(path: Path) -> Any:
 
 
 def _can_be_paged(attentions: list[dict[str, Any]]) -> bool:
-    """Tell whether OpenVINO's paged attention computes these layers.
-
-    It ignores windows, and with layers of different query heads per key/value head it overwrites memory (2026.4.1).
-    """
+    """Tell whether OpenVINO's paged attention computes these layers."""
+    # it ignores windows, and with layers of different query heads per key/value head it overwrites memory (2026.4.1)
     ratios = {each["num_heads"] // each["kv_num_heads"] for each in attentions}
     return len(ratios) == 1 and all(each["local_window_size"] <= 0 for each in attentions)
 
@@ -92,10 +90,8 @@ class _SharedValues:
 
 
 def _replace_attention(node: Any, shared: _SharedValues) -> list[Any]:
-    """Replace a GroupQueryAttention and return the nodes that store its new states.
-
-    OpenVINO's fusions of the rotary embedding, the states and the heads recognise these very operators.
-    """
+    """Replace a GroupQueryAttention and return the nodes that store its new states."""
+    # OpenVINO's fusions of the rotary embedding, the states and the heads recognise these very operators
     attributes, (query, key, value, *pasts) = node.get_attributes(), node.input_values()[:5]
     heads, groups = attributes["num_heads"], attributes["kv_num_heads"]
     head_dim = pasts[0].get_partial_shape()[3].get_length()
@@ -106,6 +102,7 @@ def _replace_attention(node: Any, shared: _SharedValues) -> list[Any]:
     for new, past in zip((key, value), pasts, strict=True):
         state = _state(past.get_node().get_friendly_name(), [-1, groups, -1, head_dim])
         empty = ops.broadcast(_float(0.0), ops.concat([shared.batch, [groups, 0, head_dim]], 0))
+        # the rows of the last call in the order of this one, as GenAI's beam search asks for
         earlier = ops.gather(ops.read_value(empty, state), shared.beams, 0)
         whole = ops.concat([earlier, new], 2)
         stores.append(ops.assign(whole, state))
@@ -131,7 +128,8 @@ def _rotated(x: Any, cos: Any, sin: Any) -> Any:
 
 
 def _multiply_last(result: Any) -> None:
-    """Let the logits be a product, [B, S, V]. OpenVINO GenAI then computes those that it needs."""
+    """Let the logits be a product, [B, S, V]."""
+    # OpenVINO GenAI then finds it and computes those that it needs
     product = result.input_value(0).get_node()
     while product.get_type_name() != "MatMul":  # a Reshape, and what Gemm adds
         product = product.input_value(0).get_node()
@@ -142,7 +140,8 @@ def _multiply_last(result: Any) -> None:
 
 
 def _pad_input(product: Any) -> None:
-    """Fill up the inputs of a product whose matrix ends within a block. OpenVINO would unpack a cut matrix."""
+    """Fill up the inputs of a product whose matrix ends within a block."""
+    # OpenVINO would unpack a cut matrix
     cut = product.input_value(1).get_node()
     if cut.get_type_name() == "Slice":
         whole, columns = cut.input_value(0), cut.get_output_partial_shape(0)[1].get_length()

@@ -193,7 +193,8 @@ class OpenvinoDecoder:
 
     def _append(self, tokens: list[int]) -> np.ndarray:
         self._tokens += tokens
-        return self.evaluate(np.array([tokens]), np.ones((1, len(self._tokens)), np.int64))[0]
+        mask = np.ones((1, len(self._tokens)), np.int64)
+        return self.evaluate(np.array([tokens]), mask)[0]
 
     def evaluate(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Return the last logits [B, V] after ids [B, S], with the attention mask [B, T]."""
@@ -203,7 +204,8 @@ class OpenvinoDecoder:
             "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :],
             "beam_idx": np.arange(len(ids), dtype=np.int32),
         }
-        return self._request.infer({name: feeds[name] for name in self._names})["logits"][:, -1].copy()
+        results = self._request.infer({name: feeds[name] for name in self._names})
+        return results["logits"][:, -1].copy()  # the next call writes into the same memory
 
     def close(self) -> None:
         """Free the model."""
@@ -216,7 +218,9 @@ def run_padded_batch(decoder: OpenvinoDecoder, tokens: list[int]) -> EngineRun:
     ids = np.stack([np.pad(tokens[:length], (lengths[1] - length, 0)) for length in lengths])
     mask = (np.arange(lengths[1]) >= lengths[1] - lengths[:, None]).astype(np.int64)
     rows = [decoder.evaluate(ids, mask)]
-    rows.append(decoder.evaluate(np.array(tokens)[lengths][:, None], np.pad(mask, ((0, 0), (0, 1)), constant_values=1)))
+    next_ids = np.array(tokens)[lengths][:, None]
+    longer_mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+    rows.append(decoder.evaluate(next_ids, longer_mask))
     decoder.close()
     title = "a batch of two prompts of unequal lengths, padded on the left, and their next tokens"
     return EngineRun(title, [*(lengths - 1).tolist(), *lengths.tolist()], np.concatenate(rows))
@@ -258,6 +262,7 @@ def check_greedy_tokens(folder: Path, prompt: list[int]) -> int:
     logits = decoder.prefill(prompt)
     for token in answer:
         rounding = MAX_EXACT_DIFFERENCE * max(1.0, float(np.abs(logits).max()) / 32)
+        # of two nearly equal logits, the other engine's sums may order the second one first
         if logits[token] < logits.max() - rounding:
             likeliest = logits.argmax()
             raise ArtefactError(

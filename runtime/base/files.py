@@ -53,10 +53,8 @@ def _existing(path: Path) -> Path:
 
 
 def require_room(path: Path, needed: int) -> None:
-    """Raise DiskFullError if the disk of `path` has fewer than `needed` bytes free.
-
-    safetensors and numpy reserve the whole file and remove it after a failure, so the disk shows no cause afterwards.
-    """
+    """Raise DiskFullError if the disk of `path` has fewer than `needed` bytes free."""
+    # safetensors and numpy reserve the whole file and remove it after a failure: the disk shows no cause afterwards
     free = free_bytes(path)
     if free < needed:
         raise DiskFullError(path, f"it takes {format_bytes(needed)}, {format_bytes(free)} are free")
@@ -99,16 +97,18 @@ def _errno_of(error: BaseException | None) -> int:
 
 
 def _size_limit(error: BaseException) -> int:
-    """Return EFBIG if numpy reached a limit of file sizes, else 0. Its error has no errno."""
+    """Return EFBIG if numpy reached a limit of file sizes, else 0."""
     if resource is None:
         return 0
+    # numpy's error has none
     has_no_errno = isinstance(error, OSError) and error.errno is None
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     return errno.EFBIG if has_no_errno and limit != resource.RLIM_INFINITY else 0
 
 
 def _test_write(path: Path) -> int:
-    """Return the errno of writing LAST_BYTES beside `path`, 0 if that works. torch's writer does not report a quota."""
+    """Return the errno of writing LAST_BYTES beside `path`, 0 if that works."""
+    # torch's writer does not report a quota
     try:
         with tempfile.TemporaryFile(dir=_existing(path)) as stream:
             stream.write(bytes(LAST_BYTES))
@@ -206,8 +206,8 @@ def folder_written_atomically(
 
 
 def _put_in_place(new: Path, path: Path, replaced: Path) -> None:
-    """Rename `new` to `path` and remove the old folder. Nothing is deleted before both renames have succeeded."""
-    # a rename replaces no folder that has files
+    """Rename `new` to `path` and remove the old folder."""
+    # a rename replaces no folder that has files, and nothing is deleted before both renames have succeeded
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         path.rename(replaced)

@@ -146,10 +146,8 @@ def require(options: object, name: str, holds: bool, rule: str, value: object = 
 
 
 def check_fields(options: object) -> None:
-    """Raise OptionError if a field of a dataclass has the wrong type or is outside its declared range.
-
-    The parser checks types as well, but options made in Python are only checked here.
-    """
+    """Raise OptionError if a field of a dataclass has the wrong type or is outside its declared range."""
+    # types as well, which the parser has checked: options made in Python are only checked here
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         value, annotation = getattr(options, field.name), _unwrap_optional(hints[field.name])
@@ -236,7 +234,7 @@ def _add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
             continue
         options: dict[str, Any] = {
             "dest": field.name,
-            "default": argparse.SUPPRESS,
+            "default": argparse.SUPPRESS,  # a flag that is not given must not override a configuration file
             "help": (docs.get(field.name, "") + _default_note(field)).replace("%", "%%"),
         }
         parse = field.metadata.get("parse")

@@ -104,10 +104,7 @@ class DraftModel:
         self._speculation.count(num_right, is_right)
 
     def propose(self, answer: DraftedAnswer, longest: int, num_answers: int) -> list[int]:
-        """Return at most `longest` tokens that the next pass of `num_answers` answers checks, [] if that gains nothing.
-
-        A long prompt is evaluated in parts, one for each call, so that other answers do not wait for it.
-        """
+        """Return at most `longest` tokens that a pass of `num_answers` answers checks, [] if that gains nothing."""
         with self._turn:
             tokens = answer.in_draft()
             if not tokens or longest < 1 or len(tokens) + MAX_DRAFT > self._engine.context_length:
@@ -145,6 +142,7 @@ class DraftModel:
     def _draft(self, cache: SequenceCache, tokens: Sequence[int], count: int) -> list[int]:
         """Return at most `count` proposals after `tokens`, or [] after a part of a long prompt."""
         pending, began = list(tokens[len(cache.tokens) :]), time.perf_counter()
+        # a long prompt is evaluated in parts, one for each call, so that other answers do not wait for it
         is_whole = len(pending) <= PREFILL_BESIDE_DECODES
         logits = self._evaluate(cache, pending[:PREFILL_BESIDE_DECODES], is_whole)
         if len(pending) > MAX_STEP_TOKENS:

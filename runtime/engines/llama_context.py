@@ -127,10 +127,8 @@ class LlamaContext:
         llama.llama_set_abort_callback(self._context, self._abort_callback, address)
 
     def interrupt(self) -> None:
-        """End the pass in progress with EvaluationInterrupted, and every later one until `resume`.
-
-        A pass of a recurrent model ends as planned, because its state could not be restored.
-        """
+        """End the pass in progress with EvaluationInterrupted, and every later one until `resume`."""
+        # a pass of a recurrent model ends as planned, because its state could not be restored
         if self.cuts_sequences:
             self._abort_text[0] = b"!"
 
@@ -227,11 +225,12 @@ class LlamaContext:
 def embed(model: Any, threads: int, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
     """Return the mean of the last layer's states of `tokens`, or the last token's, fp32 [H] of unit length.
 
-    `model` is a llama_model pointer. A context is created for the call, so that no cache of a chat changes.
+    `model` is a llama_model pointer.
     """
     import llama_cpp
 
     llama: Any = llama_cpp
+    # in a context of its own, so that no cache of a chat changes
     parameters = llama.llama_context_default_params()
     parameters.n_ctx = len(tokens)
     parameters.n_batch = parameters.n_ubatch = EMBEDDING_PASS_TOKENS

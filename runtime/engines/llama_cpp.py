@@ -208,10 +208,8 @@ def _load(path: Path, memory_map: bool) -> Any:
 
 
 def _cache_shape(folder: Path, metadata: Callable[[str], str]) -> tuple[Sequence[int], int]:
-    """Return the key/value heads of every layer and their width, ([], 0) if neither manifest nor header has them.
-
-    The manifest is read first, because the C functions cannot read lists, which the header of an irregular model has.
-    """
+    """Return the key/value heads of every layer and their width, ([], 0) if neither manifest nor header has them."""
+    # the manifest first: the header of an irregular model has lists, which the C functions cannot read
     with contextlib.suppress(ArtefactError):
         architecture = Manifest.read(folder).architecture
         return architecture.get("num_key_value_heads", ()), architecture.get("head_dim", 0)
@@ -229,7 +227,8 @@ def _cache_shape(folder: Path, metadata: Callable[[str], str]) -> tuple[Sequence
 
 
 def check_gguf(path: Path) -> None:
-    """Raise ArtefactError if `path` does not begin like a GGUF file. llama.cpp only reports 'failed to load'."""
+    """Raise ArtefactError if `path` does not begin like a GGUF file."""
+    # llama.cpp reports only that it failed to load
     try:
         with path.open("rb") as stream:
             magic = stream.read(4)

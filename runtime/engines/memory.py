@@ -124,13 +124,13 @@ def collapse(addresses: set[int]) -> int:
 def _raise_mmap_threshold() -> None:
     """Let glibc's malloc place a layer's matrices next to each other instead of mapping each by itself.
 
-    This gains 5 % of onnxruntime's decode speed, because its packed matrices are smaller than a huge page. glibc maps
-    blocks larger than a threshold. A mapped block that is freed raises the threshold to its size for good (mallopt(3)).
-    So one block of almost 32 MiB is allocated and freed, untouched, as any program does that frees a large array.
-
-    mallopt would override a threshold that the program or its user set, and it ends glibc's adaptation. With the
-    default of 128 KiB the logits of every token would then be mapped anew: a copy of 49,152 takes 160 us instead of 7.
+    This gains 5 % of onnxruntime's decode speed, because its packed matrices are smaller than a huge page.
     """
+    # glibc maps blocks larger than a threshold. A mapped block that is freed raises the threshold to its size for good
+    # (mallopt(3)). So one block of almost 32 MiB is allocated and freed, untouched, as any program does that frees a
+    # large array.
+    # mallopt would override a threshold that the program or its user set, and it ends glibc's adaptation. With the
+    # default of 128 KiB the logits of every token would be mapped anew: a copy of 49,152 takes 160 us instead of 7.
     libc: Any = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]

@@ -109,7 +109,7 @@ class GrowingCache:
 
     def copy(self, source: GrowingCache, length: int) -> None:
         """Copy the first `length` positions of `source`."""
-        self._past = source._past
+        self._past = source._past  # shared: every step writes its present into new memory
         self.truncate(length)
         self._bind()
 
@@ -171,10 +171,8 @@ class OnnxEngine(StepwiseEngine):
         self._caches[self._current].truncate(length)
 
     def _bind_logits(self, rows: int) -> np.ndarray:
-        """Bind a buffer [1, rows, V] and return it.
-
-        Without it the binding wraps every cache to return its outputs, which costs 3 % of a decode of a small model.
-        """
+        """Bind a buffer [1, rows, V] and return it."""
+        # Without it the binding wraps every cache to return its outputs, which costs 3 % of a decode of a small model.
         buffer = np.empty((1, rows, self.vocab_size), dtype=np.float32)
         self._bindings[self._current].bind_ortvalue_output("logits", _ort_value(buffer))
         return buffer

@@ -67,8 +67,9 @@ class PromptStore:
         header = json.dumps({"key": self._key, "tokens": len(tokens), "sha256": digest}).encode() + b"\n"
         size = len(header) + len(content)
         # by model and tokens, so that a prompt that is stored again replaces its file
-        name = hashlib.sha256(self._key.encode() + content[: 4 * len(tokens)]).hexdigest()[:32] + SUFFIX
-        if size > self._max_bytes:
+        identity = self._key.encode() + content[: 4 * len(tokens)]
+        name = hashlib.sha256(identity).hexdigest()[:32] + SUFFIX
+        if size > self._max_bytes:  # it would remove every other prompt and still not fit
             _report(f"a prompt of {len(tokens):,} tokens is not stored: it takes {format_bytes(size)}")
             return
         try:

@@ -153,7 +153,7 @@ class EngineScheduler:
 
         A cached prefix is not evaluated again. Raise ContextOverflowError if the tokens do not fit.
         """
-        with self._own_turn:
+        with self._own_turn:  # over all calls below: another thread's tokens must not replace these in between
             self._own_lease.begin(tokens)
             logits = self._own_lease.evaluate()
             self._own_lease.release(keep=True)
@@ -196,8 +196,7 @@ class EngineScheduler:
     def step_together(self, lease: Lease) -> np.ndarray | None:
         """Evaluate tokens of `lease` in one pass with those that other threads wait for, see `step`.
 
-        One of the threads evaluates for all. A prompt without a sequence has a pass of its own, because it may take
-        the sequence of another lease.
+        One of the threads evaluates for all.
         """
         request = _StepRequest(lease)
         is_leader = False
@@ -225,6 +224,7 @@ class EngineScheduler:
         with self._served:
             # The threads of the last pass are choosing their tokens now.
             self._served.wait_for(lambda: len(self._requests) >= self._num_together, TOGETHER_SECONDS)
+            # A prompt without a sequence has a pass of its own, because it may take the sequence of another lease.
             has_sequence = request.lease.has_sequence
             together = [one for one in self._requests if one.lease.has_sequence and has_sequence] or [request]
             self._requests = [one for one in self._requests if one not in together]
@@ -277,7 +277,7 @@ class EngineScheduler:
                 assert lease.cache is not None
                 lease.cache.tokens += chunk.tokens
                 self._caches.touch(lease.cache)
-                if chunk.wants_logits:
+                if chunk.wants_logits:  # the engine returns rows for these chunks only, in their order
                     logits[id(lease)] = next(rows)
             return [logits.get(id(lease)) for lease in leases]
 
@@ -482,7 +482,7 @@ class Lease:
         With `keep`, `reacquire` may continue it.
         """
         with self._scheduler._turn:
-            if self.cache is not None and self.cache.holder is self:
+            if self.cache is not None and self.cache.holder is self:  # another answer may hold it by now
                 self.cache.holder = None
             if not keep:
                 self.cache = None

@@ -59,9 +59,9 @@ class CachePool:
     def assign(self, holder: object, tokens: Sequence[int]) -> SequenceCache:
         """Return a cache for `holder` with the longest cached prefix of `tokens`.
 
-        The last token is always evaluated, because its logits are needed. A sequence of another holder is taken only if
-        all are held.
+        A sequence of another holder is taken only if all are held.
         """
+        # the last token is always evaluated, because its logits are needed
         limit = len(tokens) - 1
         common = [self._common_length(cache, tokens, limit) for cache in self._caches]
         # of equal prefixes an idle one, which need not be copied
@@ -224,6 +224,7 @@ class PassTimes:
 
     def to_text(self) -> str:
         """Return the times as JSON, rounded to 0.1 microseconds."""
+        # `parse` refuses 0, to which a fast pass could be rounded
         return json.dumps([max(round(value, 4), 1e-4) for value in self.milliseconds])
 
 
@@ -235,7 +236,7 @@ def plan_pass(pending: Sequence[int], last_used: Sequence[int], max_tokens: int,
 
     Without `times` every decode is in every pass. With them, a pass takes the number of decodes with the best measured
     throughput. A larger pass is not always faster: on AVX-512, q8_0 takes four times as long for two tokens as for
-    one. The decodes that were served longest ago come first, so that all answers take turns.
+    one.
     """
     counts = split_pass(pending, max_tokens)
     if times is None:
@@ -245,6 +246,7 @@ def plan_pass(pending: Sequence[int], last_used: Sequence[int], max_tokens: int,
     if decodes:
         num_prompt_tokens = sum(counts) - len(decodes)
         served = times.num_decodes(len(decodes), num_prompt_tokens)
+        # so that all answers take turns
         longest_waiting_first = sorted(decodes, key=last_used.__getitem__)
         for index in longest_waiting_first[served:]:
             counts[index] = 0
@@ -257,18 +259,18 @@ def plan_pass(pending: Sequence[int], last_used: Sequence[int], max_tokens: int,
 def split_pass(pending: Sequence[int], max_tokens: int) -> list[int]:
     """Return how many pending tokens of each sequence fit into a pass of `max_tokens`.
 
-    All decodes come first. Beside them, prompts share at most PREFILL_BESIDE_DECODES tokens. A quarter of the room is
-    for the prompt that came first, so that a long prompt is not starved by any number of short ones. The rest is for
-    the shortest prompts, which then reach their first token soonest.
+    All decodes come first. Beside them, prompts share at most PREFILL_BESIDE_DECODES tokens: a quarter of the room is
+    for the prompt that came first, the rest for the shortest ones.
     """
     counts = [int(number == 1) for number in pending]
     room = max_tokens - sum(counts)
     if any(counts):  # answers in progress must not wait for a long prefill
         room = min(room, PREFILL_BESIDE_DECODES)
     prompts = [index for index, number in enumerate(pending) if number > 1]
-    if prompts:
+    if prompts:  # any number of short prompts would otherwise starve a long one
         counts[prompts[0]] = min(pending[prompts[0]], room // 4)
         room -= counts[prompts[0]]
+    # the shortest first, which have the first tokens of their answers soonest
     for index in sorted(prompts, key=pending.__getitem__):
         more = min(pending[index] - counts[index], room)
         counts[index] += more

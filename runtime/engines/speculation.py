@@ -77,7 +77,8 @@ class PromptLookup:
     def __init__(self, speculation: Speculation, prompt: Sequence[int]) -> None:
         self._speculation = speculation
         self._tokens = list(prompt)
-        self._places = {tuple(self._tokens[end - MIN_MATCH : end]): end for end in range(MIN_MATCH, len(self._tokens))}
+        ends = range(MIN_MATCH, len(self._tokens))
+        self._places = {tuple(self._tokens[end - MIN_MATCH : end]): end for end in ends}
         """{MIN_MATCH tokens: position after their latest place that a token follows}"""
         self._place = self._find()
         """Position of the proposed token, None without a proposal."""
@@ -137,6 +138,7 @@ class Speculation:
 
     def record_pass(self, num_tokens: int, milliseconds: float) -> None:
         """Record the time of a pass without prompts."""
+        # a pass that other work on the machine disturbed must not count in full
         mean = self._ms.get(num_tokens, milliseconds)
         self._ms[num_tokens] = mean + TIME_RATE * (min(milliseconds, MAX_SLOWDOWN * mean) - mean)
 

@@ -34,12 +34,12 @@ def limited_protocol(max_connections: int, timeout: float) -> type[H11Protocol]:
     """Return uvicorn's protocol with limits.
 
     It closes connections beyond `max_connections` at once, and those without a whole request head after `timeout`
-    seconds. It aborts those whose client reads nothing for as long. uvicorn itself waits forever, and a server without
-    free file descriptors cannot answer anybody.
+    seconds. It aborts those whose client reads nothing for as long.
 
     A client that closes only its own side after a request gets its answer. The end of its data looks the same if it has
     gone, so the server sends `PROBE` until the answer starts.
     """
+    # uvicorn itself waits forever, and a server without free file descriptors cannot answer anybody
 
     class LimitedProtocol(H11Protocol):
         _head_timer: asyncio.TimerHandle | None = None
@@ -88,13 +88,10 @@ def limited_protocol(max_connections: int, timeout: float) -> type[H11Protocol]:
                 self.loop.call_later(seconds, self._probe, min(2 * seconds, LONGEST_PROBE_SECONDS))
 
         def _await_reader(self, unread: float = float("inf")) -> None:
-            """Abort the connection if no byte of the `unread` ones was read, else look again later.
-
-            `close` would wait for the reader.
-            """
+            """Abort the connection if no byte of the `unread` ones was read, else look again later."""
             left = self.transport.get_write_buffer_size()
             if left >= unread:
-                self.transport.abort()
+                self.transport.abort()  # `close` would wait for the reader
             else:
                 self._write_timer = self.loop.call_later(timeout, self._await_reader, left)
 

@@ -49,8 +49,7 @@ class Guard:
     ) -> None:
         """Protect `app`. Without `api_keys` no key is needed. Empty `hosts` mean any host name.
 
-        Host names protect against DNS rebinding: a foreign page whose name is bound to this machine's address could
-        read answers, but its browser sends that name. `count_refusal` is called with the status of every refusal.
+        `count_refusal` is called with the status of every refusal.
         """
         self.app, self.max_body_bytes, self.hosts = app, max_body_bytes, hosts
         self.api_keys = [key.encode() for key in api_keys]
@@ -86,6 +85,8 @@ class Guard:
 
     def _check_head(self, scope: Any, headers: Mapping[bytes, bytes]) -> None:
         """Raise APIError if the head of the request is refused."""
+        # DNS rebinding: a foreign page whose name is bound to this machine's address could read answers, but its
+        # browser sends that name
         if self.hosts and (name := _host(headers)) not in self.hosts:
             raise APIError(403, f"this server is not {name!r}; allow the name with --allow-host, or set an --api-key")
         if scope["method"] == "OPTIONS":
@@ -102,6 +103,7 @@ class Guard:
         try:
             async with asyncio.timeout(self.body_timeout):
                 body, is_whole = bytearray(), False
+                # both: a body may be announced too large, or grow too large without an announcement
                 while max(announced, len(body)) <= self.max_body_bytes and not is_whole:
                     message = await receive()
                     body += message.get("body", b"")

@@ -119,6 +119,7 @@ class CompletionBuilder(abc.ABC):
                     self.clock.record_piece(piece.tokens)
                 yield piece
         finally:
+            # also if the client is gone: closing the source frees the engine, and the tokens so far are counted
             await source.aclose()
             if has_begun:
                 self.clock.record_end(self.usage())
@@ -162,7 +163,7 @@ class CompletionBuilder(abc.ABC):
                     yield self.ping
                 for choice in self._piece_choices(piece):
                     yield self._event(choices=[choice])
-        except APIError as error:
+        except APIError as error:  # the status was sent with the first event, so only the stream can tell
             yield f"data: {json.dumps(error.body)}\n\n"
             return
         if self.request.stream_options is not None and self.request.stream_options.include_usage:

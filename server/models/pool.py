@@ -187,11 +187,12 @@ class ModelPool:
 
         A model with a taken place is not unloaded. Raise APIError 404 for an unknown model, 429 if its queue is full,
         503 if it does not fit beside models that are busy until `deadline`, or if the server stops. A cancelled call
-        keeps no place. A load that has started runs to its end even so, because its memory must be counted.
+        keeps no place.
         """
         if name not in self.artefacts:
             known = ", ".join(repr(known) for known in self.artefacts)
             raise APIError(404, f"model {name!r} does not exist; this server has {known}", code="model_not_found")
+        # a model that is not loaded has no worker yet, whose places would limit the queue
         if self._arriving[name] >= self.waiting + self.options.parallel:
             raise APIError(429, "the server is busy; try again later", "rate_limit_error", "rate_limit_exceeded")
         if name in self._workers and not self._needs_room:  # another model may be loading
@@ -207,6 +208,7 @@ class ModelPool:
                     while name not in self._workers:
                         await self._make_room(name)
                         waiting.reschedule(None)  # the deadline does not end a load that has started
+                        # also for a cancelled call: the memory of a started load must be counted
                         await _run_to_completion(self._load_into_room(name))
                         self._refuse_if_stopping()
                         waiting.reschedule(deadline.at)
@@ -225,6 +227,7 @@ class ModelPool:
         try:
             while not self._fits(name):
                 if not await self._unload_idle():
+                    # nothing is awaited between the look for an idle model and this line, so no wake-up is lost
                     self._idle.clear()
                     await self._idle.wait()
                 self._refuse_if_stopping()
@@ -261,7 +264,7 @@ class ModelPool:
     def abort(self) -> None:
         """End every answer and refuse new ones, because the server stops."""
         self._is_stopping = True
-        self._idle.set()
+        self._idle.set()  # wakes loads that wait for an idle model, which then refuse
         for worker in self._workers.values():
             worker.abort()
 

@@ -44,10 +44,7 @@ T = TypeVar("T")
 
 
 def run_in_thread(compute: Callable[[], T]) -> asyncio.Future[T]:
-    """Return the future of compute(), run in a daemon thread.
-
-    asyncio.to_thread uses an executor, whose threads asyncio and the interpreter join before they end.
-    """
+    """Return the future of compute(), run in a daemon thread."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -69,6 +66,7 @@ def run_in_thread(compute: Callable[[], T]) -> asyncio.Future[T]:
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing waits for the future
             loop.call_soon_threadsafe(settle_in_loop)
 
+    # not by asyncio.to_thread: asyncio and the interpreter join the threads of its executor before they end
     threading.Thread(target=work, daemon=True).start()
     return future
 
@@ -168,8 +166,7 @@ class EngineWorker:
     async def prepare(self, compute: Callable[[], T], deadline: Deadline) -> T:
         """Return compute(), run in a thread, for a request with a place.
 
-        Raise APIError 408 at `deadline`. An error frees the place, but only after the thread has ended, because
-        compiling a grammar takes seconds and cannot be stopped.
+        Raise APIError 408 at `deadline`. An error frees the place after the thread has ended.
         """
         if self._is_aborted:
             self.leave()
@@ -182,6 +179,7 @@ class EngineWorker:
             async with asyncio.timeout_at(deadline.at):
                 return await awaited
         except BaseException as error:
+            # not now: compiling a grammar takes seconds, cannot be stopped, and holds a core until then
             working.add_done_callback(self._leave_after)
             if isinstance(error, TimeoutError):
                 raise deadline.error() from error

@@ -100,7 +100,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def write_contents(checkpoint: Path, known: dict[str, dict[str, Any]]) -> None:
-    """Write size and hash of every file of a checkpoint, so that damage is found before loading.
+    """Write size and hash of every file of a checkpoint, by which `damage` finds a changed one.
 
     `known` are those of files that were hashed as they were written. All others are read.
     """
@@ -133,7 +133,7 @@ def damage(checkpoint: Path) -> str:
 def newest_sound_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """Return (the newest sound checkpoint, newer ones with their damage)."""
     damaged: dict[Path, str] = {}
-    for checkpoint in reversed(checkpoint_folders(folder)):
+    for checkpoint in reversed(checkpoint_folders(folder)):  # every file is read, so it stops at the first sound one
         reason = damage(checkpoint)
         if not reason:
             return checkpoint, damaged

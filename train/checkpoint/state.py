@@ -59,11 +59,13 @@ def save_training_state(
         writer = HashingWriter(temporary / "state")
         with _no_process_group_warning():
             tensors = _weights_and_moments(model, optimizer)
+            # the patient group, as ranks wait for the slowest disk
             options: dict[str, Any] = {"no_dist": parallel.world_size == 1, "process_group": parallel.patient_group}
             dcp.save(tensors, checkpoint_id=temporary / "state", storage_writer=writer, **options)
         own = rank_file(temporary, parallel)
         with HashingFile(own) as file:
             torch.save(state.own, file)
+        # hashed as they were written, so that gigabytes are not read back
         known = parallel.gather(writer.contents() | {f"{own.parent.name}/{own.name}": file.describe()})
         if parallel.is_main:
             with HashingFile(temporary / "tensors.pt") as file:
@@ -73,7 +75,7 @@ def save_training_state(
             values = {"progress": asdict(state.progress), **state.extra}
             (temporary / "trainer.json").write_text(json.dumps(values), encoding="utf-8")
             write_contents(temporary, {name: entry for each in known for name, entry in each.items()})
-    if parallel.is_main:
+    if parallel.is_main:  # only after the new one is in place
         for stale in checkpoint_folders(target.parent)[:-keep]:
             if stale != kept:
                 shutil.rmtree(stale)
@@ -124,7 +126,8 @@ def state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> int:
 
 
 def as_tensors(value: Any) -> Any:
-    """Copy numpy arrays in nested values to tensors. torch would save the whole base of a view."""
+    """Copy numpy arrays in nested values to tensors."""
+    # copied, as torch would save the whole base of a view
     return _map_leaves(value, lambda leaf: torch.tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
 
 

@@ -63,6 +63,7 @@ class Parallel:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         if started_by_torchrun and not dist.is_initialized():
+            # both on a GPU: with --offload, shards and their gradients lie in host memory
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         self.patient_group: Any = None
         """Process group of the host for objects, flags and barriers. Its calls never wait for a GPU."""
@@ -113,7 +114,7 @@ class Parallel:
         """Average tensors over ranks, in place."""
         if self.world_size > 1:
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor)  # a sum: gloo has no average
                 tensor /= self.world_size
 
     def of_all(self, tensor: Tensor) -> Tensor:
@@ -170,14 +171,11 @@ class Parallel:
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
-        """Leave the process group after the block.
-
-        The store of the group carries an error of one rank that users can correct to the others. Otherwise they would
-        report a broken connection.
-        """
+        """Leave the process group after the block."""
         try:
             yield
         except BaseException as error:
+            # by the store of the group, because the connections between the ranks are broken by now
             if self.world_size > 1:
                 self._share_failure(error)
             raise

@@ -85,6 +85,7 @@ def _in_our_tokens(theirs: Tensor, first: Tensor, is_known: Tensor | None, ours:
 
     Positions without a teacher signal (`is_known` [rows]) get the model's own, `ours` [rows, V].
     """
+    # several of the source's tokens may begin with the same one of the model's
     found = torch.zeros_like(ours).scatter_add_(1, first.expand(theirs.shape), theirs)
     return found if is_known is None else torch.where(is_known[:, None], found, ours)
 
@@ -111,10 +112,12 @@ def _losses_of_rows(
         teacher = teacher_log_p.exp()
         if first is not None:
             teacher = _in_our_tokens(teacher, first, is_known, log_p.exp())
+            # a token that begins none of the source's has probability 0, and 0 times its logarithm would be NaN
             teacher_log_p = teacher.clamp(min=torch.finfo(torch.float32).tiny).log()
         divergence = (teacher * teacher_log_p.sub_(log_p)).sum()
     if count is not None:
-        delta = log_p.exp_()  # the probabilities p; becomes d loss / d logits
+        # scale (p - onehot) + distill (p - p_teacher), in the memory of log_p
+        delta = log_p.exp_()
         if teacher is not None:
             delta.mul_(scale + distill).sub_(teacher, alpha=distill)
         elif scale != 1.0:
@@ -241,6 +244,7 @@ class TrainingLoss(nn.Module):
         self.model = model
         self.dtype = dtype
         self.weights = weights
+        # in a tuple: an attribute would make it a submodule, with parameters to train, to wrap and to save
         self._teacher = (teacher,)
         self.source_text: Callable[[Tensor], SourceText] | None = None
         """Function from the model's tokens [B, S] to the teacher's, if their vocabularies differ."""
@@ -250,7 +254,8 @@ class TrainingLoss(nn.Module):
         return self._teacher[0]
 
     def set_teacher(self, model: Any) -> None:
-        """Distil from `model` from now on. A property would make it a submodule with parameters to train."""
+        """Distil from `model` from now on."""
+        # no setter of a property: nn.Module would register the value as a submodule before it
         self._teacher = (model,)
 
     def around(self, model: Any) -> TrainingLoss:
@@ -365,8 +370,7 @@ def perplexity(
     """Return exp(mean cross-entropy) over the predicted tokens of windows [n, S + 1], at least one.
 
     Each window is read from its own start. `check` is called before every batch and may raise. With `parallel`, each
-    rank reads every so many-th batch (a collective call). A rank without a last batch computes and ignores another one,
-    because ranks that share weights need each other.
+    rank reads every so many-th batch (a collective call).
     """
     was_training = loss.training
     loss.eval()
@@ -377,6 +381,7 @@ def perplexity(
     try:
         for place in range(rank, rank + rounds * num_ranks, num_ranks):
             check()
+            # a rank without a last batch computes another one and ignores it: ranks that share weights need each other
             start = starts[min(place, len(starts) - 1)]
             batch = torch.from_numpy(windows[start : start + batch_size]).to(device)
             predicted, cross_entropy = count_predicted(batch), float(loss(batch)[1])
@@ -387,4 +392,4 @@ def perplexity(
     if parallel is not None:
         total, count = parallel.mean(total), parallel.mean(count)
     mean = total / count
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.exp(mean) if mean < 700 else math.inf  # exp of more than 709 overflows

@@ -82,6 +82,7 @@ def _fused(group: dict[str, Any], updated: Sequence[_LocalTensors]) -> None:
     columns = zip(*(each.tensors for each in updated), strict=True)
     parameters, gradients, first, second = (list(column) for column in columns)
     beta1, beta2 = group["betas"]
+    # the kernel itself, as torch's AdamW creates its moments in the type of the parameter
     torch._fused_adamw_(
         *(parameters, gradients, first, second, [], [each.step for each in updated]),
         lr=group["lr"],
@@ -125,11 +126,9 @@ def make_optimizer(
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the norm [] fp32 of all gradients, over all shards (a collective call).
-
-    A bf16 norm would be off by 0.4 %.
-    """
+    """Return the norm [] fp32 of all gradients, over all shards (a collective call)."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # a bf16 norm would be off by 0.4 %
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     if not norms:
         return torch.zeros(())
@@ -138,7 +137,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """Return [] fp32: the factor that clips gradients of `norm` to `max_norm`, at most 1."""
-    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # the constant of torch's clip_grad_norm_
 
 
 def store_gradients_as_computed(model: Any) -> None:

@@ -105,7 +105,8 @@ def write_corpus(
 
 
 def _gzipped(file: IO[bytes]) -> IO[bytes]:
-    """Return a gzip stream into `file`. Its header has no name or time, so equal documents give equal files."""
+    """Return a gzip stream into `file`."""
+    # without name and time in its header, so that equal documents give equal files
     return cast(IO[bytes], gzip.GzipFile("", "wb", GZIP_LEVEL, file, 0))
 
 
@@ -178,7 +179,7 @@ def _interleave(
             continue
         text = text_of(document)
         content = text.encode()
-        digest = hashlib.blake2b(content, digest_size=16).digest()
+        digest = hashlib.blake2b(content, digest_size=16).digest()  # 16 bytes a document, not its text
         if len(text) < config.min_characters:
             source.num_short += 1
         elif digest in digests:

@@ -75,9 +75,10 @@ def text_of(document: Document) -> str:
 def check_documents(spec: DataSpec) -> None:
     """Read the first document of every local file, or check that a hub can be reached for a hub dataset.
 
-    The hub is checked first because its library retries for a long time. Raises UsageError or DataError.
+    Raises UsageError or DataError.
     """
     if _is_hub_dataset(spec.path):
+        # asked before its library, which retries for a long time
         if not hub_answers("dataset", spec.path.partition("@")[0]):
             raise DataError(
                 f"{spec.flag} {spec.path}: no such file or folder, and no hub that may have it can be reached"
@@ -163,7 +164,8 @@ def _is_hub_dataset(name: str) -> bool:
 
 
 def is_held_out(document: Document, fraction: float) -> bool:
-    """Return True if a document belongs to the held-out part. Its hash decides, so all runs agree."""
+    """Return True if a document belongs to the held-out part."""
+    # by its hash: all runs and ranks agree, and a document moves to no other part when the corpus grows
     return split_hash(document) < fraction * 2**64
 
 

@@ -127,15 +127,14 @@ class ShuffledDocuments:
             self.state = CorpusPosition(self.state.epoch + 1)
             self._open()
             return
+        # seeded by the place, not by earlier draws: a resumed run shuffles this block alone
         order = np.random.default_rng([*self.seed, self.state.epoch, self.state.block]).permutation(len(block))
         self._current = [block[i] for i in order]
 
 
 def is_kept_whole(ids: np.ndarray, window: int) -> bool:
-    """Return True for the ids of a chat that fits a window, so that no window cuts it.
-
-    A chat that is cut would teach the rest of its answer without its request. Longer chats cannot be kept whole.
-    """
+    """Return True for the ids of a chat that fits a window, so that no window cuts it."""
+    # a cut chat would teach the rest of its answer without its request; longer chats cannot be kept whole
     return len(ids) <= window and is_chat(ids)
 
 
@@ -179,11 +178,13 @@ class CorpusWindows:
             document = self._next_document()
             room = self.window + 1 - size
             would_be_cut = size and room < len(document)
+            # the next window takes the chat, and the rest of this one is read and not learned
             if would_be_cut and is_kept_whole(document, self.window):
                 self._queue.insert(0, document)
                 document = np.full(room, ~np.int32(self.encoder.separator), np.int32)
             is_first_of_lane = not visit and not size
             if is_first_of_lane and len(document) > self.window:
+                # rolled, not cut: the beginning follows the end, so that every token is still read
                 start = self._random(START, lane).integers(len(document))
                 document = np.roll(document, start)
             parts.append(document)
@@ -285,16 +286,14 @@ class PackedStream:
         """Return the corpus with the fewest windows for its weight. Each stays within one window of its share."""
 
         def progress(corpus: CorpusWindows) -> float:
+            # without the half, a corpus of any weight would give its first window before another its second
             return (corpus.drawn + 0.5) / corpus.documents.spec.weight
 
         return min(self.corpora, key=progress)
 
     def switch_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Continue with the next documents in another tokenizer.
-
-        The rest of documents that were started is dropped. It may start within a word, where the other tokenizer
-        would give no such tokens.
-        """
+        """Continue with the next documents in another tokenizer. The rest of those that were started is dropped."""
+        # the rest may start within a word, where the other tokenizer would give no such tokens
         self.encoder = Encoder(tokenizer)
         for corpus in self.corpora:
             corpus.switch_encoder(self.encoder)

@@ -82,10 +82,8 @@ def read_records(values: Iterable[Any], context: ReadContext, kind: str) -> Iter
 
 
 def without_added_nulls(value: Any, is_inside: bool = False) -> Any:
-    """Return a row of an Arrow table without the null fields of its functions and calls.
-
-    Objects of an Arrow column have the fields of all rows, so a function would get the parameters of all others.
-    """
+    """Return a row of an Arrow table without the null fields of its functions and calls."""
+    # objects of an Arrow column have the fields of all rows, so a function would get the parameters of all others
     if isinstance(value, dict):
         return {
             name: without_added_nulls(each, is_inside or name in ("tools", "tool_calls"))
@@ -158,7 +156,7 @@ def _read_parquet(stream: IO[bytes], context: ReadContext) -> Iterator[Document]
         if names.count(context.field) != 1:
             raise context.missing("no column", names)
         kind = file.schema_arrow.field(context.field).type
-        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # text that is stored once and numbered
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise context.error(f'column "{context.field}" has type {kind}, not text{context.field_hint}')
         for batch in file.iter_batches(columns=[context.field]):

@@ -87,6 +87,7 @@ def sample_chats(
         styles: dict[str, ChatStyle] = {}
         for style, (text, is_whole) in zip(STYLES, turns, strict=True):
             question = (style.opening + text).strip()
+            # a question that was cut has no answer that fits; a cut answer still teaches its tokens
             if is_whole and question and question not in known:
                 styles[question] = style
         known.update(styles)
@@ -102,6 +103,7 @@ def sample_chats(
                 done += len(tokenizer.encode(question + answer, add_special_tokens=False))
                 num_chats += 1
         batch += 1
+        # a model that repeats itself, or ends no turn, would otherwise be sampled without end
         num_empty_batches = 0 if num_chats else num_empty_batches + 1
         if num_empty_batches == MAX_EMPTY_BATCHES:
             raise UsageError(
@@ -154,7 +156,7 @@ class TurnSampler:
             eos_token_id=self.end,
             pad_token_id=self.end,
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng():  # the run's own random numbers stay as without sampling
             torch.manual_seed(hash(tuple(seed)) % 2**63)  # hashes of integers are the same in every process
             rows = continuations(self.model, ids, settings, self.model.device, warmths)
         turns: list[tuple[str, bool]] = []

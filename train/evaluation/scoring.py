@@ -159,11 +159,13 @@ class ScoreCache:
         self, model: EvaluatedModel, requests: Sequence[ScoreRequest], advance: Advance = lambda done, total: None
     ) -> list[Total]:
         """Return the total of each request. The model scores only requests that are not cached."""
-        keys = [hashlib.sha256(repr((r.tokens, r.first)).encode()).hexdigest()[:32] for r in requests]
+        questions = [repr((request.tokens, request.first)) for request in requests]
+        keys = [hashlib.sha256(question.encode()).hexdigest()[:32] for question in questions]
         missing = [index for index, key in enumerate(keys) if key not in self._totals]
         done = len(keys) - len(missing)
         for index, score in model.score([requests[index] for index in missing]):
-            self._put(keys[missing[index]], (float(score.log_probs.sum()), bool(score.is_greedy.all())))
+            total = float(score.log_probs.sum()), bool(score.is_greedy.all())
+            self._put(keys[missing[index]], total)
             done += 1
             advance(done, len(keys))
         return [self._totals[key] for key in keys]

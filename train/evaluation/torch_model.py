@@ -111,11 +111,9 @@ class TorchModel:
 
     @torch.inference_mode()
     def _logits(self, batch: list[tuple[int, ...]], first: int) -> torch.Tensor:
-        """Return the logits of position `first` and later ones, [B, S - first, V].
-
-        Shorter rows are padded on the right, where a causal model cannot attend to the padding.
-        """
+        """Return the logits of position `first` and later ones, [B, S - first, V]."""
         width = len(batch[0])
+        # on the right, where a causal model cannot attend to the padding
         padded = [[*row, *[self.separator] * (width - len(row))] for row in batch]
         inputs = torch.tensor(padded, device=self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):

@@ -115,11 +115,11 @@ def rope_parameters(config: Mapping[str, Any], kind: str = FULL) -> dict[str, An
 def context_length(config: Mapping[str, Any], architecture: Architecture) -> int:
     """Return the number of tokens over which all runtimes agree.
 
-    It ends at the window of a family with a window in every layer (Mistral), because some runtimes ignore it. Raises
-    ModelError if it is one token, after which no runtime has room for the next.
+    Raises ModelError if it is one token, after which no runtime has room for the next.
     """
     length, setting = whole_number(config, "max_position_embeddings", least=1), "max_position_embeddings"
     if not architecture.parts.has_window_layers:
+        # some runtimes ignore the window of a family that has it in every layer (Mistral)
         window = whole_number(config, "sliding_window", sys.maxsize) or sys.maxsize
         length, setting = min((length, setting), (window, "sliding_window"))
     if length == 1:

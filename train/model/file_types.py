@@ -84,11 +84,9 @@ def bits_of(kind: str) -> float:
 
 
 def row_multiple(file_type: str) -> int:
-    """Return the multiple that the exporter pads widths to.
-
-    K-quants need 256 and fall back to blocks of 32, which is smaller than padding 576 to 768.
-    """
+    """Return the multiple that the exporter pads widths to."""
     block = TENSOR_BLOCKS[BODY[file_type]][0] if file_type in BODY else 32
+    # K-quants need 256 and fall back to blocks of 32, which is smaller than padding 576 to 768
     return 32 if block > 64 else block
 
 
@@ -112,8 +110,7 @@ ggml-cpu/amx/mmq.cpp, llama-cpp-python 0.3.36). Longer rows are right, and so ar
 def padded_architecture(architecture: Architecture, multiple: int) -> Architecture:
     """Return the shape that the GGUF exporter pads `architecture` to.
 
-    Hidden and FFN widths become multiples of `multiple`. Rows of one block of 32 become rows of LEAST_ROW in files of
-    every type, since llama.cpp may quantise an f16 file later.
+    Hidden and FFN widths become multiples of `multiple`. Rows of one block of 32 become rows of LEAST_ROW.
     """
     layers = tuple(_padded_layer(architecture, layer, multiple) for layer in architecture.layers)
     return replace(architecture, hidden_size=_padded_row(architecture.hidden_size, multiple), layers=layers)
@@ -121,17 +118,16 @@ def padded_architecture(architecture: Architecture, multiple: int) -> Architectu
 
 def _padded_row(width: int, multiple: int) -> int:
     rounded = round_up(width, multiple)
+    # in files of every type, since llama.cpp may quantise an f16 file later
     return LEAST_ROW if rounded == BLOCK else rounded
 
 
 def _padded_layer(architecture: Architecture, layer: LayerShape, multiple: int) -> LayerShape:
-    """Return the layer with its FFN width padded, and with twice the heads where they fill one block.
-
-    Key/value heads stay where the family lets query heads share them.
-    """
+    """Return the layer with its FFN width padded, and with twice the heads where they fill one block."""
     heads, groups = layer.num_attention_heads, layer.num_key_value_heads
     if heads * architecture.head_dim == BLOCK:
         heads *= 2
+        # elsewhere the added query heads share the key/value heads that there are
         if not architecture.parts.has_groups:
             groups *= 2
     return LayerShape(heads, groups, _padded_row(layer.intermediate_size, multiple))
@@ -215,7 +211,8 @@ def gguf_bytes(
     total = vocabulary
     for name, kind in file_types(architecture, quantize, output_type, embedding_type).items():
         weights, size = TENSOR_BLOCKS[kind]
-        total += round_up(math.prod(tensor_shape(padded, name)) // weights * size, TENSOR_ALIGNMENT)
+        num_bytes = math.prod(tensor_shape(padded, name)) // weights * size
+        total += round_up(num_bytes, TENSOR_ALIGNMENT)
     return total
 
 

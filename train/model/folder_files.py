@@ -235,11 +235,8 @@ def with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_config(config: Mapping[str, Any], folder: Path) -> None:
-    """Write FOLDER/config.json for every reader.
-
-    A folder with its own modeling file gets only the new names. There, AutoTokenizer without remote code fails on the
-    old name of a scaled rope (transformers 5.24).
-    """
+    """Write FOLDER/config.json for every reader. A folder with its own modeling file gets only the new names."""
+    # there, AutoTokenizer without remote code fails on the old name of a scaled rope (transformers 5.24)
     text = json.dumps(dict(config) if "auto_map" in config else with_old_names(config), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 

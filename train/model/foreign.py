@@ -75,6 +75,7 @@ def read_foreign(folder: Path, called: str, given_head_dim: int | None = None) -
     family = _family(config)
     head_dim, source = _head_dim(config, tensors, FAMILIES[family], given_head_dim)
     tensors = _present(unfused(tensors, head_dim), stated)
+    # a tool may leave the mean output of what it removed as a bias, which the family's own layers lack
     foreign_biases = [name for name in tensors if _is_foreign_bias(name, family)]
     if foreign_biases:
         if family not in MAY_GAIN_BIASES:
@@ -146,11 +147,7 @@ def _matrix(tensors: Mapping[str, Stored], name: str) -> tuple[int, int]:
 
 
 def _head_dim(config: Mapping[str, Any], tensors: Tensors, parts: Family, given: int | None) -> tuple[int, str]:
-    """Return (channels of a head, their source).
-
-    A config without head_dim means hidden_size / heads. Some tools change these two numbers and others do not, so that
-    a model with equal layers may have a second reading.
-    """
+    """Return (channels of a head, their source)."""
     queries = {_matrix(tensors, name)[1] for name in tensors if name.endswith("o_proj.weight")}
     rows = queries | {_matrix(tensors, name)[0] for name in tensors if name.endswith("k_proj.weight")}
     norms = _lengths(tensors, "q_norm.weight") if parts.qk_norm == "head" else []
@@ -168,6 +165,8 @@ def _head_dim(config: Mapping[str, Any], tensors: Tensors, parts: Family, given:
                 raise ModelError(f"head_dim {size} ({source}) does not divide the {sorted(rows)} rows of q and k")
             return size, source
     heads = whole_number(config, "num_attention_heads", least=1)
+    # A config without head_dim means hidden_size / heads. Some tools change these two numbers and others do not, so
+    # that a model with equal layers may have a second reading.
     readings = {whole_number(config, "hidden_size") // heads}
     readings |= {row // heads for row in queries if len(queries) == 1 and row % heads == 0}
     fitting = sorted(size for size in readings if size and not any(row % size for row in rows))
@@ -209,6 +208,7 @@ def _with_biases(tensors: Tensors, head_dim: int) -> Tensors:
             continue
         if f"{stem}.{output}.weight" in tensors:
             continue
+        # such a bias needs a block to belong to, and zeros before it add nothing
         if tensors[name].read().any():
             width = head_dim if block == "self_attn" else 1
             found |= {f"{stem}.{each}.weight": zeros(width, hidden) for each in BLOCKS[block][:-1]}
@@ -227,6 +227,7 @@ def _layers(tensors: Tensors, head_dim: int, called: str) -> tuple[LayerShape, .
     if not numbers or EMBEDDING not in tensors:
         lacking = f"layers (model.layers.N) in {len(tensors)} tensors" if not numbers else EMBEDDING
         raise ModelError(f"{called}: the weights have no {lacking}; give the whole model")
+    # damaged names could otherwise ask for a list of millions of empty layers
     if max(numbers) > 4 * len(numbers) + 64:
         raise ModelError(f"{called}: layer {max(numbers)} of {len(numbers)} layers; the names of tensors are damaged")
 

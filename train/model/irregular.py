@@ -125,7 +125,7 @@ def to_irregular(model: torch.nn.Module) -> torch.nn.Module:
     config: Any = model.config
     if config.model_type.startswith("efficientllm_"):
         return model
-    with torch.device("meta"):
+    with torch.device("meta"):  # without memory, as every tensor is assigned from `model`
         architecture = architecture_of(config)
         irregular = build(config, architecture)
     state = from_stock(model.state_dict(), architecture)
@@ -133,6 +133,7 @@ def to_irregular(model: torch.nn.Module) -> torch.nn.Module:
         state[HEAD] = state[EMBEDDING]
     irregular.load_state_dict(state, assign=True, strict=True)
     share_buffers(irregular, model)
+    # `assign` makes two parameters of a tied matrix
     irregular.tie_weights()  # type: ignore[operator]
     irregular.generation_config = copy.deepcopy(model.generation_config)  # type: ignore[union-attr]
     return irregular
@@ -235,6 +236,7 @@ def save_checkpoint(
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     require_room(folder / "model.safetensors", num_bytes)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    # with the defaults, which the exporters and other readers of config.json do not know
     values = json.loads(config.to_json_string(use_diff=False))
     values.pop("_name_or_path", None)  # a path of the machine that trained the model
     write_config(values, folder)

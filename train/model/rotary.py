@@ -36,6 +36,7 @@ def _frequencies(rope: dict[str, Any], head_dim: int) -> np.ndarray:
 
 def rope_tables(rope: dict[str, Any], head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (cos, sin), fp32 [length, head_dim / 2]."""
+    # angles in fp64: an fp32 angle of thousands of radians has lost the digits that its cosine depends on
     factors = frequency_factors(rope, head_dim)
     frequencies = _frequencies(rope, head_dim) / (1.0 if factors is None else factors)
     angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
@@ -87,11 +88,9 @@ def rotary_places(head_dim: int, rotary_dim: int, width: int) -> HeadPlaces:
 
 
 def permute_rope(array: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder rows of q or k, [heads * D, ...], from half-split to interleaved rotary order.
-
-    Hugging Face rotates channel i with i + D/2. Meta's code and llama.cpp's NORM rope rotate 2i with 2i + 1. Scores
-    stay the same if q and k are permuted alike. v and o are not rotated and keep their order.
-    """
+    """Reorder rows of q or k, [heads * D, ...], from half-split to interleaved rotary order."""
+    # Hugging Face rotates channel i with i + D/2. Meta's code and llama.cpp's NORM rope rotate 2i with 2i + 1. Scores
+    # stay the same if q and k are permuted alike. v and o are not rotated and keep their order.
     halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])  # [heads, half, D / 2, ...]
     return halves.swapaxes(1, 2).reshape(array.shape)
 

@@ -96,13 +96,11 @@ def shape_of_folder(source: str) -> Architecture | None:
 
 
 def stored_dtype(source: str) -> torch.dtype:
-    """Return the stored dtype of a source that `load_source` has loaded.
-
-    A quantised GGUF file has no such type and counts as bf16, the type in which models are published. It rounds a
-    weight by at most 1/512 of itself. A block of 4 or 5 bits rounds it by 1/32 of the largest weight of the block.
-    """
+    """Return the stored dtype of a source that `load_source` has loaded. A quantised GGUF file counts as bf16."""
     path = source_path(source)
     if path.suffix == ".gguf":
+        # bf16 is the type in which models are published. It rounds a weight by at most 1/512 of itself, and a block of
+        # 4 or 5 bits by 1/32 of the largest weight of the block.
         field = _read_gguf(path).fields.get("general.file_type")
         return GGUF_FILE_TYPES.get(int(field.contents()), torch.bfloat16) if field is not None else torch.bfloat16
     if path.is_dir():

@@ -125,6 +125,7 @@ def stem_norms(architecture: Architecture) -> list[str]:
 
 def input_axis(matrix: str) -> str:
     """Return the input axis of a layer's matrix, such as "mlp.down_proj"."""
+    # any family with a gate will do: a matrix has the same axes in all families
     return layer_tensors("llama")[f"{matrix}.weight"][1]
 
 

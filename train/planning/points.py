@@ -105,10 +105,7 @@ class Recipe:
     learning_rate: float = 1e-4
 
     def train_config(self, point: Point, output: str, seed: int = 0) -> TrainConfig:
-        """Return the training settings of a point: distillation from the unquantised source.
-
-        Pruned points add a little cross-entropy, because saliency needs its gradient.
-        """
+        """Return the training settings of a point: distillation from the unquantised source."""
         return TrainConfig(
             source=SourceConfig(
                 source=self.source, data=self.data, sequence_length=self.sequence_length, eval_tokens=8192
@@ -120,7 +117,7 @@ class Recipe:
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 distill=1.0,
-                cross_entropy=0.1 if point.target_bytes else 0.0,
+                cross_entropy=0.1 if point.target_bytes else 0.0,  # saliency needs its gradient
             ),
             run=RunConfig(output=output, quality=False, checkpoint_every=0, seed=seed),
         )

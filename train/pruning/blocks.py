@@ -57,10 +57,11 @@ EXACT_LOGITS = 8
 
 @contextlib.contextmanager
 def evaluating(loss: TrainingLoss) -> Iterator[None]:
-    """Evaluate the model of `loss` in this block, without compiling it for shapes that training does not have."""
+    """Evaluate the model of `loss` in this block."""
     was_training = loss.training
     loss.eval()
     try:
+        # --compile would otherwise compile it for shapes that training does not have
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
@@ -117,6 +118,7 @@ class BlockProbe:
         streams: list[Tensor] = []
         with contextlib.ExitStack() as hooks:
             for layer in self._loss.model.model.layers:
+                # transformers passes the stream as the first argument
                 hook = layer.register_forward_pre_hook(lambda module, arguments: streams.append(arguments[0]))
                 hooks.enter_context(hook)
             return streams, self._loss(batch, read=WholeModel.of)
@@ -258,6 +260,7 @@ class BlockScores:
     @property
     def next_renewal(self) -> float:
         """Return the value of the budget's measure at which all blocks are measured again."""
+        # infinity: prices are measured before the first removal, whatever the size is
         return math.inf if self._renewed_at is None else self._renewed_at - self._interval
 
     def renew(self, probe: BlockProbe, architecture: Architecture, scores: Scores, size: float) -> None:
@@ -348,6 +351,7 @@ class BlockScores:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from the values of `state`."""
+        # checkpoints load to the device of training, and a ranking works on the CPU
         self._losses = {name: vector.cpu() for name, vector in state["losses"].items()}
         self._factors = {half: vector.cpu() for half, vector in state["factors"].items()}
         self._renewed_at = state["renewed_at"]

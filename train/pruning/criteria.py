@@ -76,7 +76,9 @@ LEAST_FLOAT32 = 2.0**-126
 
 def _flap(moments: Moments, weight: Tensor) -> Tensor:
     variance = moments.squares / moments.count - (moments.total / moments.count).square()
+    # the difference of two nearly equal numbers may round below 0
     scores = variance.clamp(min=0) * weight.square().sum(0)
+    # the mean is 0 if the inputs of a matrix never change
     return scores / scores.mean().clamp(min=LEAST_FLOAT32)
 
 

@@ -204,6 +204,7 @@ class Pruner:
 
 def kept_to_json(kept: Kept, before: Architecture) -> dict[str, list[list[int]]]:
     """Return positions in a model of shape `before` as JSON. A complete vocabulary is omitted."""
+    # tens of thousands of numbers in every checkpoint, which checkpoints before --prune vocabulary lack as well
     is_whole = len(kept["vocabulary"][0]) == before.vocab_size
     return {
         kind: [layer.tolist() for layer in layers]

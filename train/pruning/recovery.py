@@ -82,6 +82,7 @@ class LeastSquares:
             fitted = {matrix: _whole(matrix, stream.device) for matrix in matrices if matrix is not None}
             with gathered(layer, former_layer):
                 for part, matrix in zip(PARTS, matrices, strict=True):
+                    # also where the block was removed: the next matrices then make up for it
                     former_stream += self._forward(part, self.former, former_layer, former_stream, check)
                     if matrix is None:  # the block was removed
                         continue
@@ -144,13 +145,12 @@ class LeastSquares:
         matrix.weight += change.T
 
     def _sums_of_products(self, x: Tensor, error: Tensor, weights: Tensor, parallel: Parallel) -> tuple[Tensor, Tensor]:
-        """Return (X^T D X [C, C], X^T D E [C, H]) in fp64 for the diagonal D of `weights` [n].
-
-        The matrices are often close to singular. The root of D on both sides keeps the first one symmetric and its
-        eigenvalues positive although X is rounded to bf16. One product gives both.
-        """
+        """Return (X^T D X [C, C], X^T D E [C, H]) in fp64 for the diagonal D of `weights` [n]."""
+        # The matrices are often close to singular. The root of D on both sides keeps the first one symmetric and its
+        # eigenvalues positive although X is rounded to bf16.
         roots = weights.sqrt()[:, None]
         num_inputs = x.shape[1]
+        # side by side, so that one product gives both
         both = torch.cat([x * roots, error * roots], dim=1).to(self.dtype)
         sums = torch.zeros(num_inputs, both.shape[1], device=x.device)
         for rows in both.split(ROWS_PER_PRODUCT):
@@ -243,6 +243,7 @@ class InputGrams:
         @torch.no_grad()
         def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].detach().flatten(0, -2)
+            # measurements run the same modules in eval mode and do not count
             if not module.training or (self.max_width and x.shape[1] > self.max_width):
                 return
             if self.rows:

@@ -108,6 +108,7 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
         for layer, count in enumerate(counts(name, architecture)):
             step = kind.step(architecture, layer, rules.width_multiple)
             least = step
+            # rows are removed by whole steps, so a few more than the fixed ones may stay
             if name == "vocabulary":
                 least = round_up(max(step, rules.fixed_rows), step)
             architecture = kind.shrink(architecture, layer, max(0, count - least))
@@ -177,6 +178,8 @@ def check_floor(architecture: Architecture, floor: Architecture) -> None:
     for index, (old, new) in enumerate(zip(architecture.layers, floor.layers, strict=True)):
         grows = (
             new.num_key_value_heads > old.num_key_value_heads
+            # not the number of heads: a removed group takes all of its heads along, so fewer heads may still be more a
+            # group
             or new.queries_per_group > old.queries_per_group
             or new.intermediate_size > old.intermediate_size
         )
@@ -212,6 +215,7 @@ class Ranking:
     def rank_by_measure(self) -> None:
         """Rank by the budget's measure from now on."""
         self.rules = replace(self.rules, price=None)
+        # all prices and the size so far are in the other measure
         self._cache.clear()
         self._size = None
 
@@ -259,6 +263,7 @@ class Ranking:
         price = self.rules.ranking_measure
         if self._size is None:
             self._size = price.of(self.architecture)
+        # a measure with padded widths may give the same size: the unit would cost loss and free nothing
         freed = self._size - price.of(smaller)
         return Unit(name, parts, freed, loss / freed) if freed > 0 else None
 
@@ -317,6 +322,7 @@ class Ranking:
     def _lowest_query_heads(self, layer: int, num_groups: int, per_group: int) -> Tensor:
         """Return the `per_group` lowest surviving query heads of every key/value group, so that groups stay equal."""
         kept = self.kept["query_head"][layer]
+        # the surviving heads lie group by group, and every group has as many, so a view splits them
         scores = self._scores["query_head"][layer][kept].view(num_groups, -1)  # [G, R]
         lowest = scores.argsort(dim=1, stable=True)[:, :per_group]
         first_of_group = torch.arange(num_groups)[:, None] * scores.shape[1]
@@ -333,11 +339,9 @@ class Ranking:
         self._cache = {key: found for key, found in self._cache.items() if not self._is_stale(*key, unit)}
 
     def _is_stale(self, name: str, layer: int | None, taken: Unit) -> bool:
-        """Tell whether the candidate of a kind in a layer may differ after the removal of `taken`.
-
-        Pricing every candidate again for every unit would dominate the selection, so only those are priced whose
-        groups or price changed. The measure is a sum over layers at a given hidden size, plus rows times hidden size.
-        """
+        """Tell whether the candidate of a kind in a layer may differ after the removal of `taken`."""
+        # Pricing every candidate again for every unit would dominate the selection, so only those are priced whose
+        # groups or price changed. The measure is a sum over layers at a given hidden size, plus rows times hidden size.
         if taken.kind == "vocabulary":  # rows are a factor in the price of stem channels, but of no layer's groups
             return layer is None
         if taken.parts[0][0] is None or self.rules.uniform:  # the hidden size or every layer changed
@@ -375,7 +379,8 @@ class Ranking:
 
 
 def _without_values(values: Tensor, removed: Tensor) -> Tensor:
-    """Return sorted values without the removed ones. numpy avoids torch's thread overhead here."""
+    """Return sorted values without the removed ones."""
+    # by numpy: torch's overhead for threads is larger than the work
     indices = np.searchsorted(values.numpy(), removed.numpy())
     return torch.from_numpy(np.delete(values.numpy(), indices))
 

@@ -75,10 +75,8 @@ def _shrunk_parameter(name: str, tensor: Tensor, removal: Removal) -> Tensor:
 
 
 def _shrunk_state(name: str, state: dict[str, Any], removal: Removal) -> dict[str, Any]:
-    """Return Adam moments of the surviving weights.
-
-    If a weight grew by c, its gradient shrinks by c and the square by c^2.
-    """
+    """Return Adam moments of the surviving weights."""
+    # if a weight grew by c, its gradient shrinks by c and the square by c^2
     factor = width_factor(name, removal.before, removal.after)
     new = {}
     for key, value in state.items():
@@ -120,10 +118,8 @@ def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer
 def _shrink_in_place(
     model: Any, name: str, removal: Removal, optimizer: torch.optim.Optimizer | None, slots: Slots
 ) -> None:
-    """Replace a parameter and its optimizer state by their surviving parts.
-
-    The old tensor is freed on return, so the peak of memory is the model and one tensor.
-    """
+    """Replace a parameter and its optimizer state by their surviving parts."""
+    # one at a time: the old tensor is freed on return, so the peak of memory is the model and one tensor
     old = model.get_parameter(name)
     whole = old.detach()
     value = _shrunk_parameter(name, whole, removal)
@@ -220,6 +216,7 @@ def update_config(config: Any, removal: Removal) -> None:
 def set_survivors(model: Any, stem: Tensor | None) -> None:
     """Tell norms with a mean over the stem which channels are not zeroed (None: all)."""
     architecture = architecture_of(model.config)
+    # RMS norms need no such set: a zero adds nothing to a sum of squares
     if architecture.parts.norm.takes_mean:
         for name in stem_norms(architecture):
             model.get_submodule(name).survivors = None if stem is None else stem.to(model.device)

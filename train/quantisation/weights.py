@@ -70,7 +70,7 @@ class InputSquares:
     def _observe(self, name: str, module: nn.Module, values: Tensor) -> None:
         if module.training:
             rows = values.detach().flatten(0, -2)
-            squares = rows.square().sum(0, dtype=torch.float32)
+            squares = rows.square().sum(0, dtype=torch.float32)  # a bf16 sum of many squares would stop growing
             self._sums[name] = squares if name not in self._sums else self._sums[name] + squares
             self._counts[name] = self._counts.get(name, 0) + len(rows)
 
@@ -81,7 +81,7 @@ class InputSquares:
             return
         self._mean_over_ranks(new.values())
         for name, mean in new.items():
-            if not bool(mean.isfinite().all()):
+            if not bool(mean.isfinite().all()):  # such a step is skipped, and must not spoil the average
                 continue
             before = self._means.get(name)
             if before is not None and before.shape == mean.shape:  # it was not pruned since

@@ -46,10 +46,11 @@ class ByteTokenizer:
         self.added_texts = {index: text for text, index in self.added.items()}
         self.by_bytes: dict[bytes, int] = {}
         for index, value in self.bytes.items():
-            self.by_bytes.setdefault(value, index)
+            self.by_bytes.setdefault(value, index)  # SentencePiece has "A" as a byte and as a token
 
     def length(self, index: int) -> int:
-        """Return the bytes of a token. A control token counts 1, so that positions before and after it differ."""
+        """Return the bytes of a token, 1 for a control token."""
+        # not 0: the positions before and after a control token must differ
         return len(self.bytes[index]) if index in self.bytes else 1
 
     def encode(self, value: bytes) -> list[int] | None:
