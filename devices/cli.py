@@ -17,7 +17,6 @@ from ..runtime.latency.profile import DeviceProfile
 from . import run_table
 from .bench import benchmark, journal_path, log_progress
 from .device import DeviceOptions, open_device
-from .prediction import prediction_rows
 from .profiler import ProfileOptions, profile, summary
 from .results import BenchOptions
 
@@ -69,7 +68,7 @@ def body(argv: Sequence[str]) -> int:
         else:
             run_table.print_table(run)
         if prediction is not None:
-            run_table.print_rows(prediction_rows(run, prediction), left=(0, 1))
+            run_table.print_rows(run_table.prediction_rows(run, prediction), left=(0, 1))
     if profile_path:
         with contextlib.closing(open_device(device_options, log_progress)) as device:
             print(summary(profile(device, options, profile_options, profile_path, log_progress)))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from ..runtime.base.errors import UsageError
 from ..runtime.base.quantities import Figure, format_bytes, format_count, markdown_table
-from .results import DeviceInfo, Result, Run
+from ..runtime.latency.profile import DeviceProfile
+from ..runtime.latency.shape import DecoderShape
+from .results import DeviceInfo, Result, Run, mean_context
 
 
 def device_line(device: DeviceInfo, threads: int) -> str:
@@ -153,3 +157,41 @@ def print_table(run: Run) -> None:
 def markdown(run: Run) -> str:
     """Return the table and the notes as Markdown."""
     return f"{markdown_table(rows(run))}\n\n" + "\n".join(f"- {line}" for line in notes(run)) + "\n"
+
+
+def prediction_rows(run: Run, profile: DeviceProfile) -> list[list[str]]:
+    """Return the header and one row per test of each artefact, in milliseconds per token by the profile's clock.
+
+    Raises UsageError if the profile has another engine, weight type, number of threads or engine settings.
+    """
+    clock = profile.measured_on.clock
+    table = [["artefact", "test", f"predicted ms ({clock})", "measured ms", "measured / predicted"]]
+    for name, result in run.labelled:
+        _check_profile(profile, result, name)
+        shape = DecoderShape.from_dict(result.manifest["architecture"])
+        for test in result.speeds:
+            measured = result.quiet_ms(test, clock)
+            predicted = _predicted_ms(profile, shape, test)
+            table.append([name, test, f"{predicted:.3f}", f"{measured:.3f}", f"{measured / predicted:.3f}"])
+    return table
+
+
+def _check_profile(profile: DeviceProfile, result: Result, name: str) -> None:
+    if not result.manifest.get("architecture"):
+        raise UsageError(f"--predict: {name} has no manifest with its widths; give a folder of efficientllm-export")
+    profile.check(engine=result.engine, quantization=result.quantization, threads=result.threads or None)
+    measured_with = profile.measured_on.engine_settings
+    if measured_with and result.engine_settings and measured_with != result.engine_settings:
+        raise UsageError(
+            f"--predict: the profile was measured with {measured_with}, {name} ran with {result.engine_settings}; "
+            "give the same --kv-cache"
+        )
+
+
+def _predicted_ms(profile: DeviceProfile, shape: DecoderShape, test: str) -> float:
+    """Return the predicted milliseconds per token, for a decode at its mean context."""
+    context = mean_context(test)
+    if context is not None:
+        return profile.decode_ms(shape, math.ceil(context))
+    tokens = int(test.removeprefix("pp"))
+    return profile.prefill_ms(shape, tokens) / tokens

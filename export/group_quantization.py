@@ -107,7 +107,8 @@ def quantize_groups(
 
 
 def _round(values: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
-    return np.clip(np.rint(values / scales), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    half = 2 ** (bits - 1)
+    return np.clip(np.rint(values / scales), -half, half - 1)
 
 
 BLOCK = 32

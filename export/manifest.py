@@ -117,5 +117,8 @@ RANGES = {"temperature": (0.0, 2.0), "top_p": (0.01, 1.0), "repetition_penalty":
 def generation_defaults(checkpoint: Checkpoint) -> dict[str, float]:
     """Return {temperature, top_p, repetition_penalty} with our defaults for missing or invalid values."""
     given = checkpoint.sampling
-    chosen = {name: float(given[name]) for name, (low, high) in RANGES.items() if low <= given.get(name, -1) <= high}
+    chosen = {}
+    for name, (low, high) in RANGES.items():
+        if low <= given.get(name, -1) <= high:
+            chosen[name] = float(given[name])
     return CHAT_DEFAULTS | chosen

@@ -181,7 +181,7 @@ def in_plain_roles(
                 content = f"{content}\n{format.write(calls)}".strip()
             plain.append({"role": message["role"], "content": content})
     if tools and not format.is_learned:
-        listed = "\n".join(_json(tool["function"]) for tool in tools)
+        listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
         instructions = INSTRUCTIONS.format(tools=listed)
         if plain[0]["role"] == "system":
             plain[0] = {**plain[0], "content": f"{plain[0]['content']}\n\n{instructions}"}
@@ -235,7 +235,3 @@ def _no_system_message(messages: Sequence[Message]) -> list[Message]:
         return arranged
     system, question, *others = arranged
     return [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *others]
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

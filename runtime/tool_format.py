@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -50,13 +50,14 @@ class ToolFormat:
         The text of an answer has no control tokens. Return None if no text remains that marks a call.
         """
         tokens = engine.tokenize(self.begin, special=True)
-        num_control = len(tokens) - len(_without_control(engine, tokens))
+        num_control = sum(not engine.token_bytes(token) for token in tokens)
         begin = _text(engine, tokens)
         is_readable = begin.strip() and self.begin.endswith(begin) and _is_plain(engine, self.middle)
         if not is_readable or any(engine.token_bytes(token) for token in tokens[:num_control]):
             return None
         between = self.between if _is_plain(engine, self.between) else ""
-        end = _text(engine, _until_control(engine, engine.tokenize(self.end, special=True)))
+        end_tokens = engine.tokenize(self.end, special=True)
+        end = _text(engine, itertools.takewhile(engine.token_bytes, end_tokens))  # up to a control token
         return tuple(tokens[:num_control]), replace(self, begin=begin, between=between, end=end)
 
     def grammar(
@@ -177,16 +178,8 @@ def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
     return {**(function.get("parameters") or nothing), "type": "object"}
 
 
-def _text(engine: EngineScheduler, tokens: Sequence[int]) -> str:
+def _text(engine: EngineScheduler, tokens: Iterable[int]) -> str:
     return b"".join(map(engine.token_bytes, tokens)).decode("utf-8", "replace")
-
-
-def _without_control(engine: EngineScheduler, tokens: Sequence[int]) -> list[int]:
-    return [token for token in tokens if engine.token_bytes(token)]
-
-
-def _until_control(engine: EngineScheduler, tokens: Sequence[int]) -> list[int]:
-    return list(itertools.takewhile(engine.token_bytes, tokens))
 
 
 def _is_plain(engine: EngineScheduler, text: str) -> bool:

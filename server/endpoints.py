@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from functools import partial
+from importlib import resources
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -24,7 +25,6 @@ from .body import BodyRoute
 from .models.metrics import AnswerClock, Metrics
 from .models.pool import ModelPool
 from .options import AppOptions
-from .page.chat_page import page_file
 from .schemas.api_error import APIError
 from .schemas.completions import (
     ChatRequest,
@@ -70,6 +70,23 @@ ERROR_DESCRIPTIONS = {
 ERRORS: Responses = {
     status: {"description": description, "model": ErrorAnswer} for status, description in ERROR_DESCRIPTIONS.items()
 }
+
+
+PAGE_FILES = {
+    "index.html": "text/html",
+    "style.css": "text/css",
+    "api.js": "text/javascript",
+    "markdown.js": "text/javascript",
+    "chats.js": "text/javascript",
+    "page.js": "text/javascript",
+}
+"""Files of the chat page and their types."""
+
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Content-Security-Policy of the chat page, which loads nothing from other servers."""
 
 
 class Endpoints:
@@ -235,6 +252,19 @@ class Endpoints:
             for task in (answer, disconnect):
                 task.cancel()
             await asyncio.wait({answer, disconnect})
+
+
+def page_file(name: str) -> Response:
+    """Return a file of the chat page. APIError 404 for any other name."""
+    if name not in PAGE_FILES:
+        raise APIError(404, f"the page has no file {name!r}")
+    content = resources.files("efficientllm.server.page").joinpath("assets", name).read_bytes()
+    headers = {
+        "Content-Security-Policy": PAGE_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",  # a page of the last release would call the API of this one
+    }
+    return Response(content, media_type=f"{PAGE_FILES[name]}; charset=utf-8", headers=headers)
 
 
 async def _wait_for_disconnect(http: Request) -> None:

@@ -18,8 +18,7 @@ from efficientllm.train.checkpoint.state import as_arrays, as_tensors
 from efficientllm.train.data import packing
 from efficientllm.train.data.chat import tokenize
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts, text_of
-from efficientllm.train.data.packing import LANES, PackedStream, held_out_windows
-from efficientllm.train.data.prefetch import PrefetchedStream
+from efficientllm.train.data.packing import LANES, PackedStream, PrefetchedStream, held_out_windows
 from efficientllm.train.data.tokens import open_tokens, write_tokens
 
 TEXTS = [f"text number {index}, with a few words" for index in range(30)]

@@ -19,7 +19,6 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.latency.shape import Workload
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.planning import fit
-from efficientllm.train.planning.serving_memory import serving_memory
 from efficientllm.train.sizes import members_of
 from efficientllm.train.slices import model_of_size
 from efficientllm.train.trainer import Trainer
@@ -240,7 +239,7 @@ def test_memory_is_the_measured_one_or_an_estimate(
 
 def test_a_longer_workload_needs_more_memory(family: Path) -> None:
     shape = Architecture.from_folder(family / "model")
-    short, long = (serving_memory(shape, 1e6, Workload.at_depth(depth), []) for depth in (99, 1099))
+    short, long = (fit.serving_memory(shape, 1e6, Workload.at_depth(depth), []) for depth in (99, 1099))
     heads = sum(layer.num_key_value_heads for layer in shape.layers)
     assert long.num_bytes - short.num_bytes == 1000 * heads * shape.head_dim * 2 * 2
 

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .config.sections import SourceConfig
 from .data.chat import Encoder
 from .data.documents import DataSpec
-from .data.packing import PackedStream, held_out_windows
-from .data.prefetch import PrefetchedStream
+from .data.packing import PackedStream, PrefetchedStream, held_out_windows
 from .vocabulary.frequency import count_tokens
 from .vocabulary.tokenizer_pruning import prune_tokenizer
 

@@ -93,7 +93,8 @@ def assemble(
         for node in itertools.product(*axes):
             fitted_ms = _part_features(part, design.source.head_dim, *node) @ rates
             ms.append(fitted_ms + _node_residual(design, part, node, layer_residuals))
-        parts[part] = Grid(axes, np.array(ms).reshape(*map(len, axes), measured.shape[1]))
+        values = np.array(ms).reshape(*map(len, axes), measured.shape[1])
+        parts[part] = Grid(axes, values)
     return LatencyTable(design.source.head_dim, depths, prompts, parts, surcharge)
 
 

@@ -76,7 +76,8 @@ class PortableAttention(Attention):
             scale=settings.scale,
         )
         context.present += [present_key, present_value]
-        return self.o_proj(attended.transpose(1, 2).reshape(*x.shape[:2], self.heads * self.head_dim))
+        joined = attended.transpose(1, 2).reshape(*x.shape[:2], self.heads * self.head_dim)
+        return self.o_proj(joined)
 
 
 class PortableDecoder(Decoder):

@@ -62,7 +62,8 @@ def _dequantized(codes: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray
     if codes.dtype == np.int8:
         return codes.T.astype(np.float32) * scales[:, None]
     if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], -1)
+        halves = np.stack([codes & 15, codes >> 4], -1)
+        codes = halves.reshape(*codes.shape[:2], -1)
     values = (codes.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
     return values.reshape(len(values), -1)
 

@@ -21,7 +21,8 @@ class ProcessResult:
     @property
     def last_error(self) -> str:
         """Return the last line of stderr, of stdout if stderr is empty, or the exit code of a silent program."""
-        lines = [line.strip() for line in (self.errors.strip() or self.output).splitlines() if line.strip()]
+        text = self.errors.strip() or self.output
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         return lines[-1] if lines else f"exit code {self.code}"
 
 

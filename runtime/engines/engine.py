@@ -172,7 +172,7 @@ def load_engine(
             loaded.close()
             raise
     engine = EngineScheduler(loaded, manifest.sampling if manifest else {})
-    if options.warm_up:  # the first pass reads all weights from disk, and some engines allocate in it
+    if options.warm_up:
         engine.prefill([0])
     trim_heap()
     return engine

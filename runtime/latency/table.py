@@ -41,7 +41,8 @@ class Surcharge:
         arrays = (self.capacity, self.spill_ms, self.odd_ms)
         if len({array.shape for array in arrays}) > 1 or self.capacity.ndim != 1:
             raise ValueError("a surcharge needs a capacity and milliseconds of every condition")
-        if not all(np.isfinite(array).all() and (array >= 0).all() for array in arrays) or (self.capacity < 1).any():
+        are_valid = all(np.isfinite(array).all() and (array >= 0).all() for array in arrays)
+        if not are_valid or (self.capacity < 1).any():
             raise ValueError("a surcharge has a value that is not a size or a time")
 
     def per_weight(self, num_weights: float) -> np.ndarray:

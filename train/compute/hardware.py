@@ -56,8 +56,9 @@ def choose_hardware(device: str, dtype: str, threads: int) -> Hardware:
         raise UsageError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:N") from error
     if chosen.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {device}: only cpu and cuda are supported")
-    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
+        raise UsageError(f"--device {device}: this machine has {num_gpus} CUDA devices")
     if threads:
         torch.set_num_threads(threads)
     if chosen.type == "cpu":

@@ -13,9 +13,11 @@ window. Otherwise the first windows of a run would all be beginnings of document
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +165,8 @@ class CorpusWindows:
         """Return the tokens of each lane that no window has used, int32. The first call sets the number of lanes."""
         if self._buffers is None:
             # at least two documents a lane, so that a small corpus is read completely before any of it is repeated
-            self._buffers = [np.empty(0, np.int32)] * max(1, min(LANES, self.documents.block_size() // 2))
+            num_lanes = max(1, min(LANES, self.documents.block_size() // 2))
+            self._buffers = [np.empty(0, np.int32)] * num_lanes
         return self._buffers
 
     def next_window(self) -> np.ndarray:
@@ -310,6 +313,59 @@ class PackedStream:
             corpus.load_state(values)
 
 
+class PrefetchedStream(PackedStream):
+    """A PackedStream that reads ahead as many windows as the last call returned, in a thread.
+
+    Windows and positions are those of a PackedStream to the bit. Text is tokenised outside Python's lock.
+    """
+
+    def __init__(self, specs: Sequence[DataSpec], tokenizer: PreTrainedTokenizerBase, *settings: Any) -> None:
+        """Take the arguments of a PackedStream. The thread has a tokenizer of its own, as none may be set up in use."""
+        super().__init__(specs, copy.deepcopy(tokenizer), *settings)
+        self._worker = ThreadPoolExecutor(1, "windows")
+        self._ahead: Future[np.ndarray] | None = None
+        self._count = 0
+        """Windows that the thread reads."""
+        self._position: list[dict[str, Any]] = []
+        """Position before them."""
+
+    def next_windows(self, count: int) -> np.ndarray:
+        """Return the next `count` windows, int64 [count, S + 1], and read as many ahead.
+
+        An error of the text is raised by the call that returns its windows.
+        """
+        if count != self._count:
+            self._rewind()
+        ahead, self._ahead = self._ahead, None
+        windows = ahead.result() if ahead is not None else super().next_windows(count)
+        # noted before the thread moves it: a checkpoint needs the position after the windows that were returned
+        self._position, self._count = super().state(), count
+        self._ahead = self._worker.submit(super().next_windows, count)
+        return windows
+
+    def state(self) -> list[dict[str, Any]]:
+        return self._position if self._ahead is not None else super().state()
+
+    def load_state(self, state: list[dict[str, Any]]) -> None:
+        self._wait()
+        super().load_state(state)
+
+    def switch_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._rewind()
+        super().switch_tokenizer(copy.deepcopy(tokenizer))
+
+    def _rewind(self) -> None:
+        """Return to the position before the windows that were read ahead."""
+        if self._ahead is not None:
+            self.load_state(self._position)
+
+    def _wait(self) -> None:
+        """Wait for the thread, and drop its windows and errors."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.exception()
+
+
 def held_out_windows(
     specs: Sequence[DataSpec],
     tokenizer: PreTrainedTokenizerBase,
@@ -362,7 +418,11 @@ def _spread_windows(documents: Iterator[list[int]], sequence_length: int, wanted
             break
     windows: list[np.ndarray] = []
     start = 0
-    while len(windows) < wanted and (long_enough := [each for each in packs if len(each) > start + sequence_length]):
-        windows += [each[start : start + sequence_length + 1] for each in long_enough]
+    while len(windows) < wanted:
+        end = start + sequence_length + 1
+        found = [each[start:end] for each in packs if len(each) >= end]
+        if not found:
+            break
+        windows += found
         start += sequence_length
     return windows[:wanted]

@@ -73,7 +73,8 @@ class StoredTokens:
     def __init__(self, folder: Path, held_out_fraction: float) -> None:
         """Map the tokens of `folder`, without those of held-out documents."""
         self._ends = np.load(folder / "ends.npy", mmap_mode="r")
-        self._ids = np.memmap(folder / "ids.bin", np.int32, mode="r", shape=(int(self._ends[-1]),))
+        num_tokens = int(self._ends[-1])
+        self._ids = np.memmap(folder / "ids.bin", np.int32, mode="r", shape=(num_tokens,))
         limit = min(int(np.ceil(held_out_fraction * 2**64)), 2**64 - 1)  # as in documents.is_held_out
         self.documents = np.flatnonzero(np.load(folder / "hashes.npy") >= np.uint64(limit))
         """Numbers of the documents to train on, int64 [n], in their stored order."""

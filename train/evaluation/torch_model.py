@@ -124,6 +124,7 @@ class TorchModel:
 def _score(logits: torch.Tensor, request: ScoreRequest) -> Score:
     """Return the score of a request from its logits [n, V], one row per scored token."""
     targets = torch.tensor(request.tokens[request.first :], device=logits.device)
-    log_probs = torch.log_softmax(logits.float(), -1).gather(1, targets[:, None])[:, 0]
+    all_log_probs = torch.log_softmax(logits.float(), -1)
+    log_probs = all_log_probs.gather(1, targets[:, None])[:, 0]
     is_greedy = logits.argmax(-1) == targets
     return Score(log_probs.double().cpu().numpy(), is_greedy.cpu().numpy())

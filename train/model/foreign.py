@@ -76,7 +76,8 @@ def read_foreign(folder: Path, called: str, given_head_dim: int | None = None) -
     head_dim, source = _head_dim(config, tensors, FAMILIES[family], given_head_dim)
     tensors = _present(unfused(tensors, head_dim), stated)
     # a tool may leave the mean output of what it removed as a bias, which the family's own layers lack
-    foreign_biases = [name for name in tensors if _is_foreign_bias(name, family)]
+    biases = [name for name in tensors if name.endswith("_proj.bias")]
+    foreign_biases = [name for name in biases if split_name(name)[1] not in layer_tensors(family)]
     if foreign_biases:
         if family not in MAY_GAIN_BIASES:
             raise ModelError(f"{called}: {family} has no bias {foreign_biases[0]}, and no other family has its parts")
@@ -186,10 +187,6 @@ def _is_off(name: str, stated: Mapping[int, Widths]) -> bool:
     widths = stated.get(layer, {}) if layer is not None else {}
     block = "num_attention_heads" if suffix.startswith("self_attn.") else "intermediate_size"
     return suffix.startswith(("self_attn.", "mlp.")) and widths.get(block) == 0
-
-
-def _is_foreign_bias(name: str, family: str) -> bool:
-    return name.endswith("_proj.bias") and split_name(name)[1] not in layer_tensors(family)
 
 
 BLOCKS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}

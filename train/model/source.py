@@ -297,5 +297,6 @@ def content_key(model: Any) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        values = parameter.detach().cpu().contiguous()
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())  # bytes, as numpy has no bfloat16
     return digest.hexdigest()[:16]

@@ -58,7 +58,8 @@ def group_sizes(source: Architecture, rules: SelectionRules) -> Scores:
                 parameters = freed / max(1, size)
             scores[name].append(torch.full((count,), parameters, dtype=torch.float64))
     for name in rules.blocks:
-        scores[name] = [torch.tensor([_block_size(source, name, layer)]) for layer in range(len(source.layers))]
+        sizes = (_block_size(source, name, layer) for layer in range(len(source.layers)))
+        scores[name] = [torch.tensor([size]) for size in sizes]
     return scores
 
 

@@ -55,7 +55,8 @@ class Moments:
         return cls(len(x), x.sum(0), x.abs().sum(0), x.square().sum(0))
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Moments(*(a + b for a, b in pairs))
 
 
 @dataclass(frozen=True)

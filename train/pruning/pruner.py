@@ -113,7 +113,9 @@ class Pruner:
 
     def copy_grams(self) -> dict[str, Tensor] | None:
         """Return copies of the Gram matrices for `discard_step`, or None without a second-order update."""
-        return self.grams.copies() if self.grams is not None else None
+        if self.grams is None:
+            return None
+        return {name: gram.clone() for name, gram in self.grams.grams.items()}
 
     def scores(self) -> Scores:
         """Return the scores of the remaining groups."""

@@ -220,10 +220,6 @@ class InputGrams:
         self.readers = same_input(architecture_of(model.config).parts)
         self.attach(model)
 
-    def copies(self) -> dict[str, Tensor]:
-        """Return copies of the Gram matrices as they are."""
-        return {name: gram.clone() for name, gram in self.grams.items()}
-
     def attach(self, model: Any) -> None:
         """Observe `model`, again after it is rebuilt."""
         self.detach()

@@ -53,7 +53,8 @@ class RowProbe:
         self._loss, self._tokenizer, self._parallel, self._check = loss, tokenizer, parallel, check
         self.splits = torch.from_numpy(splits)
         self._separator = end_of_text_id(tokenizer)
-        self._texts = [row.tolist() for row in parallel.own_rows(np.where(windows < 0, ~windows, windows))]
+        tokens = np.where(windows < 0, ~windows, windows)
+        self._texts = [row.tolist() for row in parallel.own_rows(tokens)]
         self._all_rows = torch.arange(len(splits), device=parallel.device)
         self._nats_before = self._nats(self._texts, self._all_rows)
         self.price = self._mean(self._nats_before, _num_tokens(self._texts))
@@ -100,7 +101,8 @@ class RowProbe:
         """Return the nats of some texts in one forward pass. Each text follows an end of text."""
         targets = [torch.tensor(text, device=rows.device) for text in texts]
         # ~0 pads the end: a token that is not predicted, and that no earlier one reads
-        windows = torch.full((len(texts), 1 + max(map(len, texts))), ~0, device=rows.device)
+        longest = max(map(len, texts))
+        windows = torch.full((len(texts), 1 + longest), ~0, device=rows.device)
         windows[:, 0] = self._separator
         for window, target in zip(windows, targets, strict=True):
             window[1 : 1 + len(target)] = rows[target]

@@ -93,7 +93,10 @@ def all_groups(architecture: Architecture) -> Kept:
 
 def compose(first: Kept, then: Kept) -> Kept:
     """Return the survivors of two removals in sequence, as positions before the first."""
-    return {kind: [a[b] for a, b in zip(layers, then[kind], strict=True)] for kind, layers in first.items()}
+    composed = {}
+    for kind, layers in first.items():
+        composed[kind] = [before[after] for before, after in zip(layers, then[kind], strict=True)]
+    return composed
 
 
 def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> Architecture:
@@ -256,7 +259,8 @@ class Ranking:
         if not can_remove_block(name, self.architecture, layer):
             return None
         loss = float(self._scores[name][layer].sum())
-        return self._unit(name, ((layer, (0,)),), loss, BLOCKS[name].without(self.architecture, layer))
+        smaller = BLOCKS[name].without(self.architecture, layer)
+        return self._unit(name, ((layer, (0,)),), loss, smaller)
 
     def _unit(self, name: str, parts: tuple[Part, ...], loss: float, smaller: Architecture) -> Unit | None:
         """Return the unit that leaves `smaller`, or None if it frees nothing."""

@@ -119,7 +119,9 @@ def _bytes_of(text: str, alphabet: Mapping[str, int] | None) -> bytes:
     """Return the bytes of a token's text. In byte-level BPE each character of `alphabet` stands for a byte."""
     if alphabet is not None and all(character in alphabet for character in text):
         return bytes(alphabet[character] for character in text)
-    return bytes([int(text[3:5], 16)]) if _is_byte(text) else text.replace(SPACE, " ").encode()
+    if _is_byte(text):
+        return bytes([int(text[3:5], 16)])
+    return text.replace(SPACE, " ").encode()
 
 
 def _texts_of(model: Mapping[str, Any]) -> dict[int, str]:

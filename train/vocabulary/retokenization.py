@@ -136,7 +136,10 @@ class TokenAligner:
         for index in self._source.bytes.keys() - set(kept):
             # The bare model, because the token's text has passed the normalizer and pre-tokenizer already.
             tokens = self._model.backend.model.tokenize(source.convert_ids_to_tokens(index))
-            self._first[index] = tokens[0].id if tokens else self._model.spell(self._source.bytes[index])[0]
+            if tokens:
+                self._first[index] = tokens[0].id
+            else:
+                self._first[index] = self._model.spell(self._source.bytes[index])[0]
 
     def __call__(self, tokens: Tensor) -> SourceText:
         """Return the source's tokens for the text of the model's tokens [B, S], and their alignment."""
