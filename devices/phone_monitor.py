@@ -95,7 +95,8 @@ class ProgramRecord:
     samples: tuple[SensorSample, ...]
 
     def last(self, seconds: float) -> list[SensorSample]:
-        """Return the samples of the last `seconds`. The final one is excluded, because the program may have ended."""
+        """Return the samples of the last `seconds`, without the final one."""
+        # the program may have ended before the final one
         begin = self.samples[-1].seconds - seconds if self.samples else 0.0
         return [sample for sample in self.samples[:-1] if sample.seconds >= begin]
 

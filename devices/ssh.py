@@ -191,12 +191,12 @@ class SshDevice:
     def run(self, line: str, stdin: int = subprocess.DEVNULL, tries: int = 0) -> ProcessResult:
         """Run a shell command line in the home folder. Raises DeviceError if the board cannot be reached.
 
-        With `tries` 0, a lost connection is retried if a retry can help. A partly sent stream cannot be sent again,
-        and a host that never answered will not answer now.
+        With `tries` 0, a lost connection is retried if a retry can help.
         """
         command = [*self._ssh, self._host, "--", f"sh -c {shlex.quote(line)}"]
         answer = run_program(command, stdin=stdin)
         if not tries:
+            # a partly sent stream cannot be sent again, and a host that never answered will not answer now
             can_help = stdin == subprocess.DEVNULL and self._facts
             tries = 1 + len(RETRY_SECONDS) if can_help else 1
         for attempt, seconds in enumerate(RETRY_SECONDS[: tries - 1], 2):
@@ -233,7 +233,7 @@ class SshDevice:
         self.require(f"mkdir -p {shlex.quote(str(target.parent))}")
         for seconds in (*RETRY_SECONDS, None):
             part_bytes = int(self.run(f"wc -c < {part} 2>/dev/null || echo 0").output.split()[-1])
-            if part_bytes > size:
+            if part_bytes > size:  # of an earlier file of this name
                 self.require(f"rm -f {part}")
                 part_bytes = 0
             blocks = part_bytes // BLOCK_BYTES
@@ -271,6 +271,7 @@ class SshDevice:
         key = sha256_of(wheel)[:12]  # changes with the contents, so that another release gets an environment of its own
         key += f"-{sha256_of(compiled.path)[:8]}" if compiled is not None else ""
         folder = f"{FOLDER}/env-{extra}-{key}"
+        # written last, so that an interrupted installation starts again
         if self.run(f"test -f {folder}/complete").code != 0:
             self._log(f"installing efficientllm[{extra}] on {self._host}; this may take minutes")
             make_environment(self, extra, wheel, compiled, self._options.board_python, folder)

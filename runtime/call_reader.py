@@ -122,6 +122,7 @@ class CallReader:
         self._unread += text
         events: list[Event] = []
         step = {"text": self._text, "name": self._name, "arguments": self._arguments, "after": self._after}
+        # each step tells whether the next state may find something in the rest of the text
         while step[self._state](events):
             pass
         return events

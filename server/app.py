@@ -41,14 +41,14 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(pool.close)
+        await asyncio.to_thread(pool.close)  # it waits for the answers in progress, which need this loop
 
-    app = FastAPI(
-        title="efficientllm", lifespan=lifespan, docs_url=None, redoc_url=None
-    )  # both load scripts from a CDN
+    # without FastAPI's pages of the document, which load scripts from a CDN
+    app = FastAPI(title="efficientllm", lifespan=lifespan, docs_url=None, redoc_url=None)
     is_named = (is_local or options.allow_host) and not options.keys
     names = frozenset((*LOCAL_HOSTS, *options.allow_host) if is_named else ())
     limits = {"max_body_bytes": options.max_body_bytes, "body_timeout": options.body_timeout}
+    # the last one added is the outermost: the log and the headers of CORS cover refusals of the guard, too
     app.add_middleware(Guard, api_keys=options.keys, hosts=names, count_refusal=metrics.count_request, **limits)
     if options.cors_origin:
         app.add_middleware(

@@ -71,6 +71,7 @@ class ScoreKeeper:
 
         A score of the same step from before a resume is used again. Raises ScoreTooLowError below the limit.
         """
+        # a resumed run comes to the same step again, and answering the examples takes minutes
         found = next((each for each in self.sizes if (each.step, each.size) == (step, size)), None)
         if found is None:
             found = SizeScore(step, parameters, size, *self._measure(model))

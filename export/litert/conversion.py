@@ -41,6 +41,7 @@ class Program:
 
 def _import_exporter() -> Any:
     """Return litert-torch's exporter. Raises MissingExtraError if it is not installed."""
+    # an empty module in its place: no model of ours generates images
     if importlib.util.find_spec("tensorflow") is None and IMAGE_GENERATION not in sys.modules:
         stand_in = types.ModuleType(IMAGE_GENERATION)
         stand_in.BonsaiFlux2 = type("BonsaiFlux2", (), {})  # type: ignore[attr-defined]

@@ -109,6 +109,7 @@ def _npm_pack(package: NpmPackage) -> bytes:
     if npm is None:
         raise UsageError(f"--target web needs npm, which is not installed: install Node.js, {remedy}")
     with tempfile.TemporaryDirectory() as folder:
+        # without scripts: the pinned hash is checked only after the download
         command = [npm, "pack", "--silent", "--ignore-scripts", f"{package.name}@{VERSION}"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         tarball = Path(folder) / package.tarball

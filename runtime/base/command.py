@@ -51,7 +51,7 @@ def _show_messages() -> None:
     for name, stream in ((LOGGER, "stdout"), (PROGRESS_LOGGER, "stderr")):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
-        logger.propagate = False
+        logger.propagate = False  # libraries configure the root logger, which would print each line again
         if not logger.handlers:
             logger.addHandler(_PlainLines(stream))
 
@@ -122,13 +122,10 @@ def _describe(error: Exception) -> str:
 
 
 def _print_once(line: str) -> None:
-    """Print `line` on stderr, once if all processes that torchrun started on this machine fail alike.
-
-    torchrun ends the other ranks when the first one has failed, and they wait for that. A rank that fails alone prints
-    its error after the wait.
-    """
+    """Print `line` on stderr, once if all processes that torchrun started on this machine fail alike."""
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank != "0":
+        # torchrun ends this process meanwhile if the first rank has failed as well
         time.sleep(RANK_WAIT_SECONDS)
         line = f"rank {os.environ.get('RANK', rank)}: {line}"
     print(line, file=sys.stderr)

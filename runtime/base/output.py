@@ -136,9 +136,9 @@ def atomic_output(
 
 
 def _check_name(name: str) -> None:
-    """Raise UsageError if a path is not UTF-8. Python passes such bytes of an argument as surrogates."""
+    """Raise UsageError if a path is not UTF-8."""
     try:
-        name.encode()
+        name.encode()  # Python passes such bytes of an argument as surrogates, which have no encoding
     except UnicodeEncodeError as error:
         raise UsageError(f"the name {name!a} is not UTF-8; give another one") from error
 
@@ -154,8 +154,7 @@ def _resolved(path: Path) -> Path:
 def locked_output(path: Path, flag: str = "--output") -> Iterator[None]:
     """Lock the output folder `path` during the block. Raises UsageError that names the process with the lock.
 
-    The lock is a file beside the folder, or inside it if its parent cannot be written. The kernel releases it when the
-    process ends.
+    The lock is a file beside the folder, or inside it if its parent cannot be written.
     """
     _check_name(str(path))
     folder = _resolved(path)
@@ -196,6 +195,7 @@ def _try_lock(lock: IO[str]) -> bool:
     if fcntl is None:  # on Windows two commands may write one folder
         return True
     try:
+        # the kernel releases it when the process ends, so that a killed command leaves no lock
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False

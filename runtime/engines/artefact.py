@@ -102,7 +102,7 @@ def _not_exported(path: Path, problem: str) -> ArtefactError:
 def open_or_export(path: str | Path) -> Artefact:
     """Return the artefact at `path`. In a terminal, a checkpoint is exported to a GGUF if the user agrees.
 
-    The export runs as a child, because it needs torch. Raise NotExportedError if the user declines.
+    Raise NotExportedError if the user declines.
     """
     try:
         return Artefact.open(path)
@@ -112,6 +112,7 @@ def open_or_export(path: str | Path) -> Artefact:
         print(f"{error.problem}; export it to {error.output} first? y/N ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise
+        # a child, because the export needs torch, whose memory this process would keep
         done = subprocess.run([sys.executable, "-m", "efficientllm.runtime.command_line", *error.arguments])
         if done.returncode:
             sys.exit(done.returncode)
@@ -184,7 +185,7 @@ class Artefact:
         """
         if self.known_manifest is None:
             return
-        self.known_manifest.check_files(self.folder)
+        self.known_manifest.check_files(self.folder)  # sizes first, which are known without reading
         for name, entry in self.known_manifest.files.items():
             file = self.folder / name
             if cached("sha256", [file], functools.partial(sha256_of, file)) != entry["sha256"]:

@@ -92,6 +92,7 @@ class Manifest:
             raise ArtefactError(f"{path} is not a manifest of format {FORMAT_VERSION}; export the model again")
         if not _is_as_written(data, values):
             raise ArtefactError(f"{path} was changed after the export; export the model again")
+        # fields of a later release are passed over
         names = {item.name for item in fields(cls)}
         try:
             manifest = cls(**{name: value for name, value in values.items() if name in names})

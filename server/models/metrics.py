@@ -94,5 +94,6 @@ class AnswerClock:
         self.metrics.tokens.labels(self.model).inc(tokens)
         self.metrics.proposed.labels(self.model, "accepted").inc(details.accepted_prediction_tokens)
         self.metrics.proposed.labels(self.model, "rejected").inc(details.rejected_prediction_tokens)
+        # the first token's time is that of the prompt
         if tokens > 1 and self._last > self._first:
             self.metrics.speed.labels(self.model).set((tokens - 1) / (self._last - self._first))

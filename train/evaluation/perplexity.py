@@ -95,6 +95,7 @@ def measure_perplexity(
     requests: list[ScoreRequest] = []
     owners: list[int] = []
     for owner, tokens in enumerate(documents):
+        # the tokens of a window overlap with the last one's by those that only give context
         starts = range(0, len(tokens) - min_context, window - min_context + 1)
         requests += [ScoreRequest(tuple(tokens[at : at + window + 1]), min_context) for at in starts]
         owners += [owner] * len(starts)
@@ -105,6 +106,7 @@ def measure_perplexity(
     count = sum(counts)
     mean = sum(losses) / count
     # variance of a ratio estimator: deviation of each unit's loss from its share of the mean
+    # of documents, whose tokens are alike; of windows where there is one document
     units = owners if len(documents) > 1 else list(range(len(requests)))
     deviations = np.bincount(units, np.asarray(losses) - mean * np.asarray(counts))
     size, spread = len(deviations), math.nan

@@ -64,7 +64,7 @@ def _opened(record: Mapping[str, Any]) -> sqlite3.Connection:
     try:
         if record.get("database"):
             connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-            connection.execute("SELECT count(*) FROM sqlite_master")
+            connection.execute("SELECT count(*) FROM sqlite_master")  # SQLite opens a file with the first query
         else:
             connection = sqlite3.connect(":memory:")
             connection.executescript(record["schema"])
@@ -78,7 +78,7 @@ def _opened(record: Mapping[str, Any]) -> sqlite3.Connection:
 
 
 def _rows(connection: sqlite3.Connection, query: str) -> list[tuple[Any, ...]]:
-    """Return the rows of one statement with floats rounded to 9 digits, because sums depend on their order.
+    """Return the rows of one statement with floats rounded to 9 digits.
 
     Raises sqlite3.Error or sqlite3.Warning for several statements, too many steps or too many rows.
     """
@@ -89,8 +89,10 @@ def _rows(connection: sqlite3.Connection, query: str) -> list[tuple[Any, ...]]:
         left -= 1
         return left < 0
 
+    # a model may write a query that never ends
     connection.set_progress_handler(is_over, STEPS_BETWEEN_CHECKS)
     found = connection.execute(query).fetchmany(MAX_ROWS + 1)
     if len(found) > MAX_ROWS:
         raise sqlite3.DataError(f"it gives over {MAX_ROWS} rows")
+    # sums of floats depend on the order in which a query plan adds them
     return [tuple(float(f"{value:.9g}") if isinstance(value, float) else value for value in row) for row in found]

@@ -94,6 +94,7 @@ def zeros(*shape: int) -> Stored:
 def read_stored(folder: Path) -> dict[str, Stored]:
     """Return all tensors of a folder under the names in its files."""
     headers = tensor_headers(folder)
+    # a folder with both has the same weights twice, and reading a pickle is the riskier way
     if headers:
         for name in headers:
             refuse_method(name, folder)
