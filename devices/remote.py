@@ -43,11 +43,6 @@ class RemoteShell:
         return answer.output if answer.code == 0 else None
 
 
-def estimated_ram_bytes(artefact: Artefact, options: BenchOptions) -> int:
-    """Return the bytes of weights, of a 16-bit KV cache at the measured context, and of the process."""
-    return artefact.file_bytes + artefact.cache_bytes(options.context, 2) + PROCESS_BYTES
-
-
 def require_room(artefacts: list[Artefact], options: BenchOptions, free_disk: int, free_ram: int, name: str) -> None:
     """Raise DeviceError if the artefacts exceed the free disk or memory of device `name`.
 
@@ -60,7 +55,8 @@ def require_room(artefacts: list[Artefact], options: BenchOptions, free_disk: in
             "free some, or run again with fewer artefacts and --clean-up"
         )
     for artefact in artefacts:
-        memory = estimated_ram_bytes(artefact, options)
+        cache = artefact.cache_bytes(options.context, 2)  # of 16 bits, at the measured context
+        memory = artefact.file_bytes + cache + PROCESS_BYTES
         if free_ram and memory > free_ram:
             raise DeviceError(
                 f"{artefact.path} needs about {format_bytes(memory)} of memory, the device has "

@@ -209,19 +209,16 @@ def check_runs(reference: Reference, runs: list[EngineRun], origin: str, target:
                     f"{target}: {run.title}, the engine's logits differ by {distance:.2e} ({name}) from torch's with "
                     f"the file's own weights (limit {limits[name]:.2e}, by the rounding of inputs); {REPORT}"
                 )
-    return {"weights": origin, "limits": limits, "distances": found, "cpu": _describe_cpu()}
+    this_cpu = cpu()
+    features = [name for name, has in this_cpu["features"].items() if has]
+    described = {"model": this_cpu["model"], "features": features}  # which select the engine's kernels
+    return {"weights": origin, "limits": limits, "distances": found, "cpu": described}
 
 
 def _distances(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """Return the largest root mean square of a position's differences, and that of all positions."""
     squares = np.square(first - second).mean(-1)
     return float(np.sqrt(squares.max())), float(np.sqrt(squares.mean()))
-
-
-def _describe_cpu() -> dict[str, object]:
-    """Return this CPU's model and the features that select kernels."""
-    found = cpu()
-    return {"model": found["model"], "features": [name for name, has in found["features"].items() if has]}
 
 
 def check_weights(source: Iterable[tuple[str, np.ndarray]], stored: StoredWeights, target: str) -> dict[str, object]:

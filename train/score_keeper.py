@@ -38,16 +38,13 @@ class SizeScore:
     stderr: float
 
 
-def smallest_kept_size(folder: Path) -> float | None:
-    """Return the size to which a run has returned, or None while it may still remove groups."""
-    path = folder / SCORES_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["smallest"] if path.is_file() else None
-
-
 def with_kept_size(plan: RunPlan) -> RunPlan:
     """Return the plan with the size to which its run has returned as the target."""
-    smallest = smallest_kept_size(plan.folder) if plan.resume is not None else None
-    if smallest is None or plan.pruning is None:
+    path = plan.folder / SCORES_FILE
+    if plan.resume is None or plan.pruning is None or not path.is_file():
+        return plan
+    smallest = json.loads(path.read_text(encoding="utf-8"))["smallest"]
+    if smallest is None:  # it may still remove groups
         return plan
     budget = replace(plan.pruning.budget, target=smallest)
     return replace(plan, pruning=replace(plan.pruning, budget=budget))

@@ -8,8 +8,8 @@ model's own template. It is then compared with that template on other conversati
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -97,7 +97,7 @@ def _read_prompts(rendered: Rendered) -> Turns | None:
     begin, tail = _around(rendered([user], True), user)
     between_users = _between(rendered([user, second], True), user, second)
     # after a user's turn comes its end in both, and then another turn in one and the prompt of a reply in the other
-    after_user = _common_beginning(between_users, tail)
+    after_user = os.path.commonprefix([between_users, tail])  # noqa: RUF071  any common characters are meant
     before_user = between_users.removeprefix(after_user)
     conversation = rendered([user, reply, second], True)
     to_reply, to_user = _between(conversation, user, reply), _between(conversation, reply, second)
@@ -131,11 +131,6 @@ def _read_conversations(rendered: Rendered) -> Turns | None:
     before = dict(zip(ROLES, (before_system, before_user, before_reply), strict=True))
     after = dict(zip(ROLES, (after_system, after_user, after_reply), strict=True))
     return Turns(begin.removesuffix(before_user), before, after, prompt.removeprefix(asked))
-
-
-def _common_beginning(first: str, second: str) -> str:
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
-    return first[: len(list(same))]
 
 
 def _around(text: str, message: Message) -> tuple[str, str]:

@@ -120,7 +120,10 @@ def write_portable(checkpoint: Checkpoint, path: Path, has_all_logits: bool) -> 
     config = OnnxDecoderConfig(checkpoint.config)
     inputs = config.generate_dummy_inputs(framework="pt")
     dims = {title: torch.export.Dim(title, min=1) for title in ("batch_size", "sequence", "past")}
-    shapes = [{axis: _dim(title, dims) for axis, title in axes.items()} for axes in config.inputs.values()]
+    shapes = []
+    for axes in config.inputs.values():
+        # the mask's length is a sum, which torch derives itself
+        shapes.append({axis: dims.get(title, torch.export.Dim.AUTO) for axis, title in axes.items()})
     past_shapes = [tuple(shapes[2:])] if shapes[2:] else []  # *past is one argument, or none without attention
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -153,8 +156,3 @@ def _drop_metadata(model: ir.Model) -> None:
     values = [value for node in model.graph for value in node.outputs]
     for item in (model, model.graph, *model.graph, *values):
         item.metadata_props.clear()
-
-
-def _dim(title: str, dims: Mapping[str, object]) -> object:
-    """Return the symbol of a dynamic axis. The mask's length is a sum that torch derives itself."""
-    return dims.get(title, torch.export.Dim.AUTO)
