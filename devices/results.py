@@ -240,7 +240,7 @@ def summarize(
     largest = max(runs, key=lambda run: run.peak_rss_bytes)
     temperatures = [run.temperature_celsius for run in runs if run.temperature_celsius]
     clocks = [run.clock_mhz for run in runs if run.clock_mhz]
-    clock = min(clocks, key=lambda pair: pair[1] / pair[0], default=None)
+    clock = min(clocks, key=lambda pair: pair[1] / pair[0], default=None)  # the process that throttled most
     return Result(
         artefact=artefact,
         sha256=sha256,
@@ -264,6 +264,7 @@ def summarize(
         huge_page_bytes=largest.huge_page_bytes,
         baseline_rss_bytes=max(run.baseline_rss_bytes for run in runs),
         kv_cache_bytes=largest.kv_cache_bytes,
+        # before the first process and after the last one
         temperature_celsius=(temperatures[0][0], temperatures[-1][1]) if temperatures else None,
         clock_mhz=clock,
         throttled=_throttling(*clock) if clock else "",

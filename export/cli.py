@@ -42,6 +42,7 @@ def export(
 
     export("runs/small", "gguf", "small", quantize="q8_0")
     """
+    # all that can be refused is refused before the checkpoint is read
     exporter, known = load_exporter(target), option_names(target)
     check_source(str(checkpoint), str(checkpoint))
     if adapter:

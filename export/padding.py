@@ -97,6 +97,7 @@ def padded_tensors(
     """
     before, have = checkpoint.architecture, padded_scales(checkpoint, after)
     takes_mean = before.parts.norm.takes_mean
+    # zeros can be added only to a stem without a mean (train/model/rescaling.py)
     is_centred = takes_mean and (is_centred or before.hidden_size != after.hidden_size)
     existing = set(tensor_names(before))
     for name in tensor_names(after):

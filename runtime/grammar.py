@@ -345,6 +345,7 @@ def _compiled(engine: EngineScheduler, control_tokens: frozenset[int], grammar: 
         if key in known:  # a copy, because a matcher changes with the tokens of its answer
             known.move_to_end(key)
             return known[key].deep_copy()
+    # the lock is free meanwhile: a large grammar compiles for seconds, in which other requests need theirs
     matcher = grammar.parse_on_large_stack(lambda: _matcher()(tokenizer, grammar.source, log_level=0))
     if not matcher.is_error() and len(grammar.source) <= MAX_CACHED_CHARACTERS:
         with _LOCK:
@@ -357,7 +358,7 @@ def _compiled(engine: EngineScheduler, control_tokens: frozenset[int], grammar: 
 def _tokenizer_of(engine: EngineScheduler, control_tokens: frozenset[int]) -> LLTokenizer:
     with extra("grammar"):
         from llguidance import LLTokenizer, TokenizerWrapper
-    with _LOCK:
+    with _LOCK:  # also while the vocabulary is read, so that two requests do not read it twice
         known = _TOKENIZERS.setdefault(engine, {})
         if control_tokens not in known:
             wrapper = TokenizerWrapper(_Vocabulary(engine, control_tokens))

@@ -111,7 +111,8 @@ class Model:
         return b"".join(map(self.engine.token_bytes, tokens)).decode("utf-8", errors="replace")
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
-        """Raise UsageError for an id outside the vocabulary, which crashes some engines."""
+        """Raise UsageError for an id outside the vocabulary."""
+        # some engines crash there
         size = self.engine.vocab_size
         for token in tokens:
             if not 0 <= token < size:

@@ -83,6 +83,7 @@ class Turn(RequestPart):
             message["reasoning_content"] = "".join(thoughts)
         if calls:
             message["tool_calls"] = calls
+        # an empty message after results would be an empty question
         has_only_results = results and not message["content"] and not calls
         return results if has_only_results else [*results, message]
 

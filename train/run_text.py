@@ -83,4 +83,4 @@ class RunText:
         self.tokenizer = prune_tokenizer(self.source_tokenizer, kept)
         self.stream.switch_tokenizer(self.tokenizer)
         self.held_out = self._held_out_windows()
-        self._extra_windows.clear()
+        self._extra_windows.clear()  # they count tokens of the former vocabulary

@@ -181,6 +181,7 @@ class Trainer:
             self._log_step(self._step_or_save())
             self._measure_after_step()
             self.stop_signal.check()
+            # not after the last step, whose checkpoint `_finish` writes
             is_due = every and self.progress.step % every == 0 and self.progress.tokens < total
             if is_due and self._is_sound():
                 self._save_if_there_is_room()
@@ -364,7 +365,7 @@ class Trainer:
         """Make the current model the teacher, and write it into the run's folder (a collective call)."""
         loss = self.trained.loss
         loss.set_teacher(frozen_copy(self.model, loss.dtype, self.parallel.device))
-        if self.parallel.is_main:
+        if self.parallel.is_main:  # a resumed run reads it there, because its own model is pruned by then
             delete_replaced_run(self.plan.folder)
             with folder_written_atomically(self.plan.folder / TEACHER_FOLDER) as temporary:
                 save_checkpoint(loss.teacher, self.text.tokenizer, temporary)

@@ -60,6 +60,7 @@ class TrainingStep:
             start = time.monotonic()
             microbatches = self.parallel.together(self._next_microbatches)
             data_seconds = time.monotonic() - start
+            # in every step, because they change when pruning is done
             self.trained.loss.weights = self._loss_weights()
             with rounded_weights:
                 own_loss = self._accumulate_gradients(microbatches)
@@ -132,6 +133,7 @@ class TrainingStep:
         steps = self.settings.gradient_accumulation
         windows = np.split(self.stream.next_windows(steps * rows), steps)
         own = [torch.from_numpy(parallel.own_rows(each)) for each in windows]
+        # pinned memory is copied to a GPU while the host continues
         return [each.pin_memory() for each in own] if parallel.device.type == "cuda" else own
 
     def _loss_weights(self) -> LossWeights:

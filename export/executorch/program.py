@@ -76,7 +76,7 @@ def lower(
                 ExecutorchBackendConfig(
                     extract_delegate_segments=True,
                     do_quant_fusion_and_const_prop=True,
-                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),  # the caller has the inputs
                     sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
                 )
             )

@@ -141,6 +141,7 @@ def kept_signal_stack() -> Iterator[None]:
         yield
         return
     libc, stack = ctypes.CDLL(None), ctypes.create_string_buffer(64)  # longer than C's stack_t
+    # the C function, as Python's signal module has none for it
     libc.sigaltstack(None, stack)
     try:
         yield

@@ -81,10 +81,8 @@ EXPORTER = Exporter(WebOptions, export_web, check_gguf)
 
 
 def _split_file(path: Path, folder: Path) -> list[Part]:
-    """Split `path` into FOLDER/model-000.part and so on, which concatenate to the file.
-
-    A browser can then continue an interrupted download.
-    """
+    """Split `path` into FOLDER/model-000.part and so on, which concatenate to the file."""
+    # so that a browser can continue an interrupted download
     parts = []
     with path.open("rb") as stream:
         while content := stream.read(PART_BYTES):

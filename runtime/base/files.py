@@ -190,7 +190,7 @@ def folder_written_atomically(
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    barrier()
+    barrier()  # no process writes before the folder is there
     try:
         with writing(path):
             yield temporary

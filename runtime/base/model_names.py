@@ -88,7 +88,8 @@ ANSWER_SECONDS = 10
 
 
 def hub_answers(kind: Literal["model", "dataset"], name: str) -> bool:
-    """Ask the hub for a name once and tell whether it answers. The libraries retry for half a minute."""
+    """Ask the hub for a name once and tell whether it answers."""
+    # by one request: the libraries that load from the hub retry for half a minute
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

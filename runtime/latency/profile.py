@@ -165,7 +165,8 @@ class DeviceProfile:
             )
 
     def _price(self, part: str, hidden_size: int, widths: Sequence[float], workload: Workload) -> float:
-        """Return a cached price. A ranking requests the same widths many times."""
+        """Return a cached price."""
+        # a ranking asks for the same widths many times
         key = (part, hidden_size, *widths, workload)
         found = self._prices.get(key)
         if found is None:
@@ -212,5 +213,6 @@ class DeviceProfile:
 
 
 def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    # without the fields that a later release may add
     names = {item.name for item in fields(cls)}
     return {name: value for name, value in values.items() if name in names}

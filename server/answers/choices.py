@@ -47,6 +47,7 @@ def make_choices(
         # each choice of a seeded request has its own random numbers
         seeds = [None if request.seed is None else request.seed + index for index in range(request.n)]
         each = [replace(options, sampling=replace(options.sampling, seed=seed)) for seed in seeds]
+        # lists: an error of a later choice must be raised here, not when it is read
         if isinstance(request, ChatRequest):
             return list(_chat_choices(engine, request, each))
         assert isinstance(request, TextRequest)
@@ -100,6 +101,7 @@ def _constraint_of(engine: EngineScheduler, request: CompletionRequest) -> Gramm
 
 
 def _copy_of(constraint: GrammarConstraint | None) -> GrammarConstraint | None:
+    # each answer advances its own
     return constraint.copy() if constraint is not None else None
 
 

@@ -71,6 +71,7 @@ class ResponsesBuilder(ChatBuilder):
 
     def _events_of(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, CallEvent):
+            # items follow each other: an item ends where the next one begins
             yield from self._close()
             item_id, call_id = f"fc_{uuid.uuid4().hex}", f"call_{uuid.uuid4().hex[:24]}"
             yield self._open(OutputCall(id=item_id, call_id=call_id, name=event.name))

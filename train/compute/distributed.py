@@ -93,6 +93,7 @@ class Parallel:
                 options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
             # without casts of inputs the residual stream stays fp32
             policy = MixedPrecisionPolicy(param_dtype=loss.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            # the layers first: the call for the whole then takes the parameters that no layer has
             for layer in loss.model.model.layers:
                 fully_shard(layer, mp_policy=policy, **options)
             fully_shard(loss, **options)

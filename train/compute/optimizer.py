@@ -31,6 +31,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         """Create the optimizer with both moments in `moments`, fp32 or bf16 (see config.SLOWEST_BFLOAT16_DECAY)."""
         super().__init__(groups, {"lr": learning_rate, "betas": betas})
+        # now, not in the first step: a checkpoint is read into these tensors
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = {

@@ -137,7 +137,7 @@ def _tools(context: ReadContext, record: Mapping[str, Any], place: str) -> tuple
         raise context.error(malformed)
     found = []
     for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        function = tool.get("function", tool) if isinstance(tool, dict) else None  # some write the function alone
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise context.error(malformed)
         found.append({"type": "function", "function": function})

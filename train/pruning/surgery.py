@@ -289,7 +289,7 @@ def _rebuild_sharded(trained: TrainedModel, removal: Removal) -> tuple[TrainingL
     Returns the new loss and the callable of a step. The optimizer's parameters and state are replaced in place.
     """
     model = trained.model
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(model.config)  # the larger model is read below
     update_config(config, removal)
     smaller, new_loss, wrapped = _empty_shards(trained, config, removal.after, torch.float32)
     smaller.generation_config = model.generation_config

@@ -99,6 +99,7 @@ class MetricsWriter:
 
     def _append(self, line: str) -> None:
         rest = line.encode()
+        # unbuffered: a full disk shows in `write`, and half a line is cut off again
         with self.path.open("ab", buffering=0) as stream:
             size = stream.tell()
             try:
@@ -147,6 +148,7 @@ class MetricsWriter:
         records, num_damaged = _read(self.path)
         if num_damaged:
             _log.warning(f"{self.path}: {num_damaged} damaged lines are skipped")
+        # the resumed run writes the record of its step again if the checkpoint was written before it
         last_step = progress.step if is_logged else progress.step - 1
         kept = [record for record in records if _is_before(record, last_step, progress)]
         write_text_atomically(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
