@@ -175,12 +175,10 @@ def memory_bytes() -> int:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Return name and memory of the GPUs that torch sees, [] without torch.
-
-    A child process imports torch, because a damaged installation can end the process.
-    """
+    """Return name and memory of the GPUs that torch sees, [] without torch."""
     if importlib.util.find_spec("torch") is None:
         return []
+    # a child process imports torch, because a damaged installation can end the process
     lines = run_python("-W", "ignore", "-c", GPU_PROBE).output.splitlines()
     return json.loads(lines[-1]) if lines and lines[-1].startswith("[") else []
 

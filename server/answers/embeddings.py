@@ -16,11 +16,9 @@ from ..schemas.response_models import Embedding, Embeddings, EmbeddingsUsage
 
 
 async def embed_texts(engine: EngineScheduler, request: EmbeddingsRequest) -> Embeddings:
-    """Return the embeddings of all texts of a request. APIError 400 for a text that is empty or too long.
-
-    Texts are evaluated one after the other, so that a request whose client is gone ends with the current text.
-    """
+    """Return the embeddings of all texts of a request. APIError 400 for a text that is empty or too long."""
     data, num_tokens = [], 0
+    # one after the other, so that a request whose client is gone ends with the current text
     for index, text in enumerate(request.texts):
         vector, num_text_tokens = await asyncio.to_thread(_embed, engine, text, request)
         data.append(Embedding(index=index, embedding=_encode(vector, request.encoding_format)))

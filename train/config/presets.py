@@ -16,14 +16,14 @@ SMOLLM_CORPUS = "HuggingFaceTB/smollm-corpus@fineweb-edu-dedup"
 def cpu_quickstart() -> TrainConfig:
     """Return settings that prune SmolLM2-135M to 85 % on two CPU cores in ten minutes.
 
-    With so few steps, all groups are removed in one event by the gradients of the first steps and refitted. The
-    source's own chats are 30 % of the text, so that the model keeps chatting. Vocabulary rows come first, because they
-    cost chats and facts the least. Their prices are measured on little text.
+    With so few steps, all groups are removed in one event by the gradients of the first steps and refitted. Prices
+    are measured on little text.
     """
     return TrainConfig(
+        # without chats among the text, the model would forget to chat
         source=SourceConfig(data=("demo:0.7", "self-chat:0.3"), sequence_length=256, eval_tokens=8192),
         pruning=PruneConfig(
-            prune=("attention", "ffn", "vocabulary"),
+            prune=("attention", "ffn", "vocabulary"),  # vocabulary rows cost chats and facts the least
             target_ratio=0.85,
             saliency="token-fisher",
             prune_start=0.1,

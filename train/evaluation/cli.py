@@ -70,11 +70,7 @@ def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
 
 
 def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """Return rows of the first model's quality and that of the others with their ratio to it.
-
-    Bits per byte are shown for a single model, and for models with other tokens than the first, because their
-    perplexities are per token of the first.
-    """
+    """Return rows of the first model's quality and that of the others with their ratio to it."""
     reference = evaluations[0].quality
     if reference is None:
         return []
@@ -83,6 +79,7 @@ def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     table: list[list[str]] = []
     bits = [each.bits_per_byte for each in qualities]
     is_single = len(bits) == 1 and math.isfinite(bits[0])
+    # with other tokens than the first model's, perplexities are per token of the first
     shows_bits = is_single or any("bits_per_byte" in column for column in columns)
     for kind in columns[0]["texts"]:
         size = f"{len(reference.texts[kind])} documents" if kind in reference.texts else ""

@@ -123,14 +123,12 @@ class LeastSquares:
         return torch.autocast(self.stem.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def _fit_matrix(self, matrix: nn.Linear, inputs: Tensor, wanted: Tensor, parallel: Parallel) -> None:
-        """Change `matrix` so that its inputs [n, S, C] give the wanted outputs [n, S, H]. A bias stays unchanged.
-
-        The regression is on the error of the current outputs, so a matrix without error stays exactly as it is.
-        """
+        """Change `matrix` so that its inputs [n, S, C] give the wanted outputs [n, S, H]. A bias stays unchanged."""
         num_tokens = parallel.world_size * inputs[..., 0].numel()
         stride = max(1, num_tokens // (ROWS_PER_INPUT * inputs.shape[-1]))  # the tokens that one process would take
         x = inputs.flatten(0, 1)[::stride]
         y = wanted.flatten(0, 1)[::stride]
+        # the regression is on the error, so that a matrix without one stays exactly as it is
         error = y - self._outputs(matrix, x)
         energy = y.square().mean(1)
         # over all ranks, as one process would take it: the number of ranks must not change the fit
