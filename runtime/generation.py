@@ -343,5 +343,5 @@ def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
     """Return the log-probability of `token` under fp32 `logits` [V], and those of the `top` best tokens."""
     best = ranked(logits, top) if top else np.empty(0, np.intp)
     values = logits[[token, *best]].astype(np.float64) - log_sum(logits)
-    top = zip(best.tolist(), values[1:].tolist(), strict=True)
-    return TokenLogprob(token, float(values[0]), tuple(top))
+    others = zip(best.tolist(), values[1:].tolist(), strict=True)
+    return TokenLogprob(token, float(values[0]), tuple(others))

@@ -88,7 +88,6 @@ class Measuring:
     def is_sound(self) -> bool:
         """Tell whether the current weights give a finite loss. A checkpoint of other weights would only fail again."""
         held_out = self.text.held_out
-        # rows without a predicted token have no mean loss
         rows = held_out[(held_out[:, 1:] >= 0).any(1)][: self.batch_size]
         return math.isfinite(perplexity(self.trained.wrapped_loss, rows, len(rows), self.trained.parallel.device))
 

@@ -258,7 +258,6 @@ def metric_named(name: str) -> Metric:
 
 def check_examples(examples: Sequence[Example], metric: str) -> None:
     """Score the expected answers. Raises UsageError, DataError or MissingExtraError."""
-    # an example that the metric cannot read is refused before a model is loaded
     score = metric_named(metric)
     for number, example in enumerate(examples, 1):
         try:
@@ -316,7 +315,6 @@ def bootstrap_error(values: Sequence[float] | np.ndarray, seed: int = 0) -> floa
     known = np.asarray(values)[~np.isnan(values)]
     if len(known) < 2:
         return math.nan
-    # seeded, so that a report that is written again has the same errors
     draws = np.random.default_rng(seed).integers(len(known), size=(BOOTSTRAP_SAMPLES, len(known)))
     return float(known[draws].mean(axis=1).std(ddof=1))
 

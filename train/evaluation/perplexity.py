@@ -106,7 +106,6 @@ def measure_perplexity(
     count = sum(counts)
     mean = sum(losses) / count
     # variance of a ratio estimator: deviation of each unit's loss from its share of the mean
-    # of documents, whose tokens are alike; of windows where there is one document
     units = owners if len(documents) > 1 else list(range(len(requests)))
     deviations = np.bincount(units, np.asarray(losses) - mean * np.asarray(counts))
     size, spread = len(deviations), math.nan

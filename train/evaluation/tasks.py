@@ -94,7 +94,6 @@ def open_task(name: str, data_dir: Path | None) -> Iterator[dict[str, Any]]:
             wanted = _write_definitions(name, data_dir, folder)
             manager = TaskManager(include_path=str(folder), include_defaults=False)
         loaded: Any = manager.load(wanted)
-        # zero-shot, whatever a definition says
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=0)
         yield loaded["tasks"]

@@ -87,7 +87,6 @@ def plan_gpus(source: str, shape: Architecture, gpu: str, gpus: int, tokens: int
     if best := _best(plans, gpu):
         return best
     least = format_bytes(min(plan.memory.peak for plan in plans))
-    # the smallest number of each card that fits, for the message
     fitting = []
     for name in CARDS:
         counts = (count for count in COUNTS if _best(_plans(source, shape, name, count, tokens, ratio), name))

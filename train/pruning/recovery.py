@@ -148,7 +148,6 @@ class LeastSquares:
         # eigenvalues positive although X is rounded to bf16.
         roots = weights.sqrt()[:, None]
         num_inputs = x.shape[1]
-        # side by side, so that one product gives both
         both = torch.cat([x * roots, error * roots], dim=1).to(self.dtype)
         sums = torch.zeros(num_inputs, both.shape[1], device=x.device)
         for rows in both.split(ROWS_PER_PRODUCT):

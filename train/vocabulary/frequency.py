@@ -52,7 +52,6 @@ def count_tokens(
             counts += np.bincount(np.where(ids < 0, ~ids, ids), minlength=num_rows)
             if counts.sum() >= tokens * spec.weight / total:
                 break
-        # shares are of the weights, also where a corpus was too short for its own
         num_read += int(counts.sum())
         frequencies += spec.weight / total * counts / max(1.0, counts.sum())
     return num_read * frequencies
