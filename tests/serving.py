@@ -17,12 +17,16 @@ from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def serve(pool: ModelPool, options: AppOptions, **config: Any) -> Iterator[str]:
     """Serve `pool`; yields the address and checks that the server ends. `config` is uvicorn's."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     app = create_app(pool, options)
     config = {"host": "127.0.0.1", "port": port, "log_level": "error", "ws": "none", **config}
     server = uvicorn.Server(uvicorn.Config(app, timeout_keep_alive=KEEP_ALIVE_SECONDS, **config))

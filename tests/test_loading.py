@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from serving import free_port
 
 from efficientllm.runtime import EfficientLLMError, EngineOptions, chat, load
 from efficientllm.runtime.base import user_cache
@@ -65,7 +66,7 @@ def test_a_flipped_byte_is_one_line(copy: Path, place: int, capsys: pytest.Captu
         assert len(error.splitlines()) == 1
         with pytest.raises(ArtefactError, match="is damaged"):
             load(path, OPTIONS)
-    assert run_command(cli.body, [str(copy), "--port", "18437"]) == 2
+    assert run_command(cli.body, [str(copy), "--port", str(free_port())]) == 2
     assert "is damaged" in capsys.readouterr().err
 
 

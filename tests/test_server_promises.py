@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving import serve
+from serving import free_port, serve
 
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions
@@ -501,12 +501,6 @@ def test_a_client_that_closes_both_sides_is_soon_known_to_be_gone(artefact: Path
         while pool.in_flight:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -122,8 +122,8 @@ def test_non_finite_steps_are_skipped_then_end_the_run(
     forward = TrainingLoss.forward
     calls: list[int] = []
 
-    def broken(self: TrainingLoss, *windows: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        total, entropy = forward(self, *windows)
+    def broken(self: TrainingLoss, *windows: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total, entropy = forward(self, *windows, **more)
         calls.extend([1] * self.training)
         is_broken = self.training and (len(calls) == 3 or len(calls) > 7)
         return (total * float("nan"), entropy * float("nan")) if is_broken else (total, entropy)
