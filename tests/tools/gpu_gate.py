@@ -239,9 +239,9 @@ def _seconds_of_layer(architecture: Architecture, size: tuple[int, int], is_trai
     one = replace(architecture, layers=architecture.layers[:1])
     graphs: list[torch.fx.GraphModule] = []
 
-    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
+    def keep(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:  # names of AOTDispatchCompiler
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)
 
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         model = random_model(one, torch.device("cpu"))
