@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accepting import is_accepted
 
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.batch import Batch
@@ -22,14 +23,7 @@ from efficientllm.runtime.sampling import SamplingOptions
 
 def accepts(engine: EngineScheduler, grammar: Grammar, text: str) -> bool:
     """Whether `text`, in the tokens that the model knows it by, is an answer under the grammar."""
-    constraint = GrammarConstraint(engine, grammar)
-    for token in engine.tokenize(text, special=False):
-        logits = np.zeros(engine.vocab_size, np.float32)
-        constraint.mask(logits)
-        if logits[token] == -np.inf:
-            return False
-        constraint.push(token)
-    return constraint.is_accepting
+    return is_accepted(GrammarConstraint(engine, grammar), engine, text)
 
 
 VALID = [

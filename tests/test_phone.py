@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import tree_sitter
 import tree_sitter_kotlin
 import tree_sitter_swift
 import tree_sitter_typescript
+from accepting import is_accepted
 from exporting import export
 from priced import tiny_profile
 from shared_fixtures import Exported
@@ -411,18 +411,6 @@ def test_a_grammar_of_calls_writes_them_as_the_model_does(
     for answer, is_valid in ((whole, True), ("On it.", False), (whole.replace("hall", "loft"), False)):
         constraint = GrammarConstraint(engine, Grammar.lark(lark_of(calls.grammar)))
         assert is_accepted(constraint, engine, answer) == is_valid
-
-
-def is_accepted(constraint: GrammarConstraint | None, engine: EngineScheduler, text: str) -> bool:
-    """Whether a constraint allows `text` as a whole answer."""
-    assert constraint is not None
-    for token in engine.tokenize(text, special=False):
-        logits = np.zeros(engine.vocab_size, np.float32)
-        constraint.mask(logits)
-        if logits[token] == -np.inf:
-            return False
-        constraint.push(token)
-    return constraint.is_accepting
 
 
 def test_functions_that_cannot_be_called_are_refused(

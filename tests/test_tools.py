@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
+from accepting import is_accepted
 
 from efficientllm.runtime import copied_arguments
 from efficientllm.runtime.base.errors import UnanswerableError, UsageError
@@ -95,17 +95,6 @@ QUESTION = {"role": "user", "content": "How is Rome?"}
 
 def accepts(engine: EngineScheduler, use: ToolUse, text: str, messages: Sequence[Message] = (QUESTION,)) -> bool:
     return is_accepted(tool_prompt(engine, messages, PromptOptions(use)).constraint(engine), engine, text)
-
-
-def is_accepted(constraint: GrammarConstraint | None, engine: EngineScheduler, text: str) -> bool:
-    assert constraint is not None
-    for token in engine.tokenize(text, special=False):
-        logits = np.zeros(engine.vocab_size, np.float32)
-        constraint.mask(logits)
-        if logits[token] == -np.inf:
-            return False
-        constraint.push(token)
-    return constraint.is_accepting
 
 
 def call(name: str, arguments: str) -> str:
