@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import json
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from serving import serve  # isort: skip
+from serving import free_port, serve  # isort: skip
 
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
@@ -120,7 +119,7 @@ async def _asked(client: httpx.AsyncClient, pool: ModelPool, body: dict[str, Any
 
 @dataclass
 class Crowd:
-    """What became of a crowd's requests."""
+    """Outcomes of a crowd's requests."""
 
     statuses: Counter[int] = field(default_factory=Counter[int])
     lost: int = 0
@@ -130,7 +129,7 @@ class Crowd:
     cancelled: int = 0
     """Requests whose client went."""
     at_stop: Counter[str] = field(default_factory=Counter[str])
-    """What became of requests that were sent before the server was told to stop and answered after it."""
+    """Outcomes of requests that were sent before SIGTERM and answered after it."""
     rss_bytes: list[int] = field(default_factory=list[int])
     """Resident memory of the server along the way."""
     seconds: float = 0.0
@@ -251,9 +250,7 @@ def server_of(
     names: dict[str, str], options: SoakOptions, context: int = 1024
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Serve artefacts by name in a child; yield the address and a function that sends it SIGTERM."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     models = itertools.chain.from_iterable(("--model", f"{name}={artefact}") for name, artefact in names.items())
     command = [
         *(sys.executable, "-m", "efficientllm.server.cli", *models, "--port", str(port)),
