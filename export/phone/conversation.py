@@ -19,7 +19,7 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Turns:
+class TemplateTexts:
     """Text of a chat template: START question (ANSWER answer BETWEEN question)* OPEN.
 
     With a system message, SYSTEM[0] message SYSTEM[1] replaces START.
@@ -38,13 +38,13 @@ QUESTION, EARLIER, LATER, SYSTEM = "(probe question)", "(probe one)", "(probe tw
 """Contents of messages, which no template changes."""
 
 
-def chat_turns(engine: EngineScheduler, tools: Tools = ()) -> Turns:
+def chat_turns(engine: EngineScheduler, tools: Tools = ()) -> TemplateTexts:
     """Return the turns of a model's chat template, with the description of `tools` in them.
 
     Without a template, a question is the whole prompt.
     """
     if engine.chat_template is None:
-        return Turns("", "", None, None, None)
+        return TemplateTexts("", "", None, None, None)
     alone = _around(engine, tools, ("user", QUESTION))
     if alone is None:
         raise ModelError("the chat template does not write the question; no kit can use it")
@@ -58,7 +58,7 @@ def chat_turns(engine: EngineScheduler, tools: Tools = ()) -> Turns:
     match _around(engine, tools, ("system", SYSTEM), user, one, user):
         case [first, second, *rest] if rest == [answer, between, open]:
             system = (first, second)
-    return Turns(start, open, system, answer, between)
+    return TemplateTexts(start, open, system, answer, between)
 
 
 def _around(engine: EngineScheduler, tools: Tools, *messages: tuple[str, str]) -> list[str] | None:
