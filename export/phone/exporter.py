@@ -280,9 +280,8 @@ def export_kit(platform: Platform, checkpoint: Checkpoint, request: ExportReques
     write_json_atomically(folder / DEFAULTS_FILE, {"context": context, **generation_defaults(checkpoint), **spoken})
     snippets = [name for key in (*options.formats, "") for name in SNIPPETS[platform][key]]
     model_files = [name for each in models for name in each.files]
-    pushed = list(
-        dict.fromkeys([*model_files, DEFAULTS_FILE, CHECK_FILE])
-    )  # two formats may have the same tokenizer's files
+    # two formats may have the same tokenizer's files
+    pushed = list(dict.fromkeys([*model_files, DEFAULTS_FILE, CHECK_FILE]))
     kit = Kit(platform, checkpoint, models, checks, context, snippets, pushed, _executorch_version(options.formats))
     write_snippets(kit, folder)
     write_text_atomically(folder / CARD_FILE, card(kit, folder, speed))
