@@ -82,6 +82,60 @@ def test_every_chat_keeps_its_cache(engine: EngineScheduler) -> None:
             chat += [*generation.answer, 301, 302, 303]
 
 
+def test_idle_chats_take_no_slots_from_a_new_one_and_come_back(engine: EngineScheduler) -> None:
+    long = [[11 * index + step for step in range(2, 80)] for index in range(3)]
+    alone = []
+    for prompt in long:
+        lease = engine.lease()
+        lease.begin(prompt)
+        alone.append(lease.evaluate())
+        lease.release()
+    newest = engine.lease()
+    newest.begin([330, *long[0]])
+    newest.evaluate()
+    # llama.cpp's attention reads every slot in use, of whichever chat
+    assert engine._caches.used == len(newest.tokens)
+    for prompt, expected in zip(long, alone, strict=True):
+        again = engine.lease()
+        again.begin([*prompt, 7])
+        again.evaluate()
+        assert again.cached_tokens == len(prompt)
+        again.release()
+        again.begin(prompt)
+        np.testing.assert_allclose(again.evaluate(), expected, atol=1e-4)
+        assert again.cached_tokens == len(prompt) - 1
+        again.release()
+
+
+def test_parked_chats_are_dropped_beyond_a_window(engine: EngineScheduler) -> None:
+    prompts = [[11 * index + step for step in range(2, 80)] for index in range(5)]
+    for prompt in prompts:
+        lease = engine.lease()
+        lease.begin(prompt)
+        lease.evaluate()
+        lease.release()
+    parked = [len(each.tokens) for each in engine._caches._parked]
+    assert parked == [78] * 3  # 4 do not fit into 256 tokens
+    lease = engine.lease()
+    lease.begin(prompts[0])
+    lease.evaluate()
+    assert lease.cached_tokens == 0
+
+
+def test_a_copy_owns_the_slots_that_its_source_leaves(engine: EngineScheduler) -> None:
+    first, second = engine.lease(), engine.lease()
+    first.begin(PROMPTS[3])
+    first.evaluate()
+    second.begin([*PROMPTS[3], 9])
+    second.evaluate()
+    assert engine._caches.used == len(PROMPTS[3]) + 1
+    assert first.cache is not None
+    engine._caches.truncate(first.cache, 10)
+    assert engine._caches.used == len(PROMPTS[3]) + 1
+    assert second.cache is not None
+    assert second.cache.own_tokens == len(PROMPTS[3]) + 1 - 10
+
+
 def test_a_prompt_that_is_being_evaluated_is_not_evaluated_again(engine: EngineScheduler) -> None:
     choices = [
         Generation(engine, PROMPTS[3], AnswerOptions(4, SamplingOptions(temperature=1.0, seed=seed)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,7 @@ from ..base.errors import EfficientLLMError
 from ..base.files import written_atomically
 from ..base.progress import PROGRESS_LOGGER
 from ..base.quantities import format_bytes
-from .protocol import StateKeeper
-from .scheduling_policy import CachePool, SequenceCache, is_much_like
+from .scheduling_policy import CachePool, ParkedCache, is_much_like
 
 MIN_STORED_TOKENS = 64
 """Least length of a prompt that is stored. A shorter one is evaluated as fast as it is read."""
@@ -37,28 +35,29 @@ class PromptStore:
         """Use the files of `key`. All files in `folder` together have at most `max_bytes`."""
         self._folder, self._key, self._max_bytes = folder, key, max_bytes
 
-    def save(self, engine: StateKeeper, caches: CachePool) -> None:
-        """Write the caches of all sequences of `engine`, without those that are much like others."""
+    def save(self, caches: CachePool) -> None:
+        """Write all caches, without those that are much like others."""
         # the last used one is written last: the times of the files are their order in `read`
-        for cache in reversed(caches.distinct(MIN_STORED_TOKENS)):
-            self.write(cache.tokens, engine.sequence_state(cache.sequence))
+        for cache in reversed(caches.states(MIN_STORED_TOKENS)):
+            self.write(cache.tokens, cache.state)
 
-    def restore(self, engine: StateKeeper, caches: CachePool) -> int:
-        """Fill empty caches of `engine`, the newest prompt first, and return the number of their tokens.
+    def restore(self, caches: CachePool) -> int:
+        """Park the newest prompts that fit, and return the number of their tokens.
 
         Prompts that are much like a newer one are left out, as in `save`.
         """
-        restored: list[SequenceCache] = []
-        empty = caches.empty()
-        for tokens, state in itertools.islice(self.read(), len(empty)):
-            cache, is_known = empty[len(restored)], is_much_like(tokens, restored)
-            has_room = caches.has_room(len(tokens))
-            if has_room and not is_known and engine.restore_sequence(cache.sequence, state, len(tokens)):
-                cache.tokens = tokens
-                restored.append(cache)
-        for cache in reversed(restored):
-            caches.touch(cache)
-        return sum(len(cache.tokens) for cache in restored)
+        found: list[ParkedCache] = []
+        room = caches.max_parked
+        for tokens, state in self.read():
+            if is_much_like(tokens, found):
+                continue
+            room -= len(tokens)
+            if room < 0:
+                break
+            found.append(ParkedCache(tokens, state))
+        for cache in reversed(found):  # the newest is dropped last
+            caches.park(cache.tokens, cache.state)
+        return sum(len(cache.tokens) for cache in found)
 
     def write(self, tokens: Sequence[int], state: bytes) -> None:
         """Store a prompt and remove the files that were used least recently, until all fit. Report a failure."""

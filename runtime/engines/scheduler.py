@@ -6,12 +6,13 @@ The sequence of an answer is in one of these states:
                          |  ^
                  release |  | reacquire, or a prompt with the same prefix
                          v  |
-                    idle (cached)  -->  evicted
+                    idle (cached)  -->  parked or evicted
 
 - waiting: the lease has tokens, but no sequence of the engine yet.
 - leased: the lease holds a sequence, whose cache is kept until the release.
 - in a pass: the engine evaluates tokens of the sequence at this moment.
 - idle: no lease holds the sequence, but its tokens stay cached for later prompts.
+- parked: the cache was copied to ordinary memory, and comes back for a prompt with the same prefix.
 - evicted: the cache was emptied for other tokens. A lease whose sequence was taken is lost (`Lease.is_lost`).
 
 `scheduling_policy` decides which cache is taken or evicted and how many tokens a pass evaluates. `Batch`
@@ -66,7 +67,7 @@ class EngineScheduler:
         self._num_calls = self._num_leases = 0
         self._turn = threading.RLock()
         """Held while tokens are evaluated. Reentrant, because garbage collection may release a lease meanwhile."""
-        self._caches = CachePool(engine)
+        self._caches = CachePool(engine, max_parked=engine.context_length)
         self._stepping = threading.Lock()
         """Guards `_in_pass`."""
         self._served = threading.Condition()
@@ -84,6 +85,8 @@ class EngineScheduler:
         self.bos_token, self.eos_token, self.control_texts = engine.bos_token, engine.eos_token, engine.control_texts
         self.load_ms, self.kv_cache_bytes, self.settings = engine.load_ms, engine.kv_cache_bytes, engine.settings
         self.num_sequences, self.cache_slots = engine.num_sequences, engine.cache_slots
+        self.parked_bytes = self._caches.max_parked * self.kv_cache_bytes // self.cache_slots
+        """Memory that parked caches may take beside those of the engine."""
         self.cuts_sequences: bool = getattr(engine, "cuts_sequences", True)
         """False if a prompt reuses all cached tokens of a sequence or none."""
         self._pass_times: PassTimes | None = getattr(engine, "pass_times", None)
@@ -359,15 +362,13 @@ class EngineScheduler:
 
     def save_prompts(self, store: PromptStore) -> None:
         """Write the caches of all sequences to `store`, without those that are much like others."""
-        with self._open() as engine, self._turn:
-            assert isinstance(engine, StateKeeper)
-            store.save(engine, self._caches)
+        with self._open(), self._turn:
+            store.save(self._caches)
 
     def restore_prompts(self, store: PromptStore) -> int:
-        """Fill empty caches from `store`, and return the number of their tokens."""
-        with self._open() as engine, self._turn:
-            assert isinstance(engine, StateKeeper)
-            return store.restore(engine, self._caches)
+        """Take the prompts of `store` into memory, and return the number of their tokens."""
+        with self._open(), self._turn:
+            return store.restore(self._caches)
 
     def pin(self, tokens: Sequence[int]) -> None:
         """Evaluate `tokens` and never evict them. They take a sequence and its slots from the answers.
@@ -490,7 +491,8 @@ class Lease:
     def reacquire(self) -> None:
         """Hold the sequence again after `release(keep=True)`. Raise UsageError if it was used in between."""
         with self._scheduler._open(), self._scheduler._turn:
-            if self.cache is None:
+            if self.cache is None or (self.cache.holder is None and not self.cache.tokens):
+                self.cache = None  # parked: the next pass brings it back
                 return
             # Another answer may have used the sequence and released it: then nobody holds it, but its tokens differ.
             if self.cache.holder is not None or self.cache.tokens != self.tokens:

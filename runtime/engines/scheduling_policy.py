@@ -11,10 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .protocol import Engine
+from .protocol import Engine, StateKeeper
 
 MIN_REUSED_SHARE = 0.5
 """Least share of a cache that a new prompt must begin with to take the cache over. Below it, the prefix is copied."""
+
+MIN_PARKED_TOKENS = 32
+"""Least length of an idle cache that is parked. A shorter one costs the other answers little time."""
 
 PREFILL_BESIDE_DECODES = 128
 """Largest number of prompt tokens in a pass that also decodes. The decodes wait for them."""
@@ -35,7 +38,8 @@ class SequenceCache:
     holder: object = None
     """The lease that the sequence belongs to. None: the cache is idle."""
     shared: int = 0
-    """Tokens at the beginning that are copies of another sequence's and take no slots of their own."""
+    """Tokens at the beginning that are copies of those of `source` and take no slots of their own."""
+    source: SequenceCache | None = None
     last_used: int = 0
     """Number of the last use. A smaller one is longer ago."""
     is_pinned: bool = False
@@ -47,11 +51,27 @@ class SequenceCache:
         return len(self.tokens) - min(self.shared, len(self.tokens))
 
 
-class CachePool:
-    """The caches of all sequences of one engine. The caller must have the engine to itself."""
+@dataclass(frozen=True)
+class ParkedCache:
+    """Tokens of an idle sequence, and its state outside of the engine (`StateKeeper.sequence_state`)."""
 
-    def __init__(self, engine: Engine) -> None:
+    tokens: list[int]
+    state: bytes
+
+
+class CachePool:
+    """The caches of all sequences of one engine. The caller must have the engine to itself.
+
+    llama.cpp's attention reads the slots of all sequences, so idle chats slow the others. When a prompt begins, the
+    idle caches are therefore parked: their states are copied to ordinary memory, and back when a prompt continues one.
+    """
+
+    def __init__(self, engine: Engine, max_parked: int = 0) -> None:
+        """Use the sequences of `engine`. At most `max_parked` tokens are parked, none if it has no states."""
         self._engine = engine
+        self.max_parked = max_parked if isinstance(engine, StateKeeper) else 0
+        self._parked: list[ParkedCache] = []
+        """The oldest first."""
         self._cuts = getattr(engine, "cuts_sequences", True)
         self._caches = [SequenceCache(sequence) for sequence in range(engine.num_sequences)]
         self._clock = itertools.count(1)
@@ -63,7 +83,8 @@ class CachePool:
         """
         # the last token is always evaluated, because its logits are needed
         limit = len(tokens) - 1
-        common = [self._common_length(cache, tokens, limit) for cache in self._caches]
+        self._unpark(tokens, limit)
+        common = [self._common_length(cache.tokens, tokens, limit) for cache in self._caches]
         # of equal prefixes an idle one, which need not be copied
         best = max(self._caches, key=lambda cache: (common[cache.sequence], cache.holder is None))
         length = common[best.sequence]
@@ -72,15 +93,66 @@ class CachePool:
         keeps_little = length < MIN_REUSED_SHARE * len(best.tokens)
         if best.holder is not None or best.is_pinned or keeps_little:
             others = (cache for cache in self._caches if not cache.is_pinned)
-            chosen = min(others, key=lambda cache: (cache.holder is not None, cache.last_used))
-        self.truncate(chosen, length if chosen is best else 0)
+            chosen = min(others, key=lambda cache: (cache.holder is not None, len(cache.tokens) > 0, cache.last_used))
+        if chosen is best:
+            self.truncate(chosen, length)
+        else:
+            self._evict(chosen)
         if chosen is not best and length:
             # llama.cpp shares the slots of a copy. Other engines have a cache of fixed size per sequence.
             self._engine.copy(best.sequence, chosen.sequence, length)
-            chosen.tokens, chosen.shared = best.tokens[:length], length
+            chosen.tokens, chosen.shared, chosen.source = best.tokens[:length], length, best
         chosen.holder = holder
         self.touch(chosen)
+        for cache in self._caches:
+            if self._can_park(cache):
+                self._evict(cache)
         return chosen
+
+    def _unpark(self, tokens: Sequence[int], limit: int) -> None:
+        """Bring a parked cache back if it has a longer prefix of `tokens` than the sequences have."""
+        held = max(self._common_length(cache.tokens, tokens, limit) for cache in self._caches)
+        lengths = [self._common_length(parked.tokens, tokens, limit) for parked in self._parked]
+        idle = [cache for cache in self._caches if cache.holder is None and not cache.is_pinned]
+        if not idle or max(lengths, default=0) <= held:
+            return
+        # of equal prefixes the one that is copied soonest
+        index = min(range(len(lengths)), key=lambda each: (-lengths[each], len(self._parked[each].tokens)))
+        parked = self._parked.pop(index)
+        target = min(idle, key=lambda cache: (len(cache.tokens) > 0, cache.last_used))
+        self._evict(target)
+        self.make_room(len(parked.tokens))
+        assert isinstance(self._engine, StateKeeper)
+        if self._engine.restore_sequence(target.sequence, parked.state, len(parked.tokens)):
+            target.tokens = parked.tokens
+            self.touch(target)
+
+    def _can_park(self, cache: SequenceCache) -> bool:
+        """Return True if parking an idle cache frees slots worth the copy: those of a shared prefix stay in use."""
+        is_idle = cache.holder is None and not cache.is_pinned
+        is_long = MIN_PARKED_TOKENS <= len(cache.tokens) <= self.max_parked
+        copied = max((other.shared for other in self._caches if other.source is cache), default=cache.shared)
+        return is_idle and is_long and 2 * max(copied, cache.shared) <= len(cache.tokens)
+
+    def _evict(self, cache: SequenceCache) -> None:
+        """Empty a cache, and park it if it is idle and worth it."""
+        if self._can_park(cache):
+            assert isinstance(self._engine, StateKeeper)
+            self.park(list(cache.tokens), self._engine.sequence_state(cache.sequence))
+        self.truncate(cache, 0)
+
+    def park(self, tokens: list[int], state: bytes) -> bool:
+        """Keep `state` for prompts that begin with `tokens`. Return False if there is no room for it.
+
+        The oldest others are dropped for it, and those that `tokens` continues.
+        """
+        if len(tokens) > self.max_parked:
+            return False
+        self._parked = [each for each in self._parked if each.tokens != tokens[: len(each.tokens)]]
+        self._parked.append(ParkedCache(tokens, state))
+        while sum(len(each.tokens) for each in self._parked) > self.max_parked:
+            del self._parked[0]
+        return True
 
     def touch(self, cache: SequenceCache) -> None:
         """Record a use of `cache`."""
@@ -99,20 +171,23 @@ class CachePool:
         """Evict the least recently used idle cache. Return False if there is none but pinned ones."""
         idle = [cache for cache in self._caches if cache.holder is None and cache.tokens and not cache.is_pinned]
         if idle:
-            self.truncate(min(idle, key=lambda cache: cache.last_used), 0)
+            self._evict(min(idle, key=lambda cache: cache.last_used))
         return bool(idle)
 
-    def distinct(self, min_tokens: int) -> list[SequenceCache]:
-        """Return caches of at least `min_tokens` tokens, the last used first, without those much like one before."""
-        chosen: list[SequenceCache] = []
-        for cache in sorted(self._caches, key=lambda cache: cache.last_used, reverse=True):
-            if len(cache.tokens) >= min_tokens and not is_much_like(cache.tokens, chosen):
-                chosen.append(cache)
-        return chosen
+    def states(self, min_tokens: int) -> list[ParkedCache]:
+        """Return copies of all caches of at least `min_tokens` tokens, the last used first.
 
-    def empty(self) -> list[SequenceCache]:
-        """Return the idle caches without tokens."""
-        return [cache for cache in self._caches if cache.holder is None and not cache.tokens]
+        Those much like one before are left out.
+        """
+        assert isinstance(self._engine, StateKeeper)
+        found: list[ParkedCache] = []
+        for cache in sorted(self._caches, key=lambda cache: cache.last_used, reverse=True):
+            if len(cache.tokens) >= min_tokens and not is_much_like(cache.tokens, found):
+                found.append(ParkedCache(list(cache.tokens), self._engine.sequence_state(cache.sequence)))
+        for parked in reversed(self._parked):
+            if len(parked.tokens) >= min_tokens and not is_much_like(parked.tokens, found):
+                found.append(parked)
+        return found
 
     @property
     def used(self) -> int:
@@ -131,7 +206,7 @@ class CachePool:
         """
         for cache in self._caches:
             cache.holder = holder
-            self.truncate(cache, 0 if cache.sequence else self._common_length(cache, tokens, limit))
+            self.truncate(cache, 0 if cache.sequence else self._common_length(cache.tokens, tokens, limit))
         return self._caches[0]
 
     def release_all(self, holder: object) -> None:
@@ -140,21 +215,24 @@ class CachePool:
             if cache.holder is holder:
                 cache.holder = None
 
-    def _common_length(self, cache: SequenceCache, tokens: Sequence[int], limit: int) -> int:
-        """Return the length of the prefix of `tokens` that `cache` can serve."""
-        length = common_length(cache.tokens, tokens, limit)
+    def _common_length(self, cached: Sequence[int], tokens: Sequence[int], limit: int) -> int:
+        """Return the length of the prefix of `tokens` that a cache of the tokens `cached` can serve."""
+        length = common_length(cached, tokens, limit)
         # the state of a recurrent model has all of its tokens in it, so it serves them all or none
-        return length if self._cuts or length == len(cache.tokens) else 0
+        return length if self._cuts or length == len(cached) else 0
 
     def truncate(self, cache: SequenceCache, length: int) -> None:
         """Remove all but the first `length` tokens of `cache`."""
         if length < len(cache.tokens):
             self._engine.truncate(cache.sequence, length)
-            del cache.tokens[length:]
+            cache.tokens = cache.tokens[:length]
+            for other in self._caches:  # whose copies have these slots to themselves now
+                if other.source is cache:
+                    other.shared = min(other.shared, length)
         cache.shared = min(cache.shared, length)
 
 
-def is_much_like(tokens: Sequence[int], others: Sequence[SequenceCache]) -> bool:
+def is_much_like(tokens: Sequence[int], others: Sequence[ParkedCache]) -> bool:
     """Return True if more than half of `tokens` are a prefix of one of `others`."""
     length = len(tokens)
     return any(common_length(other.tokens, tokens, length) > MIN_REUSED_SHARE * length for other in others)

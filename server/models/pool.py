@@ -107,7 +107,8 @@ class ModelPool:
 
     def _load(self, name: str) -> EngineWorker:
         engine = load_engine(self.artefacts[name], self.options)
-        self._sizes[name] = self.artefacts[name].file_bytes + engine.kv_cache_bytes + engine.draft_bytes
+        caches = engine.kv_cache_bytes + engine.parked_bytes
+        self._sizes[name] = self.artefacts[name].file_bytes + caches + engine.draft_bytes
         # Read before a request needs a grammar. Reading cannot be stopped and would keep the place of a lost client.
         threading.Thread(target=read_vocabulary, args=(engine,), daemon=True).start()
         save_prompts = self._restore_prompts(name, engine)
@@ -309,6 +310,8 @@ def pinned_tokens(engine: EngineScheduler, pin: ChatRequest) -> list[int]:
 def describe_capacity(engine: EngineScheduler) -> str:
     """Return one line on the number of chats that the caches of a model hold."""
     size = f" in {format_bytes(engine.kv_cache_bytes)}" if engine.kv_cache_bytes else ""
+    if engine.parked_bytes:
+        size += f", {format_bytes(engine.parked_bytes)} more for idle chats"
     chats = min(engine.num_sequences, engine.cache_slots // CHAT_TOKENS)
     answers = f"{engine.num_sequences} answers at once, room for {engine.cache_slots:,} tokens{size}"
     plural = "" if chats == 1 else "s"
