@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_architecture, tiny_model
+from tiny import tiny_architecture, tiny_model, tiny_tokenizer
 from torch import Tensor, multiprocessing
 
 from efficientllm.runtime.base.errors import DataError
@@ -20,6 +20,9 @@ from efficientllm.train.checkpoint.state import TrainingState, save_training_sta
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss, frozen_copy, perplexity
 from efficientllm.train.compute.optimizer import make_optimizer
+from efficientllm.train.evaluation.scoring import ScoreRequest
+from efficientllm.train.evaluation.torch_model import TorchModel
+from efficientllm.train.measuring import evaluated
 from efficientllm.train.pruning.activation import GateScores
 from efficientllm.train.pruning.criteria import CRITERIA
 from efficientllm.train.pruning.running_scores import RunningScores
@@ -190,9 +193,30 @@ def _agree(rank: int, parallel: Parallel, folder: Path) -> None:
     loss, windows = TrainingLoss(model, torch.float32), unequal_windows().numpy()[:3]
     shared = perplexity(parallel.wrap(loss), windows, 1, CPU, parallel=parallel)  # three batches for two ranks
     assert shared == pytest.approx(perplexity(loss, windows, 1, CPU), rel=1e-6)
+    _share_evaluation(rank, model, parallel)
     optimizer = make_optimizer(model, 1e-3, (0.9, 0.95), 0.01)
     save_training_state(folder, model, optimizer, TrainingState(RunProgress(), {}, {}, {}), 1, parallel)
     assert damage(folder) == ""
+
+
+def _share_evaluation(rank: int, model: Any, parallel: Parallel) -> None:
+    """Scores and answers are those of one process, and a rank computes its share."""
+    text, trained = SimpleNamespace(tokenizer=tiny_tokenizer()), SimpleNamespace(parallel=parallel)
+    trained.model, trained.loss = model, SimpleNamespace(dtype=torch.float32)
+    requests = [ScoreRequest(tuple(range(5, 9 + length)), 1 + length % 2) for length in range(5)]
+    prompts = [[5, 6, 7], [9, 10], [11]]
+    alone = TorchModel(model, text.tokenizer, CPU, False, batch_tokens=1)
+    expected, answers = dict(alone.score(requests)), list(alone.answer(prompts, 4))
+    passes: list[None] = []
+    with evaluated(trained, text, lambda: passes.append(None)) as shared:  # type: ignore[arg-type]
+        shared.batch_tokens = 1
+        found = dict(shared.score(requests))
+        assert len(passes) == (3, 2)[rank]
+        assert list(shared.answer(prompts, 4)) == answers
+    assert found.keys() == expected.keys()
+    for index, score in found.items():
+        assert score.log_probs == pytest.approx(expected[index].log_probs, rel=1e-6)
+        assert (score.is_greedy == expected[index].is_greedy).all()
 
 
 RANKED = [

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from ..runtime.base.errors import DataError
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.engines.contract_text import one_line
+from .compute.distributed import Parallel
 from .compute.loss import perplexity
 from .compute.trained_model import TrainedModel
 from .evaluation.quality.contract import Quality, contract, measure_quality
+from .evaluation.scoring import Score, ScoreRequest
 from .evaluation.torch_model import TorchModel
 from .reporting.metrics import MetricsWriter, RunProgress
 from .run_text import RunText
@@ -25,15 +28,38 @@ EVALUATION_BATCH_TOKENS = 2048
 """Tokens per forward pass."""
 
 
+class SharedModel(TorchModel):
+    """A model of which every rank has a copy. Each computes a share of scores and answers (collective calls)."""
+
+    def __init__(self, parallel: Parallel, *arguments: Any) -> None:
+        """Take the arguments of a TorchModel."""
+        super().__init__(*arguments)
+        self.parallel = parallel
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
+        rank, num_ranks = self.parallel.rank, self.parallel.world_size
+        for other, scores in enumerate(self.parallel.gather(list(super().score(requests[rank::num_ranks])))):
+            yield from ((other + index * num_ranks, score) for index, score in scores)
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[str]:
+        rank, num_ranks = self.parallel.rank, self.parallel.world_size
+        answers = [""] * len(prompts)
+        for other, own in enumerate(self.parallel.gather(list(super().answer(prompts[rank::num_ranks], max_tokens)))):
+            answers[other::num_ranks] = own
+        yield from answers
+
+
 @contextlib.contextmanager
 def evaluated(trained: TrainedModel, text: RunText, check: Callable[[], None]) -> Iterator[TorchModel]:
     """Yield the model of a run for evaluations. `check` is called before every forward pass and may raise."""
-    model, is_bfloat16 = trained.model, trained.loss.dtype == torch.bfloat16
+    model, parallel, is_bfloat16 = trained.model, trained.parallel, trained.loss.dtype == torch.bfloat16
+    arguments = model, text.tokenizer, parallel.device, is_bfloat16, EVALUATION_BATCH_TOKENS
     was_training = model.training
     try:
         # otherwise every length would be compiled
         with torch.compiler.set_stance("force_eager"), model.register_forward_pre_hook(lambda *_: check()):
-            yield TorchModel(model, text.tokenizer, trained.parallel.device, is_bfloat16, EVALUATION_BATCH_TOKENS)
+            # ranks that share weights need each other in every forward pass, so they all compute the same
+            yield SharedModel(parallel, *arguments) if parallel.mode == "ddp" else TorchModel(*arguments)
     finally:
         model.train(was_training)
 
