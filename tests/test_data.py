@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import gzip
 import itertools
 import json
@@ -8,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -300,3 +302,20 @@ def test_short_data_is_refused(tmp_path: Path, tokenizer: Any) -> None:
         PackedStream([DataSpec(str(path))], tokenizer, 4096, 0.2, 0).check()
     with pytest.raises(DataError, match="held-out part has"):
         held_out_windows([DataSpec(str(path))], tokenizer, 4096, 0.2, 100)
+
+
+def test_a_hub_dataset_is_continued_without_the_files_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The place is in the last of four files. Nobody can read the second one any more."""
+    files = [str(write(tmp_path / f"{number}.parquet")) for number in range(4)]
+    load = datasets.load_dataset
+    opened = functools.partial(load, "parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.load_dataset", lambda path, config, **options: opened(**options))
+    monkeypatch.setattr(packing, "SHUFFLE_BLOCK", 8)
+    first, second = (packing.ShuffledDocuments(DataSpec("owner/name"), 0.2, 5, 0) for _ in range(2))
+    while first.state.hub.get("rows", 0) <= 90:
+        first.next_documents(3)
+    state = as_arrays(as_tensors(vars(first.state).copy()))
+    Path(files[1]).write_bytes(b"")
+    second.seek(packing.CorpusPosition(**state))
+    for _ in range(3):
+        assert second.next_documents(3) == first.next_documents(3)

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,14 +52,26 @@ class DataSpec:
         return cls(path, weight, skip_bad_lines, text_field)
 
 
-def open_documents(spec: DataSpec, bad_lines: BadLines | None = None) -> Iterator[Document]:
+@dataclass
+class HubPlace:
+    """A place in a hub dataset, from which its library continues without reading the files before it."""
+
+    rows: int = 0
+    """Rows before the place."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """State of the library. Empty at the start and for other corpora."""
+
+
+def open_documents(
+    spec: DataSpec, bad_lines: BadLines | None = None, place: HubPlace | None = None
+) -> Iterator[Document]:
     """Return an iterator over the documents of a corpus in their stored order, without blank ones.
 
-    `bad_lines` counts over several corpora that are one reading. Raises UsageError here and DataError while reading.
+    `bad_lines` counts over several corpora that are one reading. A hub dataset is read from `place`, which moves with
+    every row. Raises UsageError here and DataError while reading.
     """
-    documents = itertools.chain.from_iterable(
-        _open_files(spec, bad_lines or BadLines(spec.skip_bad_lines, flag=spec.flag))
-    )
+    bad_lines = bad_lines or BadLines(spec.skip_bad_lines, flag=spec.flag)
+    documents = itertools.chain.from_iterable(_open_files(spec, bad_lines, place))
     return (each for each in documents if (text := text_of(each)) and not text.isspace())
 
 
@@ -106,7 +118,7 @@ def local_files(name: str) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def _open_files(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]:
+def _open_files(spec: DataSpec, bad_lines: BadLines, place: HubPlace | None = None) -> list[Iterator[Document]]:
     """Return one iterator over documents for each file of a corpus. Raises UsageError."""
     name, path = spec.path, Path(spec.path)
     context = ReadContext(name, spec.text_field, bad_lines, spec.flag)
@@ -127,7 +139,7 @@ def _open_files(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]
             raise UsageError(f"{spec.flag} {name}: unknown file type; known: {KNOWN_FILES}")
         return [read_documents(path, reader, context)]
     if _is_hub_dataset(name):
-        return [_hub(context)]
+        return [_hub(context, place)]
     raise UsageError(f"{spec.flag} {name}: no such file or folder, and not a hub dataset id (owner/name)")
 
 
@@ -137,7 +149,7 @@ def _demo() -> Iterator[str]:
         yield f"{entry['title']}\n\n{entry['extract']}"
 
 
-def _hub(context: ReadContext) -> Iterator[Document]:
+def _hub(context: ReadContext, place: HubPlace | None) -> Iterator[Document]:
     with extra("datasets"):
         import datasets
         from datasets.exceptions import DatasetsError
@@ -145,13 +157,18 @@ def _hub(context: ReadContext) -> Iterator[Document]:
     path, _, config = context.name.partition("@")
     try:
         stream = datasets.load_dataset(path, config or None, split="train", streaming=True)
+        if place is not None and place.state:
+            stream.load_state_dict(place.state)
 
-        def filled(row: dict[str, Any]) -> dict[str, Any]:
-            # a null text is an empty document, which open_documents drops
-            return {**row, context.field: ""} if row.get(context.field, "") is None else row
+        def rows() -> Iterator[dict[str, Any]]:
+            for each in stream:
+                if place is not None:
+                    place.rows, place.state = place.rows + 1, stream.state_dict()
+                row = cast(dict[str, Any], without_added_nulls(each))
+                # a null text is an empty document, which open_documents drops
+                yield {**row, context.field: ""} if row.get(context.field, "") is None else row
 
-        rows = (filled(cast(dict[str, Any], without_added_nulls(row))) for row in stream)
-        yield from read_records(rows, context, "row")
+        yield from read_records(rows(), context, "row", 1 + (place.rows if place is not None else 0))
     except (OSError, ValueError, DatasetsError) as error:
         raise context.error(f"not a local path, and not readable as a hub dataset: {error}") from error
 

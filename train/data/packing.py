@@ -18,14 +18,14 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...runtime.base.errors import DataError
 from .chat import Chat, Encoder
-from .documents import DataSpec, is_held_out, open_documents
+from .documents import DataSpec, HubPlace, is_held_out, open_documents
 from .tokens import StoredTokens, open_tokens
 
 if TYPE_CHECKING:  # the help of efficientllm-data needs no transformers
@@ -40,7 +40,7 @@ ORDER, START = 1_000_001, 1_000_002
 """Purposes of random numbers. They exceed any number of epochs, which seeds the order of documents."""
 
 SHUFFLE_BLOCK = 8192
-"""Documents shuffled together, and the most that a resumed run reads again."""
+"""Documents shuffled together. A run resumes at the start of a block."""
 
 TOKENIZE_BATCH = 32
 """Documents tokenised in one call, in parallel inside tokenizers."""
@@ -55,6 +55,8 @@ class CorpusPosition:
     """Blocks of this epoch that have been read."""
     offset: int = 0
     """Documents of the current block that have been read."""
+    hub: dict[str, Any] = field(default_factory=dict)
+    """Place of the current block in a hub dataset (HubPlace), or empty: earlier documents are then read again."""
 
 
 class ShuffledDocuments:
@@ -72,6 +74,7 @@ class ShuffledDocuments:
         self.stored = stored
         self.state = CorpusPosition()
         self._blocks: Iterator[list[Any]] | None = None
+        self._place = HubPlace()
         self._current: list[Any] = []
 
     def block_size(self) -> int:
@@ -114,14 +117,17 @@ class ShuffledDocuments:
         if self.stored is not None:
             documents = iter(self.stored.documents[start:])
         else:
+            self._place = HubPlace(**self.state.hub)
+            opened = open_documents(self.spec, place=self._place)
             # held-out documents are left out before the count, so that blocks are the same for stored tokens
-            documents = (each for each in open_documents(self.spec) if not is_held_out(each, self.held_out_fraction))
-            documents = itertools.islice(documents, start, None)
+            documents = (each for each in opened if not is_held_out(each, self.held_out_fraction))
+            documents = itertools.islice(documents, 0 if self.state.hub else start, None)
         self._blocks = iter(lambda: list(itertools.islice(documents, SHUFFLE_BLOCK)), [])
         self._load_block()
 
     def _load_block(self) -> None:
         assert self._blocks is not None
+        place = vars(self._place).copy()
         block = next(self._blocks, None)
         if block is None:
             if self.state.block == 0:
@@ -129,6 +135,7 @@ class ShuffledDocuments:
             self.state = CorpusPosition(self.state.epoch + 1)
             self._open()
             return
+        self.state.hub = place if place["state"] else {}
         # seeded by the place, not by earlier draws: a resumed run shuffles this block alone
         order = np.random.default_rng([*self.seed, self.state.epoch, self.state.block]).permutation(len(block))
         self._current = [block[i] for i in order]

@@ -72,9 +72,12 @@ def _read_json(stream: IO[bytes], context: ReadContext) -> Iterator[Document]:
     yield from read_records(value if isinstance(value, list) else [value], context, "document")
 
 
-def read_records(values: Iterable[Any], context: ReadContext, kind: str) -> Iterator[Document]:
-    """Yield the document of each value and count malformed ones as bad lines. Errors call a value `kind`."""
-    for number, value in enumerate(values, 1):
+def read_records(values: Iterable[Any], context: ReadContext, kind: str, first: int = 1) -> Iterator[Document]:
+    """Yield the document of each value and count malformed ones as bad lines.
+
+    Errors call a value `kind` and its number, which starts at `first`.
+    """
+    for number, value in enumerate(values, first):
         try:
             yield document_of(context, value, f"{kind} {number}")
         except DataError as error:
