@@ -290,15 +290,16 @@ def test_threads_sleep_while_they_wait_beside_other_programs(
         return "\n".join([*rows, "cpu7 900 0 0 0 0 0 0 0 0 0", "intr 3"])
 
     texts = iter([stat(0).replace("100", "0"), stat(busy)])
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(Path, "read_text", lambda self: next(texts))
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, "torch")
-        cli.choose_waiting()
+        cli.set_environment()
     assert os.environ.get("OMP_WAIT_POLICY") == policy
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def test_weights_and_biases_get_the_settings_and_a_resumed_run_keeps_its_id(

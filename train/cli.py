@@ -67,12 +67,15 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
     return flags.merge(config, arguments, "flags")
 
 
-def choose_waiting() -> None:
-    """Let OpenMP's threads sleep while they wait, if other programs use this machine. Call it before torch is imported.
+def set_environment() -> None:
+    """Set what torch reads from the environment and the user has not set. Call it before torch is imported.
 
-    A small bf16 step of an MLP on two cores beside one busy core ran at 5.1 steps/s so, and at 3.4 with threads that
-    spin. On quiet cores it ran at 6.6 and at 8.3, so threads spin there, as by default. Variables of the user count.
+    Segments of a GPU's memory grow, because tensors of other shapes after a removal do not fit into fixed ones.
+    OpenMP's threads sleep while they wait, if other programs use this machine. A small bf16 step of an MLP on two cores
+    beside one busy core ran at 5.1 steps/s so, and at 3.4 with threads that spin. On quiet cores it ran at 6.6 and at
+    8.3, so threads spin there, as by default.
     """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if "torch" in sys.modules or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return
     if STAT.is_file():
@@ -95,7 +98,7 @@ def body(argv: Sequence[str]) -> int:
     if is_main_process():
         check_request(config)
     _log.info(f"loading {config.source.source}, to train on {', '.join(config.source.data)}")  # torch takes seconds
-    choose_waiting()
+    set_environment()
     with extra("train"):
         from .run import run_training
 
