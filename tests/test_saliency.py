@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_architecture, tiny_model
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from efficientllm.runtime.base.errors import UsageError
+from efficientllm.train.compute.trained_model import configure
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.pruning.activation import ActivationScores, GateScores
 from efficientllm.train.pruning.criteria import (
@@ -285,6 +288,29 @@ def test_token_fisher_forgets_a_step_that_was_skipped() -> None:
     torch.testing.assert_close(tracker.scores["ffn"], alone.scores["ffn"])
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_token_fisher_is_compiled_with_its_layers(checkpoints: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a graph break, once a shape, and not again from step to step."""
+    architecture = tiny_architecture(layers=(*[LayerShape(4, 2, 96)] * 3, LayerShape(2, 1, 64)))
+    compiler, found = CompileCounterWithBackend("aot_eager"), []
+    compilation = functools.partialmethod(torch.nn.Module.compile, backend=compiler, fullgraph=True)
+    monkeypatch.setattr(torch.nn.Module, "compile", compilation)
+    for compiles in (False, True):
+        model = tiny_model(architecture).train()
+        configure(model, checkpoints, compiles, stores_gradients_as_computed=False)
+        tracker = GateScores(ALL_KINDS, architecture, decay=0.5)
+        tracker.attach(model)
+        for _ in range(2):
+            for tokens in TOKENS.chunk(2):
+                model(tokens, labels=tokens, use_cache=False).loss.backward()
+            tracker.finish_step()
+        found.append(tracker.scores)
+    assert compiler.frame_count == (1 if checkpoints else 2)  # with checkpoints, the decoder as a whole
+    torch.testing.assert_close(found[1], found[0], atol=0, rtol=1e-5)
+
+
 def test_activation_criteria_do_not_rank_the_stem() -> None:
     with pytest.raises(UsageError, match="remove stem from --prune"):
         ActivationScores("flap", ("ffn", "stem"), tiny_architecture(), 0.9, lambda tensors: None)
@@ -321,13 +347,11 @@ def test_scores_of_a_layer_without_groups_are_on_the_device_of_the_others(name: 
         if name == "wanda":
             tracker._moments = {  # type: ignore[attr-defined]
                 each: Moments(8, *(torch.ones(weight.shape[1], device="meta") for _ in range(3)))
-                for each, weight in tracker.weights.items()  # type: ignore[attr-defined]
+                for each, weight in tracker._weights.items()  # type: ignore[attr-defined]
             }
         elif name == TOKEN_FISHER:
-            tracker._squares = {  # type: ignore[attr-defined]
-                each: torch.ones(weight.shape[1] // (32 if each.endswith("o_proj") else 1), device="meta")
-                for each, weight in tracker.weights.items()  # type: ignore[attr-defined]
-            }
+            for gates in tracker.gates.values():  # type: ignore[attr-defined]
+                gates.grad = torch.ones_like(gates)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         tracker.accumulate(model.named_parameters())
@@ -341,13 +365,16 @@ def test_random_scores_resume_from_a_checkpoint_that_was_loaded_to_a_gpu() -> No
     """Checkpoints are loaded to the device of the run, where the generator of a CPU takes no state from."""
 
     class OnGPU:
-        """Stands for a tensor on a GPU: it can be copied to the CPU and do nothing else."""
+        """Stands for a tensor on a GPU: it can be copied and do nothing else."""
 
         def __init__(self, tensor: torch.Tensor) -> None:
             self.tensor = tensor
 
         def cpu(self) -> torch.Tensor:
             return self.tensor
+
+        def to(self, device: torch.device) -> torch.Tensor:
+            return self.tensor.to(device)
 
     trackers = [RandomScores(ALL_KINDS, tiny_architecture(), 0.5, seed=3) for _ in range(2)]
     trackers[0].finish_step()

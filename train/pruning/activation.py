@@ -19,11 +19,12 @@ their roots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...runtime.base.errors import UsageError
 from ..compute.distributed import MeanOverRanks, full, single_rank
@@ -56,12 +57,13 @@ class ReaderScores(RunningScores):
                 "blocks; remove stem from --prune, or use --saliency taylor1"
             )
         self.mean_over_ranks = mean_over_ranks
-        self.weights: dict[str, Any] = {}
-        """Weight [H, C] of every observed matrix."""
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
-    def observe(self, name: str, values: Tensor) -> None:
-        """Observe values [..., C] of the named module in a training forward pass."""
+    def observe(self, name: str, module: Any) -> RemovableHandle:
+        """Add a hook that observes the training passes of the named module, and return its handle.
+
+        Evaluations and measurements of block prices run the same module in eval mode and must not count.
+        """
         raise NotImplementedError
 
     def pop_scores(self) -> dict[str, Tensor]:
@@ -70,13 +72,10 @@ class ReaderScores(RunningScores):
 
     def attach(self, model: Any) -> None:
         self.detach()
-        self.weights = {}
         for name, module in model.named_modules():
-            if name.endswith(READERS):
-                self.weights[name] = module.weight
-                self._handles.append(module.register_forward_pre_hook(self._input_hook(name)))
-            elif "stem" in self.kinds and self._is_stem_norm(name) and not isinstance(module, nn.Identity):
-                self._handles.append(module.register_forward_hook(self._output_hook(name)))
+            is_norm = "stem" in self.kinds and self._is_stem_norm(name) and not isinstance(module, nn.Identity)
+            if name.endswith(READERS) or is_norm:
+                self._handles.append(self.observe(name, module))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -85,13 +84,6 @@ class ReaderScores(RunningScores):
 
     def _is_stem_norm(self, module: str) -> bool:
         return is_stem_norm(f"{module}.weight", self.architecture)
-
-    # Evaluations and measurements of block prices run the same modules in eval mode, and must not count as training.
-    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, arguments: self.observe(name, arguments[0]) if module.training else None
-
-    def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, _, output: self.observe(name, output) if module.training else None
 
     @torch.no_grad()
     def finish_step(self) -> None:
@@ -102,12 +94,6 @@ class ReaderScores(RunningScores):
             layers = range(len(counts(kind, self.architecture)))
             observed[kind] = [self._scores(kind, layer, found) for layer in layers]
         self._average(observed)
-
-    def sum_channels(self, name: str, channels: Tensor) -> Tensor:
-        """Sum the channels [..., heads * D] of each head to [..., heads]. FFN and stem channels are unchanged."""
-        if not name.endswith(READERS[0]):
-            return channels
-        return channels.unflatten(-1, (-1, self.architecture.head_dim)).sum(-1)
 
     def _scores(self, kind: str, layer: int, found: dict[str, Tensor]) -> Tensor:
         """Return one score per group of a kind in a layer, [0] if it has none.
@@ -142,16 +128,26 @@ class ActivationScores(ReaderScores):
         super().__init__(name, kinds, architecture, decay, mean_over_ranks)
         self.criterion = ACTIVATION_CRITERIA[name]
         self._moments: dict[str, Moments] = {}
+        self._weights: dict[str, Any] = {}
+        """Weight [H, C] of every observed matrix."""
 
-    def observe(self, name: str, values: Tensor) -> None:
-        moments = Moments.of(values)
-        self._moments[name] = self._moments[name] + moments if name in self._moments else moments
+    def observe(self, name: str, module: Any) -> RemovableHandle:
+        self._weights[name] = module.weight
+
+        def add_moments(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if module.training:
+                moments = Moments.of(arguments[0])
+                self._moments[name] = self._moments[name] + moments if name in self._moments else moments
+
+        return module.register_forward_pre_hook(add_moments)
 
     def pop_scores(self) -> dict[str, Tensor]:
         found = {}
         for name, moments in self._moments.items():
-            channels = self.criterion.score(moments, full(self.weights[name].detach()).float())
-            found[name] = self.sum_channels(name, channels)
+            channels = self.criterion.score(moments, full(self._weights[name].detach()).float())
+            found[name] = channels
+            if name.endswith(READERS[0]):  # [heads * D] -> [heads]
+                found[name] = channels.unflatten(-1, (-1, self.architecture.head_dim)).sum(-1)
         self._moments = {}
         return found
 
@@ -159,11 +155,43 @@ class ActivationScores(ReaderScores):
         self._moments = {}
 
 
-class GateScores(ReaderScores):
-    """Scores by the Fisher information of gates.
+class _Gates(torch.autograd.Function):
+    """Identity of values [..., C], whose gates [groups] get the sums of their squares as a gradient.
 
-    It keeps the observed values until their backward pass, also under activation checkpointing, which would drop them.
+    The sums are a gradient, and not kept by a hook, so that torch.compile traces them with the layer.
     """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, gates: Tensor) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.num_gates = len(gates)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        # changes of the loss when a gate is closed at a token, [..., groups]
+        changes = gradient.float() * ctx.saved_tensors[0].float()
+        if changes.shape[-1] != ctx.num_gates:  # a head's gate closes D channels
+            changes = changes.unflatten(-1, (ctx.num_gates, -1)).sum(-1)
+        return gradient, changes.flatten(0, -2).square().sum(0)
+
+
+def _behind_gates(values: Tensor, module: Any) -> Tensor:
+    """Return the same values, observed by the module's gates. Offloaded gates lie in host memory."""
+    return _Gates.apply(values, module.gates.to(values.device)) if module.training else values
+
+
+# of all layers alike, without names, as compiled layers of the same shape share their code
+def _gate_inputs(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (_behind_gates(arguments[0], module), *arguments[1:])
+
+
+def _gate_output(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return _behind_gates(output, module)
+
+
+class GateScores(ReaderScores):
+    """Scores by the Fisher information of gates."""
 
     observes_stem = True
 
@@ -175,26 +203,28 @@ class GateScores(ReaderScores):
         mean_over_ranks: MeanOverRanks = single_rank,
     ) -> None:
         super().__init__(TOKEN_FISHER, kinds, architecture, decay, mean_over_ranks)
-        self._squares: dict[str, Tensor] = {}
+        self.gates: dict[str, Tensor] = {}
+        """Gates of every observed module. Their gradient is the scores of the step so far."""
 
-    def observe(self, name: str, values: Tensor) -> None:
-        if values.requires_grad:
-            values.register_hook(self._gradient_hook(name, values.detach()))
+    def observe(self, name: str, module: Any) -> RemovableHandle:
+        channels = module.weight.shape[-1]  # [H, C] of a matrix, [H] of a norm
+        count = channels // self.architecture.head_dim if name.endswith(READERS[0]) else channels
+        # no parameter: neither the optimizer nor other ranks know it
+        module.gates = self.gates[name] = torch.zeros(count, device=module.weight.device, requires_grad=True)
+        if name.endswith(READERS):
+            return module.register_forward_pre_hook(_gate_inputs)
+        return module.register_forward_hook(_gate_output)
 
-    def _gradient_hook(self, name: str, values: Tensor) -> Callable[[Tensor], None]:
-        def add_squares(gradient: Tensor) -> None:
-            # changes of the loss when a channel is closed at a token, [..., C]
-            changes = self.sum_channels(name, gradient.float() * values.float())
-            squares = changes.flatten(0, -2).square().sum(0)
-            if name in self._squares:
-                squares = squares + self._squares[name]
-            self._squares[name] = squares
-
-        return add_squares
+    def detach(self) -> None:
+        super().detach()
+        self.gates = {}
 
     def pop_scores(self) -> dict[str, Tensor]:
-        squares, self._squares = self._squares, {}
-        return squares
+        # in the order of the backward pass
+        found = {name: gates.grad for name, gates in reversed(self.gates.items()) if gates.grad is not None}
+        self.discard_step()
+        return found
 
     def discard_step(self) -> None:
-        self._squares = {}
+        for gates in self.gates.values():
+            gates.grad = None

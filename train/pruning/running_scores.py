@@ -67,8 +67,9 @@ class RunningScores:
             return
         share = (1.0 - self.decay) / (1.0 - self.decay**self.num_observations)
         for name, vectors in observed.items():
-            for average, new in zip(self.scores[name], vectors, strict=True):
-                average.lerp_(new, share)
+            # a checkpoint is loaded to the device of training, which offloaded weights and random scores are not on
+            pairs = zip(self.scores[name], vectors, strict=True)
+            self.scores[name] = [average.to(new.device).lerp_(new, share) for average, new in pairs]
 
     def keep(self, architecture: Architecture, kept: dict[str, list[Tensor]]) -> None:
         """Drop the scores of removed groups. `kept[kind][layer]` are the surviving positions."""
@@ -103,6 +104,4 @@ class RandomScores(RunningScores):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        # checkpoints load to the device of training, and this generator draws on the CPU
-        self.scores = {name: [vector.cpu() for vector in vectors] for name, vectors in self.scores.items()}
         self.generator.set_state(state["generator"].cpu())
