@@ -13,9 +13,8 @@ from .result import StudyResult, of_arm
 
 
 def plot_perplexities(results: Sequence[StudyResult], keep: float, path: Path) -> None:
-    """Log-scaled bars per arm on each text: ours blue, baselines grey; a line spans the seeds."""
+    """Draw a bar per arm on each text: ours blue, baselines grey; a line spans the seeds."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     texts = list(results[0].perplexities)
     arms = []
@@ -33,13 +32,10 @@ def plot_perplexities(results: Sequence[StudyResult], keep: float, path: Path) -
             mean = statistics.fmean(values)
             axes.barh(place, mean, color=color, height=0.7)
             axes.plot([min(values), max(values)], [place, place], color="#1b2430", linewidth=1.5)
-            axes.annotate(f"{mean:.1f}", (mean, place), xytext=(3, 0), textcoords="offset points", va="center", size=8)
-        axes.set_xscale("log")
-        least = min(result.perplexities[text] for _, found in arms for result in found)
-        axes.set_xlim(least / 2, axes.get_xlim()[1] * 1.6)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+            # behind the line, which would look like a minus sign
+            end = (max(values), place)
+            axes.annotate(f"{mean:.1f}", end, xytext=(4, 0), textcoords="offset points", va="center", size=8)
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
         axes.set_yticks(range(len(arms)), [arm.title for arm, _ in arms])
         axes.set_xlabel(f"perplexity, {text}")
         axes.spines[["top", "right"]].set_visible(False)

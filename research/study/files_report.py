@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -174,17 +175,22 @@ def draw_front(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.set_dpi(110)
-    _name_points(axes, [((row["file_bytes"] / 1e6, row["kl"]), row["point"]) for row in rows])
+    _name_points(axes, [((row["file_bytes"] / 1e6, row["kl"]), row["point"]) for row in rows], front)
     figure.savefig(path, dpi=figure.dpi)
 
 
-def _name_points(axes: Any, named: Sequence[tuple[tuple[float, float], str]]) -> None:
-    """Write every name beside its point, on the side where it covers the fewest points and names."""
+def _name_points(
+    axes: Any, named: Sequence[tuple[tuple[float, float], str]], front: Sequence[tuple[float, float]]
+) -> None:
+    """Write every name beside its point, where it covers the fewest points, names and lines of the front."""
     from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()
     centres = axes.transData.transform([place for place, _ in named])
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]
+    corners = axes.transData.transform(front)
+    for (x, y), (next_x, next_y) in itertools.pairwise(corners):
+        taken += [Bbox([[x, y], [next_x, y]]), Bbox([[next_x, next_y], [next_x, y]])]
     for place, name in named:
         texts = [
             axes.annotate(name, place, xytext=offset, textcoords="offset points", size=7, ha=side, va="center")
