@@ -127,7 +127,7 @@ $(SITE)/.installed: pyproject.toml
 site: $(SITE)/.installed
 	@$(SITE)/venv/bin/python -m pip install --quiet --no-deps --force-reinstall .
 	$(SITE)/venv/bin/python tests/tools/site_pages.py $(SITE)/pages
-	@mkdir $(SITE)/pages/assets && cp $(SITE)/package/shim/index.js $(SITE)/pages/assets/iframe-worker.js
+	@cp $(SITE)/package/shim/index.js $(SITE)/pages/assets/iframe-worker.js
 	NO_MKDOCS_2_WARNING=1 $(SITE)/venv/bin/mkdocs build --strict --quiet
 
 # The program that efficientllm-bench --device adb pushes to a phone.

@@ -184,6 +184,14 @@ def test_the_reference_has_the_names_for_programs_and_each_target() -> None:
     assert all(f"## --target {target}\n" in site_pages.command_page("export") for target in known_targets())
 
 
+def test_the_site_has_its_style_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COMMANDS", "GROUPS"):  # their pages take seconds
+        monkeypatch.setattr(site_pages, name, {})
+    site_pages.write_pages(tmp_path / "pages")
+    (name,) = re.findall(r"^extra_css: \[(.+)\]$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert "padding" in (tmp_path / "pages" / name).read_text(encoding="utf-8")
+
+
 def test_the_site_has_every_document() -> None:
     named = re.findall(r": ((?:docs|research|tests)/[\w/.-]+)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
     assert {f"docs/{page.name}" for page in DOCUMENTS[1:]} <= set(named)

@@ -33,6 +33,10 @@ PAGES = (
 )
 PACKAGES = ("train", "export", "runtime", "devices")
 """Packages with names for programs."""
+TABLE_STYLE = """.md-typeset table:not([class]) th { min-width: 0; }
+.md-typeset table:not([class]) :is(th, td) { padding: .6em; }
+"""
+"""Narrower columns than the theme's, which cut tables of 13 columns on a page of 1,200 pixels."""
 
 
 def parser_of(command: str) -> flags.Parser:
@@ -142,6 +146,8 @@ def write_pages(folder: Path) -> None:
         else:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, folder / name)
+    (folder / "assets").mkdir()
+    (folder / "assets" / "tables.css").write_text(TABLE_STYLE, encoding="utf-8")
     reference = folder / "docs" / "reference"
     reference.mkdir()
     lines = ["# Reference", "", "[Python](python.md): the names for programs.", ""]
