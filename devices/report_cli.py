@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
+from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_file
-from .report_page import cells, entries, headline, write_page
+from .report_page import cells, entries, headline, is_page, write_page
 from .results import Run
 from .run_table import print_rows
 
@@ -32,6 +33,8 @@ def body(argv: Sequence[str]) -> int:
     html_path = Path(arguments["html"]) if arguments["html"] else None
     if html_path:
         check_file("--html", html_path, arguments["results"])
+        if html_path.is_file() and html_path.stat().st_size and not is_page(html_path):
+            raise UsageError(f"--html {html_path} was not written by this command; name another file")
     runs = [(Run.read(path), path) for path in map(Path, arguments["results"])]
     found = entries(runs)
     rows = [[row[name].text for name in TERMINAL_COLUMNS] for row in map(cells, found)]

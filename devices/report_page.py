@@ -145,6 +145,8 @@ def _job_cell(manifest: dict[str, Any]) -> Cell:
     return Cell(text or "-", next(iter(scores.values()), None))
 
 
+TITLE = b"<title>efficientllm: results</title>"
+"""Marks a page of this module."""
 TEXT_COLUMNS = ("artefact", "device", "type", "engine", "measured", "remarks")
 
 
@@ -198,6 +200,12 @@ def _quality_sentence(entry: Entry) -> str:
     if kl is not None:
         losses.append(f"the file has a mean KL of {kl:.2g} from its checkpoint")
     return f" The cost: {' and '.join(losses)}." if losses else ""
+
+
+def is_page(path: Path) -> bool:
+    """Return whether `write_page` wrote the file."""
+    with path.open("rb") as file:
+        return TITLE in file.read(1000)
 
 
 def write_page(path: Path, runs: Sequence[NamedRun]) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from chromium import CHROMIUM, chromium
@@ -167,6 +168,31 @@ def test_a_page_does_not_take_the_place_of_what_it_is_drawn_from(
     assert run_command(report_cli.body, [str(path), "--html", str(path)]) == 2
     assert "which is read; name another file" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+def test_a_page_replaces_nothing_but_a_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    json_path, page, mine = folder / "json" / "laptop.json", folder / "twice.html", folder / "mine.html"
+    for _ in range(2):
+        assert run_command(report_cli.body, [str(json_path), "--html", str(page)]) == 0
+    mine.write_text("<html>precious</html>")
+    capsys.readouterr()
+    assert run_command(report_cli.body, [str(json_path), "--html", str(mine)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"error: --html {mine} was not written by this command; name another file\n"
+    assert not shown.out
+    assert mine.read_text() == "<html>precious</html>"
+
+
+def test_a_folder_that_cannot_be_written_is_named_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch("os.access", return_value=False):
+        assert (
+            run_command(report_cli.body, [str(folder / "json" / "laptop.json"), "--html", str(folder / "x.html")]) == 2
+        )
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == (
+        "",
+        f"error: --html {folder / 'x.html'}: {folder} cannot be written; name a file elsewhere\n",
+    )
 
 
 @pytest.fixture(scope="module")

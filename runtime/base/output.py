@@ -83,10 +83,14 @@ def unknown_files(folder: Path, files: Collection[str], is_ours: Callable[[Path,
 def check_file(flag: str, path: Path, inputs: Iterable[str | Path] = ()) -> None:
     """Raise UsageError unless a command may write the file `path`.
 
-    Its folder must exist. It must not be a folder, one of `inputs`, or inside one of them. `flag` is for the message.
+    Its folder must exist and be writable. It must not be a folder, one of `inputs`, or inside one of them. `flag` is
+    for the message.
     """
-    if not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if not folder.is_dir():
         raise UsageError(f"{flag} {path}: its folder does not exist")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {path}: {folder} cannot be written; name a file elsewhere")
     if path.is_dir():
         raise UsageError(f"{flag} {path} is a folder; name a file")
     target = _resolved(path)
