@@ -55,10 +55,11 @@ def body(argv: Sequence[str]) -> int:
     artefact, prompt = open_or_export(arguments.pop("artefact")), arguments.pop("prompt")
     options, sampling = flags.take(arguments, ChatOptions), flags.take(arguments, ChatSampling)
     engine_options = flags.take(arguments, EngineOptions)
+    place = ""
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
-        if not prompt:
-            raise UsageError("the prompt on standard input is empty")
+        prompt, place = sys.stdin.read().strip(), " on standard input"
+    if prompt == "":
+        raise UsageError(f"the prompt{place} is empty")
     engine = load_engine(artefact, engine_options)
     engine.sampling_defaults.setdefault("temperature", 0.0)
     if artefact.file_bytes < SMALL_MODEL_BYTES:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from serving import free_port
@@ -25,6 +26,23 @@ from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.server import cli
 
 OPTIONS = EngineOptions(threads=1, context=64)
+
+
+def test_what_a_file_cannot_be_is_said_before_anything_is_loaded(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.pte").write_bytes(b"not a flat buffer")
+    for arguments, message in (
+        ([str(tmp_path / "model.pte"), "Hi"], f"{tmp_path / 'model.pte'} is not a file of ExecuTorch"),
+        ([str(artefact), "Hi", "--draft", "nowhere"], "nowhere does not exist"),
+        ([str(artefact), ""], "the prompt is empty"),
+    ):
+        with mock.patch("efficientllm.runtime.engines.engine._load", side_effect=AssertionError("loaded")):
+            assert run_command(chat.body, arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {message}")
+
+
 MUTATIONS = Path(__file__).with_name("tools") / "mutations.py"
 
 

@@ -84,6 +84,12 @@ def _locate(path: Path) -> Path:
     return inside[0] if inside else path
 
 
+def _is_executorch_program(path: Path) -> bool:
+    """Return whether a file has the mark of ExecuTorch's flat buffers, such as ET12."""
+    with path.open("rb") as file:
+        return file.read(8)[4:6] == b"ET"
+
+
 class NotExportedError(ArtefactError):
     """A checkpoint where an exported model is needed."""
 
@@ -150,6 +156,8 @@ class Artefact:
             raise ArtefactError(f"{path} does not exist; {remedy}")
         if path.suffix not in FILE_ENGINES:
             raise ArtefactError(f"{path} is not an artefact; {remedy}")
+        if path.suffix == ".pte" and not _is_executorch_program(path):
+            raise ArtefactError(f"{path} is not a file of ExecuTorch; export it again")
         return cls(path, FILE_ENGINES[path.suffix], path, (path,), None)
 
     @classmethod

@@ -163,11 +163,14 @@ def load_engine(
         )
     if options.draft and artefact.engine != "llama.cpp":
         raise UsageError(f"--draft {options.draft}: {artefact.engine} checks no proposals; remove it, or export a gguf")
+    draft = Artefact.open(options.draft) if options.draft else None
+    if draft is not None and draft.engine != artefact.engine:
+        raise UsageError(f"--draft {options.draft}: is for {draft.engine}; give a GGUF file")
     manifest = artefact.known_manifest
     loaded = _load(artefact, options, probe)
-    if options.draft:
+    if draft is not None:
         try:
-            _add_draft(loaded, artefact, options, probe)
+            _add_draft(loaded, draft, artefact, options, probe)
         except BaseException:
             loaded.close()
             raise
@@ -195,11 +198,9 @@ def _load(artefact: Artefact, options: EngineOptions, probe: bool) -> Any:
         raise ArtefactError(f"{artefact.path}: {artefact.engine} cannot load it: {reason}") from error
 
 
-def _add_draft(engine: Any, artefact: Artefact, options: EngineOptions, probe: bool) -> None:
+def _add_draft(engine: Any, draft: Artefact, artefact: Artefact, options: EngineOptions, probe: bool) -> None:
     """Load the draft model of `engine`. Raise UsageError if it cannot propose tokens of `artefact`."""
-    draft, flag = Artefact.open(options.draft), f"--draft {options.draft}"
-    if draft.engine != artefact.engine:
-        raise UsageError(f"{flag}: is for {draft.engine}; give a GGUF file")
+    flag = f"--draft {options.draft}"
     plain = replace(options, draft="", lookup=False, cache_memory=0, tune=False, context=engine.context_length)
     try:
         proposing = _load(draft, plain, probe)
