@@ -45,6 +45,7 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
+        flags.require(self, "host", bool(self.host), "must not be empty; 0.0.0.0 means all addresses", value="''")
         for text in self.model:
             flags.require(self, "model", all(text.partition("=")), "must be NAME=PATH", value=text)
 

@@ -35,6 +35,7 @@ class WebServerOptions:
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
+        flags.require(self, "host", bool(self.host), "must not be empty; 0.0.0.0 means all addresses", value="''")
 
 
 class WebHandler(SimpleHTTPRequestHandler):

@@ -26,7 +26,8 @@ from efficientllm.server import cli
 from efficientllm.server.access.guard import Guard
 from efficientllm.server.app import create_app
 from efficientllm.server.models.pool import ModelPool
-from efficientllm.server.options import AppOptions
+from efficientllm.server.options import AppOptions, ServeOptions
+from efficientllm.server.web import WebServerOptions
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
@@ -382,6 +383,12 @@ def test_a_port_in_use_is_one_line(artefact: Path, capsys: pytest.CaptureFixture
     assert printed.err == f"error: --port {port}: another program listens on it at 127.0.0.1; choose another --port\n"
     with pytest.raises(UsageError, match=r"--host 192\.0\.2\.1 --port 8000: cannot listen"):
         cli.bind_socket("192.0.2.1", 8000)
+
+
+@pytest.mark.parametrize("options", [ServeOptions, WebServerOptions])
+def test_an_empty_host_is_not_every_address(options: type) -> None:
+    with pytest.raises(UsageError, match=r"--host '': must not be empty; 0\.0\.0\.0 means"):
+        options(host="")
 
 
 def test_small_pieces_are_sent_at_once() -> None:
