@@ -42,6 +42,7 @@ class Options:
         ("--limit=0", "--limit 0.0: must be above 0 and at most 2"),
         ("--tokens=7", "--tokens 7: must be at least 8"),
         ("--room=-1", "--room: '-1' is not a number"),
+        ("--room=60", "--room: 60 is that many bytes; give a unit, such as 60MB"),
         ("--port=100", "--port 100: must be between 1 and 99"),
         ("--lengths=3,0", "--lengths 3,0: must be positive"),
     ],

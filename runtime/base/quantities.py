@@ -36,8 +36,11 @@ def parse_count(text: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Return 60_000_000 for '60MB' and 67_108_864 for '64MiB'."""
-    return _parse(text, {"": 1, **_BYTE_UNITS}, "60MB, 1.5GB or 64MiB")
+    """Return 60_000_000 for '60MB' and 67_108_864 for '64MiB'. Raise ValueError for 1 to 999 without a unit."""
+    count = _parse(text, {"": 1, **_BYTE_UNITS}, "60MB, 1.5GB or 64MiB")
+    if 0 < count < 1000 and not text.strip()[-1].isalpha():
+        raise ValueError(f"{text.strip()} is that many bytes; give a unit, such as {text.strip()}MB")
+    return count
 
 
 def round_up(value: int, multiple: int) -> int:
