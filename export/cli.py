@@ -12,6 +12,7 @@ from ..runtime.base.command import run_command
 from ..runtime.base.extras import extra, require_extra
 from ..runtime.base.model_names import check_adapter, check_source
 from ..runtime.base.output import atomic_output
+from ..train.data.documents import DataSpec, check_documents
 from ..train.model.foreign_configs import ImportOptions
 from .checkpoint import open_checkpoint
 from .manifest import foreign_files
@@ -51,13 +52,15 @@ def export(
         if name not in known:
             refuse_option(target, name)
     chosen = flags.merge(exporter.options(), options, f"--target {target}")
+    calibrate: str = getattr(chosen, "calibrate", "")
+    if calibrate:
+        check_documents(DataSpec(calibrate, flag="--calibrate"))
     exporter.check(chosen)
     require_extra(
         "export", "ml_dtypes", "safetensors", *(("torch", "transformers") if getattr(chosen, "verify", False) else ())
     )
     folder = Path(output)
-    inputs = [checkpoint, *filter(None, [getattr(chosen, "calibrate", "")])]
-
+    inputs = [checkpoint, *filter(None, [calibrate])]
     remedy = "give another --output, or --overwrite to replace it"
     with atomic_output(folder, overwrite, foreign_files, inputs, remedy) as temporary:
         if size:

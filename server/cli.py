@@ -13,7 +13,7 @@ from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
-from ..runtime.engines.artefact import ARTEFACT_HELP, open_or_export
+from ..runtime.engines.artefact import ARTEFACT_HELP, Artefact, open_or_export
 from ..runtime.engines.engine import EngineOptions, find_engine
 from ..runtime.sampling import SamplingDefaults
 from .options import AppOptions, ServeOptions
@@ -54,6 +54,16 @@ def named_artefacts(artefact: str | None, models: Sequence[str]) -> dict[str, st
     return dict(pairs)
 
 
+def check_files(options: ServeOptions, app_options: AppOptions, engine_options: EngineOptions) -> None:
+    """Raise UsageError or ArtefactError for files of flags that are missing, before packages are imported."""
+    for path in options.pin:
+        if not Path(path).is_file():
+            raise UsageError(f"--pin {path}: no such file; give a text or a .json file with messages")
+    if engine_options.draft:
+        Artefact.open(engine_options.draft)
+    _ = app_options.keys, app_options.argument_examples  # read again by the app
+
+
 def bind_socket(host: str, port: int) -> socket.socket:
     """Return a socket bound to an address. UsageError if the address is in use or belongs to another machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -81,6 +91,7 @@ def body(argv: Sequence[str]) -> int:
     options, app_options = flags.take(arguments, ServeOptions), flags.take(arguments, AppOptions)
     engine_options, sampling = flags.take(arguments, EngineOptions), flags.take(arguments, SamplingDefaults)
     artefacts = named_artefacts(artefact, options.model)
+    check_files(options, app_options, engine_options)
     for name, path in artefacts.items():
         opened = open_or_export(path)
         find_engine(opened)

@@ -102,11 +102,16 @@ class AppOptions:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Return the keys from the flag, the file or the environment. UsageError if the file is empty."""
+        """Return the keys from the flag, the file or the environment. UsageError for a file that has none."""
         if self.api_key or not self.api_key_file:
             key = self.api_key or os.environ.get("EFFICIENTLLM_API_KEY", "")
             return (key,) if key else ()
-        lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"--api-key-file {self.api_key_file}: cannot be read: {error}; name a text file"
+            ) from error
         keys = tuple(filter(None, map(str.strip, lines)))
         if not keys:
             raise UsageError(f"--api-key-file {self.api_key_file}: is empty; write the key into it")

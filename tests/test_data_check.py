@@ -124,8 +124,8 @@ def test_refused_records_are_named_and_the_others_reported(
     assert "| records, chat | 1 |" in out
     assert "| refused | 3 |" in out
     assert "| refused for an empty answer | 2 |" in out
-    assert f'refused: --data {path}: message 2 of line 2 has an empty "content"' in out
-    assert f'refused: --data {path}: line 3 has no field "text"; it has question' in out
+    assert f'refused: FILE {path}: message 2 of line 2 has an empty "content"' in out
+    assert f'refused: FILE {path}: line 3 has no field "text"; it has question' in out
     assert err.endswith("error: training refuses 3 of the records; correct or remove them\n")
 
 

@@ -264,6 +264,27 @@ REFUSED = {
     "train --source MODEL --data x --output run --saliency taylor9 --target-ratio 0.8": "--saliency taylor9: unknown",
     "train --source MODEL --data x --output run --saliency fisher": "prunes nothing without a target",
     "train --source no-such-folder --data x --output run": "--source no-such-folder: no such folder",
+    "train --source MODEL --data no.txt --output run --prune none": "--data no.txt: no such file or folder",
+    "train --source MODEL --data empty --output run --prune none": "--data empty: the folder holds no ",
+    "train --output run --device gpu": "--device gpu: not a device; use auto, cpu, cuda or cuda:N",
+    "train --source MODEL --data text.txt --output run --target-ratio 0.8 --task nothing.jsonl": "has no examples",
+    "train --source MODEL --data text.txt --output run --target-ratio 0.8 --task chats.jsonl --metric calls": (
+        "--metric calls: known are exact, "
+    ),
+    "export MODEL --target gguf --output out --calibrate no.txt": "--calibrate no.txt: no such file or folder",
+    "data check no.txt": "FILE no.txt: no such file or folder",
+    "data check text.txt:-1": "FILE text.txt:-1: the weight must be positive",
+    "data check text.txt --test no.txt": "--test no.txt: no such file or folder",
+    "data check text.txt --source no-such-folder": "--source no-such-folder: no such folder",
+    "corpus out.jsonl --data text.txt --tokenizer no-such-folder": "--tokenizer no-such-folder: no such folder",
+    "eval MODEL --device mps": "--device mps: not a device; use auto, cpu, cuda or cuda:N",
+    "eval MODEL --context -1": "--context -1: must not be negative",
+    "eval MODEL --compare MODEL": "MODEL is given twice; name each model once",
+    "eval MODEL --output text.txt": "--output text.txt: ",
+    "serve demo --pin no.txt": "--pin no.txt: no such file; give a text or a .json file with messages",
+    "serve demo --draft no.gguf": "no.gguf does not exist; give a folder",
+    "serve demo --api-key-file no.txt": "--api-key-file no.txt: cannot be read: [Errno 2] ",
+    "serve demo --examples nothing.jsonl --tool-arguments copy": "--examples nothing.jsonl: Expecting value",
     "serve MODEL": EXPORT_FIRST,
     "chat MODEL Hi": EXPORT_FIRST,
     "bench owner/name": "owner/name does not exist; export it first: efficientllm export owner/name --target gguf",
@@ -293,6 +314,10 @@ def test_what_cannot_work_is_refused_before_a_library_is_imported(
     save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = str(save_tiny(tiny_architecture()))
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    for name, text in (("text.txt", "Some text."), ("chats.jsonl", json.dumps(chat)), ("nothing.jsonl", "")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "empty").mkdir()
     commands = [[checkpoint if word == "MODEL" else word for word in command.split()] for command in REFUSED]
     heavy = ["torch", "transformers", "llama_cpp", "onnxruntime", "executorch", "litert_torch", "uvicorn", "fastapi"]
     script = [sys.executable, "-c", RUN_ALL, json.dumps([commands, heavy])]

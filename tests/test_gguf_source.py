@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,16 @@ def test_every_architecture_that_the_exporter_writes_comes_back(
             torch.testing.assert_close(
                 model.eval()(tokens).logits, reference.eval()(tokens).logits, atol=1e-4, rtol=1e-4
             )
+
+
+def test_a_gguf_without_permission_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("efficientllm.train.model.gguf_source.read_header", refuse)
+    (path := tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelError, match=r"model\.gguf cannot be read: Permission denied; check the file"):
+        source.load_source(str(path))
 
 
 def test_a_gguf_that_cannot_be_read_is_refused_before_it_is(

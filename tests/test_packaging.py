@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "train/pruning",
         "train/reporting",
     },
-    "train/evaluation": RUNTIME | TRAINED,
+    "train/evaluation": RUNTIME | TRAINED | {"train/config"},
     "train": RUNTIME
     | {"runtime/latency", "train/config", "train/reporting", "train/checkpoint", "train/vocabulary", "train/pruning"}
     | {"train/quantisation", "train/evaluation"}

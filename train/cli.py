@@ -20,7 +20,7 @@ from .checkpoint.run_folder import SETTINGS_FILE, saved_settings
 from .config.presets import PRESETS, preset
 from .config.pruning import NO_TARGET
 from .config.sections import TrainConfig
-from .request import check_request, with_resume
+from .request import check_request, check_text, with_resume
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -97,6 +97,7 @@ def body(argv: Sequence[str]) -> int:
         saved_settings(Path(config.run.output))  # UsageError where there is no run
     if is_main_process():
         check_request(config)
+        check_text(config)
     _log.info(f"loading {config.source.source}, to train on {', '.join(config.source.data)}")  # torch takes seconds
     set_environment()
     with extra("train"):

@@ -30,8 +30,8 @@ from .compute.loss import frozen_copy
 from .config.pruning import PruneConfig
 from .config.sections import GGUF_TYPES, STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
 from .data.chat import learn_functions
-from .data.documents import DataSpec
-from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, SELF_CHAT, self_chat_file
+from .data.documents import SELF_CHAT, DataSpec
+from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, self_chat_file
 from .memory import check_memory, device_memory, estimate_memory
 from .model.architecture import Architecture
 from .model.file_types import tokenizer_bytes

@@ -13,7 +13,8 @@ from ..runtime.latency.profile import DeviceProfile
 from .checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_killed_writes
 from .config.pruning import PruneConfig
 from .config.sections import TrainConfig
-from .data.documents import DataSpec, require_readers
+from .data.documents import SELF_CHAT, DataSpec, check_documents, require_readers
+from .evaluation.jobs import check_examples, read_examples
 from .pruning.criteria import uses_gradient
 from .reporting.metrics import check_loggers
 
@@ -22,6 +23,18 @@ def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
     """Return the corpora of a run."""
     settings = config.source
     return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
+
+
+def check_text(config: TrainConfig) -> None:
+    """Read the first document of every local corpus, and score the answers that --task expects.
+
+    Raises UsageError, DataError or MissingExtraError.
+    """
+    for spec in data_specs(config):
+        if spec.path != SELF_CHAT:
+            check_documents(spec)
+    if config.score.task:
+        check_examples(read_examples(Path(config.score.task), config.score.task_limit), config.score.metric)
 
 
 def with_resume(config: TrainConfig) -> TrainConfig:

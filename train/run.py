@@ -39,8 +39,6 @@ from .checkpoint.run_folder import (
 from .compute.distributed import full
 from .compute.loss import TrainingLoss, frozen_copy
 from .config.sections import TrainConfig
-from .data.documents import check_documents
-from .data.self_chat import SELF_CHAT
 from .evaluation.quality.contract import Quality, contract
 from .model.irregular import architecture_of, build, save_checkpoint
 from .model.source import load_source
@@ -49,7 +47,7 @@ from .pruning.pruner import kept_to_json
 from .reporting.metrics import read_metrics
 from .reporting.model_card import model_card
 from .reporting.plots import plot_architecture, plot_pruning, plot_training
-from .request import check_request, data_specs, with_resume
+from .request import check_request, check_text, with_resume
 from .run_text import RunText
 from .score_keeper import ScoreTooLowError, with_kept_size
 from .shards import is_without_memory, load_for_ranks, read_shards, sharded_teacher
@@ -112,9 +110,7 @@ def _train(config: TrainConfig) -> Path | None:
 def _locked_output_folder(config: TrainConfig) -> Iterator[None]:
     """Check and lock the folder of the run. The other processes of torchrun write in it as well."""
     check_request(config)
-    for spec in data_specs(config):
-        if spec.path != SELF_CHAT:
-            check_documents(spec)
+    check_text(config)
     folder = Path(config.run.output)
     with locked_output(folder):
         recover(folder, config.run.resume)

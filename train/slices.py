@@ -23,8 +23,7 @@ from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss, perplexity
 from .config.pruning import PruneConfig, size_target
 from .config.sections import QuantisationConfig, TrainConfig
-from .data.documents import DataSpec
-from .data.self_chat import SELF_CHAT
+from .data.documents import SELF_CHAT, DataSpec
 from .model.architecture import Architecture
 from .model.groups import BLOCKS
 from .model.irregular import save_checkpoint

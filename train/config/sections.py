@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from ...runtime.base import flags
 from ..model.foreign_configs import ImportOptions
@@ -159,6 +160,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
+        check_device(self)
         for target in self.for_:
             flags.require(self, "for_", target in TARGETS, f"choose from {', '.join(TARGETS)}", value=target)
         for name in ("resume", "resume_or_start"):
@@ -212,6 +214,12 @@ class QuantisationConfig:
     def to_dict(self) -> dict[str, str]:
         """Return the fields of training.json for the exporters; export/checkpoint.py reads them."""
         return {"type": self.qat, "head": self.head_type, "target": QAT_TARGETS[self.qat]}
+
+
+def check_device(options: Any) -> None:
+    """Raise OptionError unless the field `device` of `options` is the name of a device."""
+    is_name = re.fullmatch(r"auto|cpu|cuda(:\d+)?", options.device)
+    flags.require(options, "device", is_name is not None, "not a device; use auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ...runtime.base import flags
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import DataError
 from ...runtime.base.extras import extra
+from ...runtime.base.model_names import check_source
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import display_name, markdown_table
 from .chat import Chat, Document, Encoder, learn_functions
@@ -219,6 +220,11 @@ def body(argv: Sequence[str]) -> int:
     names = arguments.pop("files")
     del arguments["action"]
     config = flags.take(arguments, CheckConfig)
+    check_source(config.source, f"--source {config.source}")
+    named = [*((name, "FILE") for name in names), *((name, "--test") for name in config.test)]
+    specs = [DataSpec.parse(name, text_field=config.text_field, flag=flag) for name, flag in named]
+    for spec in specs:
+        open_documents(spec)  # UsageError where there is none, before torch is imported
     with extra("train"):
         from ..model.source import load_tokenizer
     tokenizer = load_tokenizer(config.source)
@@ -227,9 +233,8 @@ def body(argv: Sequence[str]) -> int:
     encoder = Encoder(tokenizer)
     reports: list[FileReport] = []
     with ProgressDisplay() as display:
-        for name in (*names, *config.test):
-            display.update(f"reading {name}", len(reports), len(names) + len(config.test))
-            spec = DataSpec.parse(name, text_field=config.text_field)
+        for (name, _), spec in zip(named, specs, strict=True):
+            display.update(f"reading {name}", len(reports), len(specs))
             reports.append(check_file(spec, encoder, config.sequence_length))
     files, tests = reports[: len(names)], reports[len(names) :]
     print(markdown_table(rows(files, tests, config.sequence_length)))

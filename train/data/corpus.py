@@ -20,7 +20,9 @@ from typing import IO, cast
 from ...runtime.base import flags
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
+from ...runtime.base.extras import require_extra
 from ...runtime.base.files import remove_stale_temporaries, written_atomically
+from ...runtime.base.model_names import check_source
 from ...runtime.base.output import locked_output
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import format_bytes, markdown_table
@@ -80,6 +82,9 @@ def write_corpus(
     """
     if not config.data:
         raise UsageError("--data is missing: name a file, a folder or a hub dataset")
+    if config.tokenizer:
+        check_source(config.tokenizer, f"--tokenizer {config.tokenizer}")
+        require_extra("train", "torch", "transformers")
     if not output.name.endswith(SUFFIXES):
         raise UsageError(f"{output}: the file must be called NAME.jsonl.gz or NAME.jsonl")
     specs = [DataSpec.parse(text, config.skip_bad_lines, config.text_field) for text in config.data]
@@ -223,7 +228,7 @@ def body(argv: Sequence[str]) -> int:
             from ..model.source import load_tokenizer
             from .tokens import write_tokens
 
-            encoder = Encoder(load_tokenizer(config.tokenizer))
+            encoder = Encoder(load_tokenizer(config.tokenizer, "--tokenizer"))
             num_tokens = write_tokens(DataSpec(str(output)), encoder)
             display.say(f"tokens: {num_tokens:,}")
     rows = [["from", "documents", "text", "too short", "repeated"]]

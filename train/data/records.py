@@ -55,6 +55,10 @@ class BadLines:
             _log.warning(f"skipped: {error}")
 
 
+FIELD_FLAGS = ("--data", "FILE", "--test")
+"""Arguments that name a corpus of the commands with --text-field."""
+
+
 @dataclass(frozen=True)
 class ReadContext:
     """The settings of a reading, and the errors that name its input."""
@@ -71,7 +75,7 @@ class ReadContext:
     @property
     def field_hint(self) -> str:
         """Return the flag that reads another field, "" for commands without it."""
-        return " (--text-field NAME reads another)" if self.flag == "--data" else ""
+        return " (--text-field NAME reads another)" if self.flag in FIELD_FLAGS else ""
 
     def error(self, reason: str, kind: type[DataError] = DataError) -> DataError:
         return kind(f"{self.flag} {self.name}: {reason}")

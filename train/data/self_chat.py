@@ -24,8 +24,6 @@ from ..model.continuation import Warmth, continuations
 from ..model.source import content_key
 from .chat import Chat, ChatFormat
 
-SELF_CHAT = "self-chat"
-"""The value of --data that selects these chats."""
 MAX_TOKENS = 200_000
 """Most tokens to sample."""
 MIN_SEQUENCES = 60

@@ -17,6 +17,7 @@ from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_json_atomically, write_text_atomically
 from ...runtime.base.model_names import may_be_hub_id, source_path
+from ...runtime.base.output import check_place
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import markdown_table
 from ...runtime.engines.contract_text import ALL_TEXTS, with_bits
@@ -195,6 +196,10 @@ def body(argv: Sequence[str]) -> int:
     store = arguments.pop("write")
     if store and not config.measures.task:
         raise UsageError("--write stores the score of a job; give --task")
+    twice = next((model for model in models if models.count(model) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is given twice; name each model once")
+    check_place(output, is_renamed=False)
     check(config.measures)
     paths = {model: source_path(model) for model in models}
     for model, path in paths.items():

@@ -13,6 +13,7 @@ from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
 from ...runtime.base.files import write_json_atomically
 from ...runtime.engines.engine import EngineOptions
+from ..config.sections import check_device
 from ..data.documents import DataSpec, check_documents
 from .jobs import Constrain, Example, JobResult, check_examples, read_examples, run_job
 from .perplexity import WIKITEXT, WIKITEXT_FILE, Perplexity, corpus_documents, measure_perplexity, read_wikitext
@@ -101,11 +102,12 @@ class ComputeConfig:
     """Tokens per forward pass for Hugging Face folders, with padding."""
     threads: int = flags.number(0, at_least=0)
     """CPU threads. 0: all cores."""
-    context: int = 0
+    context: int = flags.number(0, at_least=0)
     """Context window of an artefact in tokens. 0: the model's own, at most 4096."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
+        check_device(self)
 
 
 @dataclass(frozen=True)

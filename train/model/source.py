@@ -196,9 +196,9 @@ def merge_adapter(model: Any, folder: str) -> Any:
         return adapted.merge_and_unload()
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, flag: str = "--source") -> PreTrainedTokenizerBase:
     """Load the tokenizer of `source` as `load_source` does, but no weights. Raises UsageError or ModelError."""
-    called = f"--source {source}"
+    called = f"{flag} {source}"
     path = check_source(source, called)
     folder, options = _located(source, path)
     return _foreign_tokenizer(path, called) if is_foreign(path) else _tokenizer(path, folder, options, called)
