@@ -266,6 +266,8 @@ REFUSED = {
     "train --source no-such-folder --data x --output run": "--source no-such-folder: no such folder",
     "train --source MODEL --data no.txt --output run --prune none": "--data no.txt: no such file or folder",
     "train --source MODEL --data empty --output run --prune none": "--data empty: the folder holds no ",
+    "train --source MODEL --data nothing.jsonl --output run --prune none": "--data nothing.jsonl: it has no documents",
+    "train --source no.gguf --output run --prune none": "--source no.gguf: not a GGUF file; copy or download it again",
     "train --output run --device gpu": "--device gpu: not a device; use auto, cpu, cuda or cuda:N",
     "train --source MODEL --data text.txt --output run --target-ratio 0.8 --task nothing.jsonl": "has no examples",
     "train --source MODEL --data text.txt --output run --target-ratio 0.8 --task chats.jsonl --metric calls": (
@@ -317,6 +319,7 @@ def test_what_cannot_work_is_refused_before_a_library_is_imported(
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     for name, text in (("text.txt", "Some text."), ("chats.jsonl", json.dumps(chat)), ("nothing.jsonl", "")):
         (tmp_path / name).write_text(text)
+    (tmp_path / "no.gguf").write_text("not a model")
     (tmp_path / "empty").mkdir()
     commands = [[checkpoint if word == "MODEL" else word for word in command.split()] for command in REFUSED]
     heavy = ["torch", "transformers", "llama_cpp", "onnxruntime", "executorch", "litert_torch", "uvicorn", "fastapi"]

@@ -41,6 +41,7 @@ class Options:
         ("--rate=inf", "--rate inf: must be above 0 and finite"),
         ("--limit=0", "--limit 0.0: must be above 0 and at most 2"),
         ("--tokens=7", "--tokens 7: must be at least 8"),
+        ("--tokens=1.5", "--tokens: '1.5' is no whole number; give a unit, such as 1.5M"),
         ("--room=-1", "--room: '-1' is not a number"),
         ("--room=60", "--room: 60 is that many bytes; give a unit, such as 60MB"),
         ("--port=100", "--port 100: must be between 1 and 99"),

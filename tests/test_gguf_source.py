@@ -103,12 +103,15 @@ def test_every_architecture_that_the_exporter_writes_comes_back(
 
 
 def test_a_gguf_without_permission_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-    monkeypatch.setattr("efficientllm.train.model.gguf_source.read_header", refuse)
     (path := tmp_path / "model.gguf").touch()
-    with pytest.raises(ModelError, match=r"model\.gguf cannot be read: Permission denied; check the file"):
+    with pytest.raises(ModelError, match=r"model\.gguf: not a GGUF file; copy or download it again"):
+        source.load_source(str(path))
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ModelError, match=r"model\.gguf: cannot be read: Permission denied; check the file"):
         source.load_source(str(path))
 
 

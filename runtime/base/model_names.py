@@ -44,12 +44,20 @@ def distribution_file(distribution: str, suffix: str) -> Path:
 def check_source(source: str, called: str) -> Path:
     """Return the path of a source: demo, a .gguf file, a Hugging Face folder or a hub id, which is no local path.
 
-    Raises UsageError if the name is none of these. `called` is the name in the message.
+    Raises UsageError if the name is none of these, and ModelError for a .gguf file that is none. `called` is the name
+    in the message.
     """
     path = source_path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"{called}: no such file")
+        try:
+            with path.open("rb") as file:
+                is_gguf = file.read(4) == b"GGUF"
+        except OSError as error:
+            raise ModelError(f"{called}: cannot be read: {error.strerror}; check the file") from error
+        if not is_gguf:
+            raise ModelError(f"{called}: not a GGUF file; copy or download it again")
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"{called}: the folder has no config.json; give a run or a Hugging Face model folder")

@@ -31,7 +31,9 @@ def _parse(text: str, units: dict[str, int], example: str) -> int:
 
 
 def parse_count(text: str) -> int:
-    """Return 100_000_000 for '100M'. The decimal units are k, M, B or G, and T."""
+    """Return 100_000_000 for '100M'. The units are k, M, B or G, and T. Raise ValueError for 1.5 without one."""
+    if "." in text and not text.strip()[-1:].isalpha():
+        raise ValueError(f"{text!r} is no whole number; give a unit, such as {text.strip()}M")
     return _parse(text, _COUNT_UNITS, "30000, 30k, 1.5M or 2B")
 
 

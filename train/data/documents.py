@@ -99,8 +99,10 @@ def check_documents(spec: DataSpec) -> None:
                 f"{spec.flag} {spec.path}: no such file or folder, and no hub that may have it can be reached"
             )
         return
-    for documents in _open_files(spec, BadLines(spec.skip_bad_lines, silent=True, flag=spec.flag)):
-        next(documents, None)
+    files = _open_files(spec, BadLines(spec.skip_bad_lines, silent=True, flag=spec.flag))
+    first = [next(documents, None) for documents in files]
+    if all(document is None for document in first):
+        raise DataError(f"{spec.flag} {spec.path}: it has no documents; give other text")
 
 
 def require_readers(spec: DataSpec) -> None:

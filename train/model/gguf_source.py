@@ -73,8 +73,6 @@ def is_foreign_gguf(path: Path) -> bool:
     """Tell whether this module reads a GGUF file. Raises ModelError for an architecture that nothing here reads."""
     try:
         header = read_header(path)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}; check the file") from error
     except READ_ERRORS as error:
         raise ModelError(f"{path} is damaged: {error}; copy or download it again") from error
     name = header.values.get("general.architecture")
