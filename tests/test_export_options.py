@@ -268,6 +268,7 @@ REFUSED = {
     "train --source MODEL --data empty --output run --prune none": "--data empty: the folder holds no ",
     "train --source MODEL --data nothing.jsonl --output run --prune none": "--data nothing.jsonl: it has no documents",
     "train --source no.gguf --output run --prune none": "--source no.gguf: not a GGUF file; copy or download it again",
+    "train --source MODEL --data text.txt --output run --target-architecture no.json": "no.json: no such file",
     "train --output run --device gpu": "--device gpu: not a device; use auto, cpu, cuda or cuda:N",
     "train --source MODEL --data text.txt --output run --target-ratio 0.8 --task nothing.jsonl": "has no examples",
     "train --source MODEL --data text.txt --output run --target-ratio 0.8 --task chats.jsonl --metric calls": (
@@ -284,7 +285,7 @@ REFUSED = {
     "eval MODEL --compare MODEL": "MODEL is given twice; name each model once",
     "eval MODEL --output text.txt": "--output text.txt: ",
     "serve demo --pin no.txt": "--pin no.txt: no such file; give a text or a .json file with messages",
-    "serve demo --draft no.gguf": "no.gguf does not exist; give a folder",
+    "serve demo --draft missing.gguf": "missing.gguf does not exist; give a folder",
     "serve demo --api-key-file no.txt": "--api-key-file no.txt: cannot be read: [Errno 2] ",
     "serve demo --examples nothing.jsonl --tool-arguments copy": "--examples nothing.jsonl: Expecting value",
     "serve MODEL": EXPORT_FIRST,

@@ -19,6 +19,7 @@ from efficientllm.runtime.base import files as disk
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DiskFullError
 from efficientllm.runtime.base.files import folder_written_atomically
+from efficientllm.runtime.base.output import check_place
 from efficientllm.train.checkpoint import state as training_state
 from efficientllm.train.checkpoint.run_folder import damage
 from efficientllm.train.reporting.metrics import MetricsWriter
@@ -139,6 +140,12 @@ def test_other_failures_keep_their_names(tmp_path: Path) -> None:
         fails_as_torch(temporary)
     with pytest.raises(KeyboardInterrupt), disk.writing(tmp_path):
         raise KeyboardInterrupt
+
+
+def test_a_full_disk_is_named_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("efficientllm.runtime.base.output.free_bytes", lambda path: 0)
+    with pytest.raises(DiskFullError, match=r"run cannot be written: the disk is full \(0 B are free\); make room"):
+        check_place(tmp_path / "run", is_renamed=False)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path: Path) -> None:

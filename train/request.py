@@ -65,6 +65,9 @@ def check_request(config: TrainConfig) -> None:
     if config.pruning.sizes:
         _check_sizes(config)
     _check_target(config.pruning.of_smallest_size)
+    shape = config.pruning.target_architecture
+    if shape and not Path(shape).is_file():
+        raise UsageError(f"--target-architecture {shape}: no such file; give a run's architecture.json")
     for profile in filter(None, (config.pruning.device_profile, config.pruning.ranking_profile)):
         DeviceProfile.load(Path(profile))
     if config.pruning.device_profile and config.quantisation.is_on:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from .errors import UsageError
-from .files import folder_written_atomically, writing
+from .errors import DiskFullError, UsageError
+from .files import folder_written_atomically, free_bytes, writing
 
 try:
     import fcntl
@@ -101,7 +101,10 @@ def check_file(flag: str, path: Path, inputs: Iterable[str | Path] = ()) -> None
 
 
 def check_place(path: Path, is_renamed: bool, flag: str = "--output") -> None:
-    """Raise UsageError unless the folder `path` can be created or written, or renamed into if `is_renamed`."""
+    """Raise UsageError unless the folder `path` can be created or written, or renamed into if `is_renamed`.
+
+    Raise DiskFullError if nothing is free there.
+    """
     place = _resolved(path)
     if is_renamed and os.path.ismount(place):
         raise UsageError(f"{flag} {path} is a mount point, which cannot be replaced; name a folder in it")
@@ -111,6 +114,8 @@ def check_place(path: Path, is_renamed: bool, flag: str = "--output") -> None:
         raise UsageError(f"{flag} {path}: {existing} is not a folder; name another one")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"{flag} {path}: {existing} cannot be written; name another folder")
+    if not free_bytes(existing):
+        raise DiskFullError(path, "0 B are free")
 
 
 @contextlib.contextmanager
