@@ -9,6 +9,7 @@ from typing import Any
 
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
+from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra, require_extra
 from ..runtime.base.model_names import check_adapter, check_source
 from ..runtime.base.output import atomic_output
@@ -48,6 +49,8 @@ def export(
     check_source(str(checkpoint), str(checkpoint))
     if adapter:
         check_adapter(adapter)
+    if size and not (Path(checkpoint) / "config.toml").is_file():
+        raise UsageError(f"--size {size}: {checkpoint} is no run; give the --output of efficientllm-train, or omit it")
     for name in options:
         if name not in known:
             refuse_option(target, name)

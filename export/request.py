@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+from ..runtime.base import flags
+
 log = logging.getLogger("efficientllm.export")
 """Logger of the command's output: see runtime/base/command.py."""
 
@@ -28,7 +30,7 @@ class RoundingOptions(VerifyOptions):
     calibrate: str = ""
     """Text (as efficientllm-train's --data) that guides the rounding by its activations: llama.cpp's importance matrix
     for gguf, error-compensated rounding (GPTQ) of int4 matrices elsewhere."""
-    max_kl: float | None = None
+    max_kl: float | None = flags.number(None, at_least=0)
     """Largest mean KL divergence (nats per token) of the quantised file from the exact one; default: reported only.
     The perplexity of the sample may grow by a factor of its exponential."""
 

@@ -247,6 +247,9 @@ def test_damaged_programs_are_refused(tmp_path: Path, artefact: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((artefact.parent / "checkpoint" / name).read_bytes())
     (tmp_path / "model.pte").write_bytes(b"not a program" * 20)
+    with pytest.raises(ArtefactError, match=r"model\.pte is not a file of ExecuTorch"):
+        load_engine(tmp_path / "model.pte")
+    (tmp_path / "model.pte").write_bytes(b"1234ET12" * 20)
     with pytest.raises(ArtefactError, match=r"ExecuTorch cannot load it: .+"):
         load_engine(tmp_path / "model.pte")
 
