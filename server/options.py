@@ -82,6 +82,8 @@ class AppOptions:
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
+        for text in self.allow_host:
+            flags.require(self, "allow_host", "/" not in text, "must be a name without http:// and path", value=text)
         is_used = not self.examples or self.tool_arguments != "any"
         flags.require(self, "examples", is_used, "needs --tool-arguments copy or examples")
 

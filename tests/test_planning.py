@@ -156,10 +156,10 @@ def test_a_model_that_does_not_fit_is_one_line_with_what_fits(
     source_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "source_shape", lambda source: LLAMA_8B)
-    assert run_command(cli.body, ["llama", "--gpu", "4090"]) == 2
+    assert run_command(cli.body, ["owner/llama", "--gpu", "4090"]) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     found = re.fullmatch(
-        r"error: --gpu 4090 --gpus 1: a rank of llama takes .* of 24\.0 GB \(derived\); it fits on (.*)", error
+        r"error: --gpu 4090 --gpus 1: a rank of owner/llama takes .* of 24\.0 GB \(derived\); it fits on (.*)", error
     )
     assert found is not None
     for name, gpu in (each.split(" x ") for each in found[1].split(" or ")):

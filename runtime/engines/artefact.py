@@ -84,10 +84,17 @@ def _locate(path: Path) -> Path:
     return inside[0] if inside else path
 
 
-def _is_executorch_program(path: Path) -> bool:
-    """Return whether a file has the mark of ExecuTorch's flat buffers, such as ET12."""
-    with path.open("rb") as file:
-        return file.read(8)[4:6] == b"ET"
+def check_mark(path: Path) -> None:
+    """Raise ArtefactError unless a .gguf or .pte file can be read and starts as one."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read: {error}; check the file") from error
+    if path.suffix == ".gguf" and not start.startswith(b"GGUF"):
+        raise ArtefactError(f"{path} is not a GGUF file; give another file")
+    if path.suffix == ".pte" and start[4:6] != b"ET":  # ExecuTorch's flat buffers are marked ET12 or similar
+        raise ArtefactError(f"{path} is not a file of ExecuTorch; export it again")
 
 
 class NotExportedError(ArtefactError):
@@ -156,9 +163,10 @@ class Artefact:
             raise ArtefactError(f"{path} does not exist; {remedy}")
         if path.suffix not in FILE_ENGINES:
             raise ArtefactError(f"{path} is not an artefact; {remedy}")
-        if path.suffix == ".pte" and not _is_executorch_program(path):
-            raise ArtefactError(f"{path} is not a file of ExecuTorch; export it again")
-        return cls(path, FILE_ENGINES[path.suffix], path, (path,), None)
+        artefact = cls(path, FILE_ENGINES[path.suffix], path, (path,), None)
+        if artefact.known_manifest is None:  # else its hash is compared
+            check_mark(path)
+        return artefact
 
     @classmethod
     def _open_folder(cls, folder: Path) -> Artefact:

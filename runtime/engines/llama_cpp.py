@@ -17,6 +17,7 @@ import numpy as np
 from ..base.cpu_load import FreeCores
 from ..base.errors import ArtefactError
 from ..base.extras import extra
+from .artefact import check_mark
 from .engine import EngineOptions, context_length, engine_build, engine_version
 from .llama_context import LlamaContext, embed
 from .manifest import Manifest
@@ -53,7 +54,7 @@ class LlamaCppEngine:
     def __init__(self, path: Path, options: EngineOptions) -> None:
         with extra("gguf", "llama-cpp-python"):
             import llama_cpp
-        check_gguf(path)
+        check_mark(path)
         self._llama: Any = llama_cpp
         llama_cpp.llama_log_set(_drop_log_line, ctypes.c_void_p(0))
         began = time.perf_counter()
@@ -224,15 +225,3 @@ def _cache_shape(folder: Path, metadata: Callable[[str], str]) -> tuple[Sequence
     except ValueError:
         return [], 0
     return [groups] * layers, width
-
-
-def check_gguf(path: Path) -> None:
-    """Raise ArtefactError if `path` does not begin like a GGUF file."""
-    # llama.cpp reports only that it failed to load
-    try:
-        with path.open("rb") as stream:
-            magic = stream.read(4)
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be read: {error}; check the file") from error
-    if magic != b"GGUF":
-        raise ArtefactError(f"{path} is not a GGUF file; give another file")

@@ -12,6 +12,7 @@ from ...runtime.base import flags
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
+from ...runtime.base.model_names import check_source
 from ...runtime.base.quantities import format_count
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import Workload
@@ -101,6 +102,7 @@ def body(argv: Sequence[str]) -> int:
         raise UsageError("name a profile of a device with --device-profile, or a --gpu")
     if config.device_profile and config.gpu != "none":
         raise UsageError("--device-profile and --gpu are different plans; ask for one at a time")
+    check_source(name, name)
     if config.gpu != "none":
         return _plan_gpus(name, config)
     workload = Workload.parse(config.workload)

@@ -16,6 +16,7 @@ from ...runtime.base import flags
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
+from ...runtime.base.model_names import check_source
 from ...runtime.base.quantities import format_bytes
 from ...runtime.engines.manifest import cache_bytes
 from ...runtime.latency.profile import DeviceProfile
@@ -283,6 +284,7 @@ def body(argv: Sequence[str]) -> int:
         raise UsageError(f"--max-memory: {source} is no finished run with --sizes; give --max-bytes")
     if config.max_bytes is None:
         raise UsageError("--max-bytes is missing; give the largest file, such as 60MB")
+    check_source(source, source)
     front = read_front(config.front)
     shape, vocabulary = _read(source)
     if source not in MEASURED_SOURCES and not config.front:
