@@ -16,12 +16,14 @@ from ..runtime.base.extras import extra
 from ..runtime.engines.artefact import ARTEFACT_HELP, Artefact, open_or_export
 from ..runtime.engines.engine import EngineOptions, find_engine
 from ..runtime.sampling import SamplingDefaults
+from .models.pool_options import PoolOptions
 from .options import AppOptions, ServeOptions
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
         ServeOptions,
+        PoolOptions,
         AppOptions,
         SamplingDefaults,
         EngineOptions,
@@ -54,9 +56,9 @@ def named_artefacts(artefact: str | None, models: Sequence[str]) -> dict[str, st
     return dict(pairs)
 
 
-def check_files(options: ServeOptions, app_options: AppOptions, engine_options: EngineOptions) -> None:
+def check_files(limits: PoolOptions, app_options: AppOptions, engine_options: EngineOptions) -> None:
     """Raise UsageError or ArtefactError for files of flags that are missing, before packages are imported."""
-    for path in options.pin:
+    for path in limits.pin:
         if not Path(path).is_file():
             raise UsageError(f"--pin {path}: no such file; give a text or a .json file with messages")
     if engine_options.draft:
@@ -89,9 +91,10 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     artefact = arguments.pop("artefact")
     options, app_options = flags.take(arguments, ServeOptions), flags.take(arguments, AppOptions)
+    limits = flags.take(arguments, PoolOptions)
     engine_options, sampling = flags.take(arguments, EngineOptions), flags.take(arguments, SamplingDefaults)
     artefacts = named_artefacts(artefact, options.model)
-    check_files(options, app_options, engine_options)
+    check_files(limits, app_options, engine_options)
     for name, path in artefacts.items():
         opened = open_or_export(path)
         find_engine(opened)
@@ -106,8 +109,7 @@ def body(argv: Sequence[str]) -> int:
         if not app_options.keys and not is_local:
             reason = f"other machines may reach --host {options.host} and use the server"
             print(f"warning: {reason}; set an --api-key to prevent it", file=sys.stderr)
-        limits = (options.waiting, options.timeout, options.max_memory, options.prompt_cache, options.idle_unload)
-        pool = ModelPool(artefacts, engine_options, *limits, options.pin, loads_first=False)
+        pool = ModelPool(artefacts, engine_options, limits)
         names = ", ".join(artefacts)
         print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, API: /openapi.json)", flush=True)
         app = create_app(pool, app_options, is_local, sampling)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import uvicorn
 
+from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.access.connections import KEEP_ALIVE_SECONDS
 from efficientllm.server.app import create_app
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.options import AppOptions
 
 
@@ -21,6 +24,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def loaded_pool(artefacts: Mapping[str, str], options: EngineOptions, limits: PoolOptions | None = None) -> ModelPool:
+    """Return a pool whose first model is loaded."""
+    pool = ModelPool(artefacts, options, limits)
+    asyncio.run(pool.load_first())
+    return pool
 
 
 @contextlib.contextmanager

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 from python_clients import CLIENTS
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.xdist_group("clients")
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=2048))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=2048))
     with serve(pool, AppOptions(api_key="secret")) as address:
         yield address
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import prose
 import pytest
 import site_pages
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.devices.cli import build_parser as bench_parser
 from efficientllm.devices.hub_folder import build_parser as hub_parser
@@ -29,7 +29,6 @@ from efficientllm.runtime.chat import build_parser as chat_parser
 from efficientllm.runtime.command_line import COMMANDS
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.cli import build_parser as serve_parser
-from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 from efficientllm.server.web import build_parser as web_parser
 from efficientllm.train.cli import build_parser as train_parser
@@ -126,7 +125,9 @@ PYTHON_BLOCKS = [
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    with serve(ModelPool({"small": str(artefact)}, EngineOptions(threads=1)), AppOptions(api_key="secret")) as address:
+    with serve(
+        loaded_pool({"small": str(artefact)}, EngineOptions(threads=1)), AppOptions(api_key="secret")
+    ) as address:
         yield address
 
 

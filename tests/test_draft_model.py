@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from serving import loaded_pool
 from shared import made_once
 from test_recurrent import write_mamba
 from test_sequences import run
@@ -31,7 +32,6 @@ from efficientllm.runtime.engines.scheduling_policy import PassTimes
 from efficientllm.runtime.engines.speculation import Speculation
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.sampling import SamplingOptions
-from efficientllm.server.models.pool import ModelPool
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.vocabulary.tokenizer_pruning import prune_tokenizer
 
@@ -238,7 +238,7 @@ def test_a_draft_that_cannot_propose_is_refused_in_one_line(
 def test_the_memory_of_a_draft_counts(artefact: Path, draft_of: Draft) -> None:
     sizes = []
     for draft in ("", str(draft_of("pruned"))):
-        pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256, draft=draft))
+        pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256, draft=draft))
         sizes.append(pool._sizes["tiny"])
         pool.close()
     cache = 2 * 256 * 4 * 2 * 32 * (2 + 2 + 1) // 2

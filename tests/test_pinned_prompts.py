@@ -9,14 +9,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.server import cli
-from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.options import AppOptions
 
 PREFIX = [5 + 7 * step % 300 for step in range(150)]
@@ -52,7 +52,9 @@ def test_the_server_pins_a_prompt_at_the_start(artefact: Path, tmp_path: Path, k
     path = tmp_path / ("prompt.txt" if kind == "text" else "prompt.json")
     content = messages if kind == "messages" else {"messages": messages}
     path.write_text(SYSTEM if kind == "text" else json.dumps(content), encoding="utf-8")
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=1024, parallel=3), pins=[str(path)])
+    pool = loaded_pool(
+        {"tiny": str(artefact)}, EngineOptions(threads=1, context=1024, parallel=3), PoolOptions(pin=(str(path),))
+    )
     with serve(pool, AppOptions()) as address:
         asked = {"messages": [*messages, {"role": "user", "content": "Where am I?"}], "max_tokens": 2}
         for _ in range(2):

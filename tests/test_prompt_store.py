@@ -9,14 +9,14 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from serving import serve
+from serving import loaded_pool, serve
 from test_recurrent import write_mamba
 
 from efficientllm.runtime.engines.engine import CacheChoice, EngineOptions, load_engine
 from efficientllm.runtime.engines.prompt_store import PromptStore
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.generation import AnswerOptions, Generation
-from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.options import AppOptions
 
 PROMPT = [5 + (7 * step) % 300 for step in range(100)]
@@ -136,7 +136,9 @@ def test_a_server_continues_prompts_after_a_restart(
     body = {"messages": [{"role": "system", "content": "Be brief. " * 30}, {"role": "user", "content": "Hello"}]}
     answers = []
     for kept in (10**8, 10**8, 0):
-        pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=1024, tune=False), prompt_cache=kept)
+        pool = loaded_pool(
+            {"tiny": str(artefact)}, EngineOptions(threads=1, context=1024, tune=False), PoolOptions(prompt_cache=kept)
+        )
         with serve(pool, AppOptions()) as address:
             sent = {**body, "max_tokens": 4, "temperature": 0}
             answers.append(httpx.post(f"{address}/v1/chat/completions", json=sent, timeout=60).json())

@@ -10,10 +10,9 @@ from typing import Any
 import httpx
 import pytest
 from recorded_requests import RECORDED
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 
 SLOW = ("aider, Ollama",)
@@ -22,7 +21,7 @@ SLOW = ("aider, Ollama",)
 
 @pytest.fixture(scope="module")
 def client(artefact: Path) -> Iterator[httpx.Client]:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=2048, parallel=4))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=2048, parallel=4))
     with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=120) as client:
         yield client
 

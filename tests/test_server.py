@@ -11,14 +11,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
 from efficientllm.server import cli
-from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.options import AppOptions
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
@@ -26,7 +26,7 @@ MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1), waiting=3)
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1), PoolOptions(waiting=3))
     with serve(pool, AppOptions(api_key="secret")) as address:
         yield address
 

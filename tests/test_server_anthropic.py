@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serve
+from serving import loaded_pool, serve
 from test_server_ollama import SCHEMA
 from test_server_reasoning import TEMPLATE, answer_with
 
@@ -24,7 +24,7 @@ GREEDY = {"max_tokens": 12, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def pool(artefact: Path) -> ModelPool:
-    return ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=1024))
+    return loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=1024))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, UsageError
@@ -23,7 +23,7 @@ from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.memory import memory_bytes
 from efficientllm.server import cli
-from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.options import AppOptions
 from efficientllm.server.schemas import response_models
 
@@ -32,7 +32,7 @@ MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1), waiting=40)
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1), PoolOptions(waiting=40))
     with serve(pool, AppOptions(cors_origin=("http://page.example",))) as address:
         yield address
 
@@ -275,7 +275,9 @@ def test_schemathesis_finds_no_server_error(address: str, tmp_path: Path) -> Non
 def test_models_are_loaded_on_use_and_the_oldest_leaves(artefact: Path) -> None:
     names = ("first", "second", "third")
     room = int(2.5 * Artefact.open(artefact).file_bytes)
-    pool = ModelPool(dict.fromkeys(names, str(artefact)), EngineOptions(threads=1, context=64), max_memory=room)
+    pool = loaded_pool(
+        dict.fromkeys(names, str(artefact)), EngineOptions(threads=1, context=64), PoolOptions(max_memory=room)
+    )
     with serve(pool, AppOptions()) as address:
 
         def ask(name: str) -> int:
@@ -297,7 +299,7 @@ def test_models_are_loaded_on_use_and_the_oldest_leaves(artefact: Path) -> None:
 
 
 def test_an_answer_has_its_time(artefact: Path) -> None:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=4096), timeout=0.05)
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=4096), PoolOptions(timeout=0.05))
     with serve(pool, AppOptions(overflow="slide")) as address:
         answer = post(address, messages=MESSAGES, max_tokens=100_000, temperature=0)
         assert answer.status_code == 408
@@ -316,14 +318,14 @@ def test_an_answer_has_its_time(artefact: Path) -> None:
 
 
 def test_a_chat_may_outgrow_the_window_when_asked(artefact: Path) -> None:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     with serve(pool, AppOptions(overflow="slide")) as address:
         answer = post(address, messages=MESSAGES, max_tokens=150, seed=0, temperature=1.0)
         if answer.json()["choices"][0]["finish_reason"] == "length":
             assert answer.json()["usage"]["completion_tokens"] == 150
         long = [{"role": "user", "content": "word " * 200}]
         assert post(address, messages=long, max_tokens=2).status_code == 200
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     with serve(pool, AppOptions()) as address:
         assert post(address, messages=long, max_tokens=2).json()["error"]["code"] == "context_length_exceeded"
 
@@ -332,7 +334,7 @@ def test_bad_models_are_one_line(artefact: Path, tmp_path: Path, capsys: pytest.
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"no model")
     with pytest.raises(ArtefactError, match="not a GGUF file"):
-        ModelPool({"broken": str(broken)}, EngineOptions())
+        loaded_pool({"broken": str(broken)}, EngineOptions())
     assert run_command(cli.body, [str(artefact), "--model", "nothing"]) == 2
     assert "--model nothing: must be NAME=PATH" in capsys.readouterr().err
     assert run_command(cli.body, []) == 2

@@ -15,14 +15,13 @@ import httpx
 import pytest
 import uvicorn
 from pydantic import BaseModel, ValidationError
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server import cli
 from efficientllm.server.access.connections import limited_protocol
 from efficientllm.server.body import read_body
-from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 from efficientllm.server.schemas.completions import ChatRequest, EmbeddingsRequest, TextRequest
 from efficientllm.server.schemas.responses_api import ResponsesRequest
@@ -33,7 +32,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     with serve(pool, AppOptions(body_timeout=0.5), http=limited_protocol(MOST, timeout=0.5)) as address:
         yield address
 
@@ -196,7 +195,7 @@ def test_the_head_of_a_stream_is_sent_before_the_first_text(
 ) -> None:
     monkeypatch.setattr("efficientllm.server.models.worker.HEAD_SECONDS", 0.05)
     monkeypatch.setattr("efficientllm.server.models.worker.PING_SECONDS", 0.05)
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     body: dict[str, object] = {**CHAT, "model": "tiny", "input": "Hello", "max_output_tokens": 3}
     used = {"/v1/responses": ("input", "max_output_tokens"), "/api/chat": ("messages",)}
     names = ("model", "stream", *used.get(path, ("messages", "max_tokens")))

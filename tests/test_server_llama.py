@@ -9,10 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
@@ -20,7 +19,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 @pytest.fixture(scope="module")
 def client(artefact: Path) -> Iterator[httpx.Client]:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256, parallel=4))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256, parallel=4))
     with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
         yield client
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.grammar import GrammarConstraint
 from efficientllm.runtime.prompt import ChatPrompt
-from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.options import AppOptions
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
@@ -40,7 +40,7 @@ TOOL = {
 
 @pytest.fixture(scope="module")
 def client(artefact: Path) -> Iterator[httpx.Client]:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=1024))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=1024))
     with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
         yield client
 
@@ -137,7 +137,7 @@ def until_loaded(client: httpx.Client, names: list[str]) -> None:
 
 
 def test_a_model_is_unloaded_after_keep_alive(artefact: Path) -> None:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256))
     with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
         (running,) = client.get("/api/ps").json()["models"]
         assert running["size"] > client.get("/api/tags").json()["models"][0]["size"]
@@ -156,7 +156,7 @@ def test_a_model_is_unloaded_after_keep_alive(artefact: Path) -> None:
 
 
 def test_a_flag_unloads_idle_models_and_requests_load_them_again(artefact: Path) -> None:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256), idle_seconds=0.05)
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256), PoolOptions(idle_unload=0.05))
     with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
         texts = set[str]()
         for _ in range(3):

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 from chromium import CHROMIUM, chromium
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 
 expect: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
@@ -27,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = ModelPool({"tiny": str(artefact), "twin": str(artefact / "model.gguf")}, EngineOptions(threads=1))
+    pool = loaded_pool({"tiny": str(artefact), "twin": str(artefact / "model.gguf")}, EngineOptions(threads=1))
     with serve(pool, AppOptions()) as address:
         yield address
 

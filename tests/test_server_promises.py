@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from serving import free_port, serve
+from serving import free_port, loaded_pool, serve
 
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions
@@ -31,6 +32,7 @@ from efficientllm.server.access.connections import GracefulServer, limited_proto
 from efficientllm.server.app import create_app
 from efficientllm.server.cli import bind_socket
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.models.worker import EngineWorker
 from efficientllm.server.options import AppOptions
 from efficientllm.server.schemas.api_error import APIError
@@ -42,7 +44,7 @@ LONG: dict[str, Any] = {"max_tokens": 100_000, "temperature": 0, "logit_bias": {
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, parallel=2, context=4096))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, parallel=2, context=4096))
     with serve(pool, AppOptions(overflow="slide")) as address:
         yield address
 
@@ -72,9 +74,9 @@ def test_who_asks_for_one_answer_waits_for_none_of_who_asks_for_fifty(address: s
 def test_caches_count_against_the_memory_of_all_models(artefact: Path) -> None:
     options = EngineOptions(threads=1, context=2048, parallel=8)
     size = Artefact.open(artefact).file_bytes
-    pool = ModelPool(dict.fromkeys("ab", str(artefact)), options, timeout=0.3)
+    pool = loaded_pool(dict.fromkeys("ab", str(artefact)), options, PoolOptions(timeout=0.3))
     cache = pool.loaded["a"].engine.kv_cache_bytes
-    pool.max_memory = 2 * size + cache  # both files, and the caches of one
+    pool.limits = replace(pool.limits, max_memory=2 * size + cache)  # both files, and the caches of one
 
     async def go() -> None:
         first = await pool.enter("a", pool.deadline())
@@ -91,8 +93,8 @@ def test_caches_count_against_the_memory_of_all_models(artefact: Path) -> None:
 
 
 def test_waiting_for_a_model_counts_as_time_of_the_request(artefact: Path) -> None:
-    pool = ModelPool(dict.fromkeys("ab", str(artefact)), EngineOptions(threads=1, context=64), timeout=1.0)
-    pool.max_memory = Artefact.open(artefact).file_bytes
+    limits = PoolOptions(timeout=1.0, max_memory=Artefact.open(artefact).file_bytes)
+    pool = loaded_pool(dict.fromkeys("ab", str(artefact)), EngineOptions(threads=1, context=64), limits)
 
     async def go() -> None:
         worker = await pool.enter("a", pool.deadline())
@@ -267,9 +269,8 @@ def test_what_asks_for_nothing_may_be_there(address: str, path: str, body: dict[
 def two_models(artefact: Path, timeout: float) -> ModelPool:
     """Of which one has room."""
     options = EngineOptions(threads=1, context=512, parallel=1)
-    pool = ModelPool(dict.fromkeys("ab", str(artefact)), options, waiting=1, timeout=timeout)
-    pool.max_memory = Artefact.open(artefact).file_bytes
-    return pool
+    limits = PoolOptions(waiting=1, timeout=timeout, max_memory=Artefact.open(artefact).file_bytes)
+    return loaded_pool(dict.fromkeys("ab", str(artefact)), options, limits)
 
 
 def test_who_stops_waiting_for_a_model_keeps_no_place_and_nothing_is_loaded(artefact: Path) -> None:
@@ -321,7 +322,8 @@ def test_a_load_that_has_begun_ends_though_nobody_waits_for_it(artefact: Path, m
 
 
 def test_a_loaded_model_is_entered_while_another_one_loads(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = ModelPool({"a": str(artefact), "b": str(artefact)}, EngineOptions(threads=1, context=64), timeout=30)
+    options = EngineOptions(threads=1, context=64)
+    pool = loaded_pool(dict.fromkeys("ab", str(artefact)), options, PoolOptions(timeout=30))
     load, may_end = pool._load, threading.Event()
     monkeypatch.setattr(pool, "_load", lambda name: load(name) if may_end.wait(30) else None)
 
@@ -385,7 +387,8 @@ def test_a_compilation_that_takes_too_long_is_given_up_and_keeps_its_place(
         make(self, *given)
 
     monkeypatch.setattr(GrammarConstraint, "__init__", wait)
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, parallel=1, context=512), 0, timeout=0.3)
+    options = EngineOptions(threads=1, parallel=1, context=512)
+    pool = loaded_pool({"tiny": str(artefact)}, options, PoolOptions(waiting=0, timeout=0.3))
     body = {"messages": MESSAGES, "max_tokens": 4}
     with serve(pool, AppOptions()) as address:
         answer = post(address, **body, response_format={"type": "regex", "regex": "[ab]{4}"})
@@ -424,7 +427,7 @@ def test_many_texts_are_embedded_in_one_request(address: str) -> None:
 
 
 def test_refusals_are_counted(artefact: Path) -> None:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     with serve(pool, AppOptions(api_key="secret")) as address:
         assert httpx.get(f"{address}/v1/models").status_code == 401
         key = {"Authorization": "Bearer secret"}
@@ -442,7 +445,7 @@ def test_what_a_flag_says_holds_where_a_request_says_nothing() -> None:
 
 
 def test_a_named_host_shuts_others_out_of_an_open_server(artefact: Path) -> None:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     app = create_app(pool, AppOptions(allow_host=("board.example",)))
 
     async def statuses() -> list[int]:
@@ -455,7 +458,7 @@ def test_a_named_host_shuts_others_out_of_an_open_server(artefact: Path) -> None
 
 
 def test_a_second_head_that_does_not_come_is_given_up_as_the_first(artefact: Path) -> None:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     with serve(pool, AppOptions(), http=limited_protocol(4, timeout=0.5)) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as connection:
@@ -471,7 +474,7 @@ def test_a_second_head_that_does_not_come_is_given_up_as_the_first(artefact: Pat
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_closes_its_side_gets_its_answer(artefact: Path, stream: bool) -> None:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256))
     with serve(pool, AppOptions(), http=limited_protocol(4, timeout=20)) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=60) as connection:
@@ -488,7 +491,7 @@ def test_a_client_that_closes_its_side_gets_its_answer(artefact: Path, stream: b
 
 
 def test_a_client_that_closes_both_sides_is_soon_known_to_be_gone(artefact: Path) -> None:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=4096))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=4096))
     with serve(pool, AppOptions(overflow="slide"), http=limited_protocol(4, timeout=20)) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=60) as connection:
@@ -593,7 +596,7 @@ def delayed_pool(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model
 
     monkeypatch.setattr(ModelPool, "_load", wait)
     options = EngineOptions(threads=1, context=64, parallel=1)
-    return ModelPool({"tiny": str(artefact)}, options, loads_first=False), may_load
+    return ModelPool({"tiny": str(artefact)}, options), may_load
 
 
 def test_a_server_listens_before_its_model_is_loaded(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

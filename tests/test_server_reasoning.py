@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.call_reader import (
     ArgumentsEvent,
@@ -42,7 +42,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def pool(artefact: Path) -> ModelPool:
-    return ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=1024))
+    return loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=1024))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_the_effort_reaches_the_template(client: httpx.Client) -> None:
 
 
 def test_an_effort_without_reasoning_is_refused(artefact: Path) -> None:
-    with serve(ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256)), AppOptions()) as address:
+    with serve(loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256)), AppOptions()) as address:
         for effort, status in (("none", 200), ("high", 400)):
             sent = {"messages": MESSAGES, "reasoning_effort": effort, "max_tokens": 1}
             answer = httpx.post(f"{address}/v1/chat/completions", json=sent)

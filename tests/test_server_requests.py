@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from serving import serve
+from serving import loaded_pool, serve
 from starlette.responses import PlainTextResponse
 
 from efficientllm.runtime.base.command import run_command
@@ -26,6 +26,7 @@ from efficientllm.server import cli
 from efficientllm.server.access.guard import Guard
 from efficientllm.server.app import create_app
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.options import AppOptions, ServeOptions
 from efficientllm.server.web import WebServerOptions
 
@@ -35,7 +36,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=2048), waiting=40)
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=2048), PoolOptions(waiting=40))
     with serve(pool, AppOptions()) as address:
         yield address
 
@@ -329,11 +330,10 @@ def test_a_client_that_waits_for_the_whole_and_goes_frees_its_place(address: str
 def test_two_models_with_room_for_one_answer_every_request(artefact: Path) -> None:
     """Asked in turn by six clients, with long prompts among theirs: each load unloads what others still ask for."""
     room = int(1.5 * Artefact.open(artefact).file_bytes)
-    pool = ModelPool(
+    pool = loaded_pool(
         dict.fromkeys(("one", "two"), str(artefact)),
         EngineOptions(threads=1, context=1024, huge_pages=False),
-        waiting=20,
-        max_memory=room,
+        PoolOptions(waiting=20, max_memory=room),
     )
     statuses: list[int] = []
     with serve(pool, AppOptions()) as address:
@@ -414,7 +414,7 @@ def test_small_pieces_are_sent_at_once() -> None:
 
 
 def test_a_failure_of_ours_has_openai_s_shape(artefact: Path) -> None:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     with serve(pool, AppOptions()) as address:
         pool.loaded["tiny"].engine.close()
         answer = post(address, **GREEDY)
@@ -424,7 +424,7 @@ def test_a_failure_of_ours_has_openai_s_shape(artefact: Path) -> None:
 
 def test_a_name_that_was_bound_to_this_machine_is_refused(artefact: Path) -> None:
     """DNS rebinding: a page of that name could read every answer."""
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     app = create_app(pool, AppOptions(allow_host=("friend.example",)), is_local=True)
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         for host, status in (
@@ -456,7 +456,7 @@ def test_the_key_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeyp
 def test_each_of_several_keys_opens_the_server(artefact: Path, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("kitchen-1\n\n  hall-2  \n")
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     with serve(pool, AppOptions(api_key_file=str(file))) as address:
         for key, status in (("kitchen-1", 200), ("hall-2", 200), ("kitchen-1\nhall-2", 401), ("hall", 401)):
             headers = {"Authorization": "Bearer " + key.replace("\n", " ")}
@@ -464,7 +464,7 @@ def test_each_of_several_keys_opens_the_server(artefact: Path, tmp_path: Path) -
 
 
 def test_every_request_has_an_id_and_a_line(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     with serve(pool, AppOptions(access_log=True, api_key="secret")) as address:
         chosen = httpx.get(f"{address}/health", headers={"X-Request-Id": "mine-1"})
         foreign = httpx.get(f"{address}/v1/a%0Ab c", headers={"X-Request-Id": 'a" 200 forged'})
@@ -497,13 +497,13 @@ async def answer_ok(scope: Any, receive: Any, send: Any) -> None:
 
 def test_models_say_how_much_fits(address: str, artefact: Path) -> None:
     assert httpx.get(f"{address}/v1/models").json()["data"][0]["max_model_len"] == 2048
-    pool = ModelPool(dict.fromkeys(("one", "two"), str(artefact)), EngineOptions(threads=1))
+    pool = loaded_pool(dict.fromkeys(("one", "two"), str(artefact)), EngineOptions(threads=1))
     assert pool.context_length("one") == pool.context_length("two") == 4096
     pool.close()
 
 
 def test_without_the_key_nothing_names_a_model(artefact: Path) -> None:
-    pool = ModelPool({"private": str(artefact)}, EngineOptions(threads=1, context=64))
+    pool = loaded_pool({"private": str(artefact)}, EngineOptions(threads=1, context=64))
     with TestClient(create_app(pool, AppOptions(api_key="secret"))) as client:
         for path in ("/", "/page/page.js", "/health", "/openapi.json"):
             answer = client.get(path)

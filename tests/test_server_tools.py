@@ -12,7 +12,7 @@ import httpx
 import openai
 import pydantic
 import pytest
-from serving import serve
+from serving import loaded_pool, serve
 from test_tools import QWEN
 from tiny import tiny_architecture, tiny_model
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +21,6 @@ from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 from efficientllm.train.model.irregular import save_checkpoint
 
@@ -50,7 +49,7 @@ def client(
     tokenizer.chat_template = before
     arguments = [str(folder / "checkpoint"), "--target", "gguf", "--quantize", "f32", "--output", str(folder / "gguf")]
     assert run_command(export_cli.body, [*arguments, "--no-verify"]) == 0
-    pool = ModelPool({"plain": str(artefact), "calls": str(folder / "gguf")}, EngineOptions(threads=1, context=1024))
+    pool = loaded_pool({"plain": str(artefact), "calls": str(folder / "gguf")}, EngineOptions(threads=1, context=1024))
     with (
         serve(pool, AppOptions()) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
@@ -113,7 +112,7 @@ def test_a_flag_copies_arguments_of_all_requests(artefact: Path) -> None:
     tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
     settings: Any = {"messages": QUESTION, "tools": tools, "tool_choice": "required", "temperature": 1.5, "seed": 1}
     settings |= {"max_tokens": 300, "parallel_tool_calls": False}
-    pool = ModelPool({"plain": str(artefact)}, EngineOptions(threads=1, context=1024))
+    pool = loaded_pool({"plain": str(artefact)}, EngineOptions(threads=1, context=1024))
     with serve(pool, AppOptions(tool_arguments="copy")) as address, httpx.Client(base_url=address) as client:
 
         def arguments(**more: Any) -> str:
@@ -132,7 +131,7 @@ def test_a_file_has_the_examples_of_all_requests(artefact: Path, tmp_path: Path)
     tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
     settings: Any = {"messages": QUESTION, "tools": tools, "tool_choice": "required", "temperature": 1.5}
     settings |= {"max_tokens": 300, "parallel_tool_calls": False}
-    pool = ModelPool({"plain": str(artefact)}, EngineOptions(threads=1, context=1024))
+    pool = loaded_pool({"plain": str(artefact)}, EngineOptions(threads=1, context=1024))
     options = AppOptions(tool_arguments="examples", examples=str(file))
     with serve(pool, options) as address, httpx.Client(base_url=address) as client:
         for seed in range(3):

@@ -10,16 +10,15 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, parallel=2, context=512))
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, parallel=2, context=512))
     with serve(pool, AppOptions()) as address:
         yield address
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import soak
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation
-from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.models.worker import Deadline, EngineWorker
 from efficientllm.server.options import AppOptions
 
@@ -34,7 +34,7 @@ def test_clients_that_go_give_their_place_back(artefact: Path, tokens: dict[str,
     async def phases() -> list[str]:
         return [phase async for phase, _ in soak.cancellations(address, pool, tokens, 3 * len(soak.PHASES))]
 
-    pool = ModelPool({"model": str(artefact)}, OPTIONS)
+    pool = loaded_pool({"model": str(artefact)}, OPTIONS)
     with serve(pool, AppOptions()) as address:
         assert asyncio.run(asyncio.wait_for(phases(), 60)) == [*soak.PHASES] * 3
 
@@ -76,7 +76,7 @@ def test_a_place_in_line_is_free_before_the_pass_of_others_ends(artefact: Path) 
 
 def test_a_crowd_gets_its_own_answers(artefact: Path, tokens: dict[str, int]) -> None:
     clients = [(token, text) for text, token in tokens.items()][:24]
-    pool = ModelPool({"model": str(artefact)}, EngineOptions(threads=1, context=256), waiting=24)
+    pool = loaded_pool({"model": str(artefact)}, EngineOptions(threads=1, context=256), PoolOptions(waiting=24))
     with serve(pool, AppOptions()) as address:
         found = asyncio.run(soak.crowd(address, ["model"], clients, requests=96, seconds=0))
     assert found.statuses.keys() == {200}

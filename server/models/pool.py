@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from ...runtime.grammar import read_vocabulary
 from ...runtime.prompt import PromptOptions, tool_prompt
 from ..schemas.api_error import APIError, shutdown_error, validation_message
 from ..schemas.completions import ChatRequest
+from .pool_options import PoolOptions
 from .worker import Deadline, EngineWorker, run_in_thread
 
 DEFAULT_PARALLEL = 16
@@ -38,32 +39,15 @@ CHAT_TOKENS = 2048
 
 
 class ModelPool:
-    """Models by name, of which at most `max_memory` bytes are loaded at once (0: no limit)."""
+    """Models by name, loaded within the limits of the server."""
 
-    def __init__(
-        self,
-        artefacts: Mapping[str, str],
-        options: EngineOptions,
-        waiting: int = 8,
-        timeout: float = 600.0,
-        max_memory: int = 0,
-        prompt_cache: int = 0,
-        idle_seconds: float = 0.0,
-        pins: Sequence[str] = (),
-        loads_first: bool = True,
-    ) -> None:
-        """Compare the files of `artefacts` {name: path} with their manifests and load the first model.
-
-        Raise ArtefactError if one is damaged. Without `loads_first`, `load_first` does both. `waiting`: requests per
-        model in the queue. `timeout`: seconds of a request. `prompt_cache`: bytes on disk for the prompts of unloaded
-        models. `idle_seconds`: time after its last request in which a model stays loaded, 0 for ever. `pins`: files of
-        prompts that stay evaluated, see `read_pin`.
-        """
+    def __init__(self, artefacts: Mapping[str, str], options: EngineOptions, limits: PoolOptions | None = None) -> None:
+        """Open `artefacts`, {name: path}. `load_first` compares their files and loads the first one."""
         self.artefacts = {name: Artefact.open(path) for name, path in artefacts.items()}
         self.options = replace(options, parallel=options.parallel or DEFAULT_PARALLEL)
-        self.waiting, self.timeout, self.max_memory = waiting, timeout, max_memory
-        self.prompt_cache, self._pins = prompt_cache, list(map(read_pin, pins))
-        self._keep_seconds = dict.fromkeys(self.artefacts, idle_seconds or float("inf"))
+        self.limits = limits = limits or PoolOptions()
+        self._pins = list(map(read_pin, limits.pin))
+        self._keep_seconds = dict.fromkeys(self.artefacts, limits.idle_unload or float("inf"))
         """{name: time in which the model stays loaded without requests}"""
         self._workers: dict[str, EngineWorker] = {}
         self._loading = asyncio.Lock()
@@ -79,10 +63,8 @@ class ModelPool:
         self._is_stopping = False
         self._unloads = set[asyncio.Task[None]]()
         """Unloads in progress. asyncio itself keeps no reference to a task."""
-        self.is_ready = loads_first
-        """False until `load_first` has ended."""
-        if loads_first:
-            self._workers.update(self._verify_and_load())
+        self.is_ready = False
+        """True once `load_first` has ended."""
 
     def _verify_and_load(self) -> dict[str, EngineWorker]:
         """Compare all files with their manifests, and return the worker of the first model by its name."""
@@ -120,7 +102,7 @@ class ModelPool:
             engine.close()
             raise
         logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, describe_capacity(engine))
-        return EngineWorker(engine, self.waiting, partial(self._record_idle, name), save_prompts)
+        return EngineWorker(engine, self.limits.waiting, partial(self._record_idle, name), save_prompts)
 
     def keep(self, name: str, seconds: float) -> None:
         """Keep a model loaded for `seconds` after its last request, from now on. A negative number means for ever."""
@@ -152,9 +134,9 @@ class ModelPool:
     def _restore_prompts(self, name: str, engine: EngineScheduler) -> Callable[[], None]:
         """Read the stored prompts of a model, and return the function that writes them before it is unloaded."""
         store = None
-        if self.prompt_cache:
+        if self.limits.prompt_cache:
             folder = cache_folder() / "prompts"
-            store = engine.prompt_store(folder, self.artefacts[name].sha256, self.prompt_cache)
+            store = engine.prompt_store(folder, self.artefacts[name].sha256, self.limits.prompt_cache)
         if store is None:
             return lambda: None
         if tokens := engine.restore_prompts(store):
@@ -181,7 +163,7 @@ class ModelPool:
 
     def deadline(self) -> Deadline:
         """Return the deadline of a request that arrives now."""
-        return Deadline.from_now(self.timeout)
+        return Deadline.from_now(self.limits.timeout)
 
     async def enter(self, name: str, deadline: Deadline) -> EngineWorker:
         """Take a place in the queue of a model, load the model if necessary, and return its worker.
@@ -194,7 +176,7 @@ class ModelPool:
             known = ", ".join(repr(known) for known in self.artefacts)
             raise APIError(404, f"model {name!r} does not exist; this server has {known}", code="model_not_found")
         # a model that is not loaded has no worker yet, whose places would limit the queue
-        if self._arriving[name] >= self.waiting + self.options.parallel:
+        if self._arriving[name] >= self.limits.waiting + self.options.parallel:
             raise APIError(429, "the server is busy; try again later", "rate_limit_error", "rate_limit_exceeded")
         if name in self._workers and not self._needs_room:  # another model may be loading
             self._refuse_if_stopping()
@@ -260,7 +242,7 @@ class ModelPool:
     def _fits(self, name: str) -> bool:
         """Return True if a model fits beside the loaded ones. Any model fits alone."""
         used = sum(self._sizes[each] for each in self._workers)
-        return not self.max_memory or not self._workers or used + self._sizes[name] <= self.max_memory
+        return not self.limits.max_memory or not self._workers or used + self._sizes[name] <= self.limits.max_memory
 
     def abort(self) -> None:
         """End every answer and refuse new ones, because the server stops."""

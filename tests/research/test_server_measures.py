@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 from research import answer_passes, server_restart
 from research import server_load as load
@@ -20,7 +19,7 @@ from research import server_stall as stall
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = ModelPool({"model": str(artefact)}, EngineOptions(threads=1, context=512, parallel=4))
+    pool = loaded_pool({"model": str(artefact)}, EngineOptions(threads=1, context=512, parallel=4))
     with serve(pool, AppOptions()) as served:
         yield f"{served}/v1"
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from chromium import chromium
-from serving import serve
+from serving import loaded_pool, serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 from efficientllm.server.web import WebServerOptions, web_server
 
@@ -77,7 +76,7 @@ def main() -> None:
             stack.callback(server.shutdown)
             name, address, ask = "web", f"http://127.0.0.1:{server.server_port}/", ask_web
         else:
-            pool = ModelPool({"SmolLM2-135M": str(artefact)}, EngineOptions(threads=1, context=2048))
+            pool = loaded_pool({"SmolLM2-135M": str(artefact)}, EngineOptions(threads=1, context=2048))
             name, address, ask = "chat", stack.enter_context(serve(pool, AppOptions())), ask_server
         browser = stack.enter_context(chromium())
         for end in PICTURES:

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from serving import free_port, serve  # isort: skip
+from serving import free_port, loaded_pool, serve  # isort: skip
 
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
@@ -33,6 +33,7 @@ from efficientllm.runtime.base.quantities import Figure
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.options import AppOptions
 
 LONG = 900
@@ -303,7 +304,7 @@ def body(argv: Sequence[str]) -> int:
     engine.close()
     names = {"model" if index == 0 else f"model-{index}": artefact for index, artefact in enumerate(artefacts)}
     if options.cancellations:
-        pool = ModelPool(names, engine_options, waiting=options.clients, max_memory=options.max_memory)
+        pool = loaded_pool(names, engine_options, PoolOptions(waiting=options.clients, max_memory=options.max_memory))
         with serve(pool, AppOptions()) as address:
             asyncio.run(print_cancellations(address, pool, tokens, options.cancellations))
     clients = [(token, text) for text, token in tokens.items()][: options.clients]
