@@ -36,6 +36,7 @@ MAX_PROMPTS = 16
 MAX_INPUTS = 2048
 """Most texts of an embeddings request. OpenAI has the same limit."""
 DEFAULT_CHAT_TOKENS = 512
+"""Most tokens of an answer to a request without a limit. page/assets/index.html has the same number."""
 DEFAULT_TEXT_TOKENS = 16
 MIN_TOP_P = 1e-30
 MAX_TOKENS = 1_000_000
