@@ -110,6 +110,20 @@ def render_chat(
         raise ArtefactError(f"the model's chat template fails on these messages: {reason}") from error
 
 
+def texts_around(rendered: str, messages: Sequence[Message]) -> list[str]:
+    """Return the texts before, between and after the contents of `messages` in a rendered chat.
+
+    Raises ArtefactError if the template omits a message or writes another order.
+    """
+    texts = []
+    for message in messages:
+        before, found, rendered = rendered.partition(message["content"])
+        if not found:
+            raise ArtefactError("the model's chat template omits a message")
+        texts.append(before)
+    return [*texts, rendered]
+
+
 class MessageEscape:
     """Replaces the first characters of control tokens in messages while a template is rendered.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...runtime.base.errors import EfficientLLMError
-from ...runtime.chat_template import Message, render_chat
+from ...runtime.chat_template import Message, render_chat, texts_around
 from ...runtime.engines.hf_tokenizer import HfTokenizer
 from ..checkpoint import Checkpoint
 from ..manifest import generation_defaults
@@ -93,17 +93,17 @@ def _read_prompts(rendered: Rendered) -> Turns | None:
     before.
     """
     system, user, reply, second = ASKED
-    # the contents are words that no template writes, so what stands between them is the template's own
-    begin, tail = _around(rendered([user], True), user)
-    between_users = _between(rendered([user, second], True), user, second)
+
+    def around(*messages: Message) -> list[str]:
+        return texts_around(rendered(messages, True), messages)
+
+    begin, tail = around(user)
+    _, between_users, _ = around(user, second)
     # after a user's turn comes its end in both, and then another turn in one and the prompt of a reply in the other
     after_user = os.path.commonprefix([between_users, tail])  # noqa: RUF071  any common characters are meant
     before_user = between_users.removeprefix(after_user)
-    conversation = rendered([user, reply, second], True)
-    to_reply, to_user = _between(conversation, user, reply), _between(conversation, reply, second)
-    with_system = rendered([system, user], True)
-    before_system, _ = _around(with_system, system)
-    after_system = _between(with_system, system, user)
+    _, to_reply, to_user, _ = around(user, reply, second)
+    before_system, after_system, _ = around(system, user)
     are_alike = all(text.endswith(before_user) for text in (begin, to_user, after_system))
     if not (to_reply.startswith(after_user) and are_alike):
         return None
@@ -116,32 +116,22 @@ def _read_prompts(rendered: Rendered) -> Turns | None:
 def _read_conversations(rendered: Rendered) -> Turns | None:
     """Derive turns from four conversations; None if they are not written alike."""
     system, user, reply, second = ASKED
+
+    def around(*messages: Message) -> list[str]:
+        return texts_around(rendered(messages, False), messages)
+
     asked, prompt = rendered([user], False), rendered([user], True)
-    begin, after_user = _around(asked, user)
-    told = rendered([user, reply, second], False)
-    first_turn = begin + user["content"] + after_user
-    before_reply = _around(told, reply)[0].removeprefix(first_turn)
-    _, after_reply = _around(rendered([user, reply], False), reply)
-    before_user = _between(told, reply, second).removeprefix(after_reply)
-    with_system = rendered([system, user], False)
-    before_system, _ = _around(with_system, system)
-    after_system = _between(with_system, system, user).removesuffix(before_user)
+    begin, after_user = around(user)
+    _, to_reply, to_user, _ = around(user, reply, second)
+    *_, after_reply = around(user, reply)
+    before_user = to_user.removeprefix(after_reply)
+    before_system, after_system, _ = around(system, user)
     if not (prompt.startswith(asked) and begin.endswith(before_user)):
         return None
-    before = dict(zip(ROLES, (before_system, before_user, before_reply), strict=True))
-    after = dict(zip(ROLES, (after_system, after_user, after_reply), strict=True))
-    return Turns(begin.removesuffix(before_user), before, after, prompt.removeprefix(asked))
-
-
-def _around(text: str, message: Message) -> tuple[str, str]:
-    before, _, after = text.partition(message["content"])
-    return before, after
-
-
-def _between(text: str, first: Message, second: Message) -> str:
-    _, after_first = _around(text, first)
-    between, _ = _around(after_first, second)
-    return between
+    before = (before_system, before_user, to_reply.removeprefix(after_user))
+    after = (after_system.removesuffix(before_user), after_user, after_reply)
+    roles = dict(zip(ROLES, before, strict=True)), dict(zip(ROLES, after, strict=True))
+    return Turns(begin.removesuffix(before_user), *roles, prompt.removeprefix(asked))
 
 
 def _conversation(*turns: str) -> list[Message]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError, first_line
+from ...runtime.chat_template import texts_around
 from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.prompt import PromptOptions, ToolUse, tool_prompt
 from ...runtime.spaced_texts import schema_with_spaces
@@ -66,16 +67,9 @@ def _around(engine: EngineScheduler, tools: Tools, *messages: tuple[str, str]) -
     shown = [{"role": role, "content": content} for role, content in messages]
     try:
         prompt = tool_prompt(engine, shown, _options(tools))
+        return texts_around(prompt.text.removeprefix(engine.bos_token) if engine.adds_bos else prompt.text, shown)
     except EfficientLLMError:
         return None
-    text = prompt.text.removeprefix(engine.bos_token) if engine.adds_bos else prompt.text
-    pieces = []
-    for _, content in messages:
-        piece, found, text = text.partition(content)
-        if not found:
-            return None
-        pieces.append(piece)
-    return [*pieces, text]
 
 
 def _options(tools: Tools) -> PromptOptions:
