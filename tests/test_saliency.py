@@ -15,7 +15,6 @@ from efficientllm.train.compute.trained_model import configure
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.pruning.activation import ActivationScores, GateScores
 from efficientllm.train.pruning.criteria import (
-    ACTIVATION_CRITERIA,
     CRITERIA,
     OTHERS,
     TOKEN_FISHER,
@@ -23,11 +22,10 @@ from efficientllm.train.pruning.criteria import (
     Moments,
     criterion_named,
     is_energy,
-    register_criterion,
 )
 from efficientllm.train.pruning.plan import make_tracker
-from efficientllm.train.pruning.running_scores import RandomScores
-from efficientllm.train.pruning.saliency import FOLDS, SaliencyTracker
+from efficientllm.train.pruning.running_scores import RandomScores, RunningScores
+from efficientllm.train.pruning.saliency import FOLDS
 from efficientllm.train.pruning.selection import Removal, all_groups
 from efficientllm.train.pruning.surgery import zero_groups
 
@@ -42,10 +40,10 @@ def backward(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     return float(loss.detach())
 
 
-def track(name: str, microbatches: int = 1, **settings: float) -> SaliencyTracker:
+def track(name: str, microbatches: int = 1) -> RunningScores:
     architecture = tiny_architecture()
     model = tiny_model(architecture)
-    tracker = SaliencyTracker(CRITERIA[name], ALL_KINDS, architecture, decay=0.0)
+    tracker = make_tracker(name, ALL_KINDS, architecture, decay=0.0)
     for tokens in TOKENS.chunk(microbatches):
         model.zero_grad()
         backward(model, tokens)
@@ -148,7 +146,7 @@ def test_fisher_is_the_mean_square_of_taylor1_over_microbatches() -> None:
     for tokens in TOKENS.chunk(2):
         model = tiny_model(tiny_architecture())
         backward(model, tokens)
-        tracker = SaliencyTracker(CRITERIA["taylor1"], ("ffn",), tiny_architecture(), 0.0)
+        tracker = make_tracker("taylor1", ("ffn",), tiny_architecture(), 0.0)
         tracker.accumulate(model.named_parameters())
         tracker.finish_step()
         halves.append(tracker.scores["ffn"][2].square())
@@ -157,7 +155,7 @@ def test_fisher_is_the_mean_square_of_taylor1_over_microbatches() -> None:
 
 def test_magnitude_needs_no_gradient() -> None:
     model = tiny_model(tiny_architecture())
-    tracker = SaliencyTracker(CRITERIA["magnitude"], ("ffn",), tiny_architecture(), 0.0)
+    tracker = make_tracker("magnitude", ("ffn",), tiny_architecture(), 0.0)
     tracker.accumulate(model.named_parameters())
     tracker.finish_step()
     mlp = model.model.layers[0].mlp
@@ -168,12 +166,12 @@ def test_magnitude_needs_no_gradient() -> None:
 def test_average_decays_per_step() -> None:
     architecture = tiny_architecture()
     model = tiny_model(architecture)
-    tracker = SaliencyTracker(CRITERIA["taylor1"], ("ffn",), architecture, decay=0.75)
+    tracker = make_tracker("taylor1", ("ffn",), architecture, decay=0.75)
     seen = []
     for tokens in TOKENS.chunk(2):
         model.zero_grad()
         backward(model, tokens)
-        single = SaliencyTracker(CRITERIA["taylor1"], ("ffn",), architecture, decay=0.0)
+        single = make_tracker("taylor1", ("ffn",), architecture, decay=0.0)
         for each in (tracker, single):
             each.accumulate(model.named_parameters())
             each.finish_step()
@@ -183,16 +181,14 @@ def test_average_decays_per_step() -> None:
 
 
 def test_unknown_criterion_lists_the_known_ones() -> None:
-    with pytest.raises(
-        UsageError, match=f"--saliency best: unknown; known: {', '.join((*CRITERIA, *ACTIVATION_CRITERIA, *OTHERS))}"
-    ):
+    with pytest.raises(UsageError, match=f"--saliency best: unknown; known: {', '.join((*CRITERIA, *OTHERS))}"):
         criterion_named("best")
 
 
-def watched(name: str, kinds: tuple[str, ...], model: Any) -> ActivationScores:
+def watched(name: str, kinds: tuple[str, ...], model: Any) -> RunningScores:
     """Scores of the model's groups after two forward passes in training and one in evaluation."""
     architecture = tiny_architecture()
-    tracker = ActivationScores(name, kinds, architecture, 0.0, lambda tensors: None)
+    tracker = make_tracker(name, kinds, architecture, 0.0)
     tracker.attach(model)
     model.train()
     for tokens in TOKENS.chunk(2):
@@ -313,11 +309,11 @@ def test_token_fisher_is_compiled_with_its_layers(checkpoints: bool, monkeypatch
 
 def test_activation_criteria_do_not_rank_the_stem() -> None:
     with pytest.raises(UsageError, match="remove stem from --prune"):
-        ActivationScores("flap", ("ffn", "stem"), tiny_architecture(), 0.9, lambda tensors: None)
+        make_tracker("flap", ("ffn", "stem"), tiny_architecture(), 0.9)
 
 
 def test_a_criterion_of_activations_is_a_plug_in() -> None:
-    register_criterion("mean-square", ActivationCriterion(lambda x, _: x.squares / x.count, is_energy=True))
+    CRITERIA["mean-square"] = ActivationCriterion(lambda x, _: x.squares / x.count, is_energy=True)
     try:
         assert is_energy("mean-square")
         assert isinstance(make_tracker("mean-square", ("ffn",), tiny_architecture(), 0.0), ActivationScores)
@@ -327,7 +323,7 @@ def test_a_criterion_of_activations_is_a_plug_in() -> None:
         found = watched("mean-square", ("ffn",), model).scores["ffn"][0]
         torch.testing.assert_close(found, torch.cat(inputs)[: TOKENS.numel()].square().mean(0).detach())
     finally:
-        del ACTIVATION_CRITERIA["mean-square"]
+        del CRITERIA["mean-square"]
 
 
 def test_gates_see_no_stem_whose_norms_stand_behind_the_blocks() -> None:
@@ -390,5 +386,7 @@ def test_random_scores_resume_from_a_checkpoint_that_was_loaded_to_a_gpu() -> No
 
 
 def test_flap_of_inputs_that_are_never_active_is_zero() -> None:
-    scores = ACTIVATION_CRITERIA["flap"].score(Moments.of(torch.zeros(4, 8)), torch.ones(3, 8))
+    flap = criterion_named("flap")
+    assert isinstance(flap, ActivationCriterion)
+    scores = flap.score(Moments.of(torch.zeros(4, 8)), torch.ones(3, 8))
     assert torch.equal(scores, torch.zeros(8))

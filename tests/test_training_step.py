@@ -17,16 +17,14 @@ from torch import Tensor, multiprocessing
 from efficientllm.runtime.base.errors import DataError
 from efficientllm.train.checkpoint.run_folder import damage
 from efficientllm.train.checkpoint.state import TrainingState, save_training_state
-from efficientllm.train.compute.distributed import Parallel
+from efficientllm.train.compute.distributed import Parallel, single_rank
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss, frozen_copy, perplexity
 from efficientllm.train.compute.optimizer import make_optimizer
 from efficientllm.train.evaluation.scoring import ScoreRequest
 from efficientllm.train.evaluation.torch_model import TorchModel
 from efficientllm.train.measuring import evaluated
-from efficientllm.train.pruning.activation import GateScores
-from efficientllm.train.pruning.criteria import CRITERIA
+from efficientllm.train.pruning.plan import make_tracker
 from efficientllm.train.pruning.running_scores import RunningScores
-from efficientllm.train.pruning.saliency import SaliencyTracker
 from efficientllm.train.reporting.metrics import RunProgress
 from efficientllm.train.training_step import TrainingStep, accumulate_gradients
 
@@ -104,7 +102,7 @@ def test_unequal_microbatches_give_the_gradient_of_one_batch(distill: float, cri
     """Criteria that see every microbatch alone must leave the same gradient."""
     windows, tracker = unequal_windows(), None
     if criterion is not None:
-        tracker = SaliencyTracker(CRITERIA[criterion], KINDS, tiny_architecture(), 0.5)
+        tracker = make_tracker(criterion, KINDS, tiny_architecture(), 0.5)
     loss, found = gradients(list(windows.split(1)), distill=distill, tracker=tracker)
     expected_loss, expected = gradients([windows], distill=distill)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
@@ -130,12 +128,7 @@ def test_scores_of_unequal_microbatches_are_those_of_one_batch(name: str) -> Non
     """Both are sums over tokens of a step."""
 
     def scores(microbatches: list[Tensor]) -> dict[str, list[Tensor]]:
-        architecture = tiny_architecture()
-        tracker: RunningScores
-        if name == "taylor1":
-            tracker = SaliencyTracker(CRITERIA[name], KINDS, architecture, 0.5)
-        else:
-            tracker = GateScores(KINDS, architecture, 0.5)
+        tracker = make_tracker(name, KINDS, tiny_architecture(), 0.5)
         gradients(microbatches, tracker=tracker)
         return tracker.scores
 
@@ -151,7 +144,7 @@ def test_samples_of_taylor2_count_by_their_learned_tokens() -> None:
     windows = unequal_windows()
     counts = (windows[:, 1:] >= 0).sum(1).double()
     shares = counts / counts.sum()
-    tracker = SaliencyTracker(CRITERIA["taylor2"], ("ffn",), tiny_architecture(), 0.5)
+    tracker = make_tracker("taylor2", ("ffn",), tiny_architecture(), 0.5)
     gradients(list(windows.split(1)), tracker=tracker)
     model, first, second = tiny_model(tiny_architecture()), torch.zeros(()), torch.zeros(())
     for row, share in zip(windows.split(1), shares.tolist(), strict=True):
@@ -234,8 +227,8 @@ def _tracked(
     microbatches: list[Tensor], mode: str, criterion: str, dtype: torch.dtype, parallel: Parallel | None = None
 ) -> tuple[float, dict[str, Tensor], dict[str, list[Tensor]]]:
     """(cross-entropy, {parameter: gradient}, scores) of one step."""
-    mean = [parallel.mean_tensors] if parallel is not None else []
-    tracker = SaliencyTracker(CRITERIA[criterion], KINDS, tiny_architecture(), 0.5, *mean)
+    mean = parallel.mean_tensors if parallel is not None else single_rank
+    tracker = make_tracker(criterion, KINDS, tiny_architecture(), 0.5, mean_over_ranks=mean)
     return *gradients(microbatches, mode, 0.7, tracker, dtype), tracker.scores
 
 

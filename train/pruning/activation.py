@@ -1,12 +1,7 @@
 """Saliency of heads and FFN channels from the inputs of o_proj and down_proj (`--saliency NAME`).
 
 Shapes: C input channels of a matrix (query heads times D, or FFN channels), H its outputs. A head's score is the sum
-over its channels, a key/value group's that of its query heads. Criteria from activations x_c and the column w_c of a
-channel, over the tokens since the last step:
-
-flap: var(x_c) |w_c|_2^2, divided by its mean over the matrix (FLAP, arXiv 2312.11983, eq. 5 and 6). The paper
-standardises to z-scores, whose negative values would invert costs here. wanda: sqrt(mean x_c^2) |w_c|_1 (Wanda, arXiv
-2306.11695, summed over outputs). minitron: mean |x_c| (Minitron, arXiv 2407.14679, eq. 1 and 2).
+over its channels, a key/value group's that of its query heads. The formulas from activations are in criteria.py.
 
 token-fisher is the Fisher information of a gate before a group. Let x_tc be the input of channel c at token t, and g_tc
 the gradient of the loss there. Closing a gate on a head (its D channels together) or on an FFN channel changes the loss
@@ -31,7 +26,7 @@ from ..compute.distributed import MeanOverRanks, full, single_rank
 from ..model.architecture import Architecture
 from ..model.groups import counts
 from ..model.tensors import is_stem_norm
-from .criteria import ACTIVATION_CRITERIA, TOKEN_FISHER, Moments
+from .criteria import TOKEN_FISHER, ActivationCriterion, Moments
 from .running_scores import RunningScores
 
 READERS = ("self_attn.o_proj", "mlp.down_proj")
@@ -119,6 +114,7 @@ class ActivationScores(ReaderScores):
     def __init__(
         self,
         name: str,
+        criterion: ActivationCriterion,
         kinds: Iterable[str],
         architecture: Architecture,
         decay: float,
@@ -126,7 +122,7 @@ class ActivationScores(ReaderScores):
     ) -> None:
         """Raise UsageError if the stem is in the pruning space, because these criteria do not cover it."""
         super().__init__(name, kinds, architecture, decay, mean_over_ranks)
-        self.criterion = ACTIVATION_CRITERIA[name]
+        self.criterion = criterion
         self._moments: dict[str, Moments] = {}
         self._weights: dict[str, Any] = {}
         """Weight [H, C] of every observed matrix."""

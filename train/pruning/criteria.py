@@ -1,6 +1,6 @@
-"""Saliency criteria: the score of a group from its weights and gradients, with a registry for plug-ins.
+"""Saliency criteria: formulas for the score of a group from weights and gradients, or from activations.
 
-A criterion gives each parameter one or more element-wise terms. The terms are summed in fp32 over the parameters of a
+A Criterion gives each parameter one or more element-wise terms. The terms are summed in fp32 over the parameters of a
 piece of a group. The sums become the piece's score, and the pieces' scores add up to the group's (see saliency.py).
 """
 
@@ -83,7 +83,7 @@ def _flap(moments: Moments, weight: Tensor) -> Tensor:
     return scores / scores.mean().clamp(min=LEAST_FLOAT32)
 
 
-CRITERIA: dict[str, Criterion] = {
+CRITERIA: dict[str, Criterion | ActivationCriterion] = {
     # |sum g w|: first-order change of the loss (Molchanov et al. 2019, arXiv 1906.10771, eq. 8 before squaring).
     "taylor1": Criterion(lambda w, g: (g * w,), lambda first: first.abs()),
     # |sum (g w - F w^2 / 2)| with the empirical Fisher diagonal F = E_microbatch[g^2] (LLM-Pruner, arXiv 2305.11627).
@@ -101,22 +101,15 @@ CRITERIA: dict[str, Criterion] = {
     ),
     # sum w^2.
     "magnitude": Criterion(lambda w, g: (w.square(),), lambda squares: squares, uses_gradient=False, is_energy=True),
-}
-
-ACTIVATION_CRITERIA: dict[str, ActivationCriterion] = {
+    # var(x_c) |w_c|_2^2, divided by its mean over the matrix (FLAP, arXiv 2312.11983, eq. 5 and 6). The paper's
+    # z-scores have negative values, which would invert costs here.
     "flap": ActivationCriterion(_flap, is_energy=True),
+    # sqrt(mean x_c^2) |w_c|_1 (Wanda, arXiv 2306.11695, summed over outputs).
     "wanda": ActivationCriterion(lambda x, w: (x.squares / x.count).sqrt() * w.abs().sum(0)),
+    # mean |x_c| (Minitron, arXiv 2407.14679, eq. 1 and 2).
     "minitron": ActivationCriterion(lambda x, w: x.absolute / x.count),
 }
-"""Sources of the formulas are in activation.py."""
-
-
-def register_criterion(name: str, criterion: Criterion | ActivationCriterion) -> None:
-    """Register `criterion` as `--saliency name`."""
-    if isinstance(criterion, Criterion):
-        CRITERIA[name] = criterion
-    else:
-        ACTIVATION_CRITERIA[name] = criterion
+"""Criteria by name. A program may add its own before it calls `train`."""
 
 
 ENTRY_POINT_GROUP = "efficientllm.criteria"
@@ -139,11 +132,11 @@ def criterion_named(name: str) -> Criterion | ActivationCriterion:
             raise UsageError(f"--saliency {name}: its plug-in, {plugin.value}, cannot be loaded: {error}") from error
         if not isinstance(criterion, Criterion | ActivationCriterion):
             raise UsageError(f"--saliency {name}: its plug-in, {plugin.value}, is no Criterion or ActivationCriterion")
-        register_criterion(name, criterion)
-    known = CRITERIA | ACTIVATION_CRITERIA
-    if name not in known:
-        raise unknown_name("--saliency", name, dict.fromkeys([*known, *OTHERS, *(plugin.name for plugin in plugins)]))
-    return known[name]
+        return criterion
+    if name not in CRITERIA:
+        known = [*CRITERIA, *OTHERS, *(plugin.name for plugin in plugins)]
+        raise unknown_name("--saliency", name, dict.fromkeys(known))
+    return CRITERIA[name]
 
 
 def uses_gradient(name: str) -> bool:

@@ -126,7 +126,7 @@ def make_tracker(
         return GateScores(kinds, architecture, decay, mean_over_ranks)
     criterion = criterion_named(name)
     if isinstance(criterion, ActivationCriterion):
-        return ActivationScores(name, kinds, architecture, decay, mean_over_ranks)
+        return ActivationScores(name, criterion, kinds, architecture, decay, mean_over_ranks)
     return SaliencyTracker(criterion, kinds, architecture, decay, mean_over_ranks)
 
 
