@@ -24,7 +24,7 @@ from efficientllm.runtime.copied_arguments import ToolArguments
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.generation import AnswerOptions, Generation
-from efficientllm.runtime.prompt import PromptOptions, ToolUse, tool_prompt
+from efficientllm.runtime.prompt import ToolUse, tool_prompt
 from efficientllm.runtime.sampling import SamplingOptions
 
 
@@ -127,7 +127,7 @@ def answer(setting: Setting, request: Request, options: PassOptions, seed: int) 
     """Answer a request and record it."""
     began = time.perf_counter()
     use = ToolUse(request.tools, arguments=options.arguments) if request.tools else None
-    prompt = tool_prompt(setting.engine, request.messages, PromptOptions(use))
+    prompt = tool_prompt(setting.engine, request.messages, use)
     constraint = None if options.free else prompt.constraint(setting.engine)
     sampling = SamplingOptions(temperature=options.temperature, seed=seed)
     bias = {} if setting.forces else {0: 0.0}  # a bias turns forced tokens off, and 0 changes no answer

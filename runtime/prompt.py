@@ -88,33 +88,25 @@ class ChatPrompt:
         return ReasoningReader(self.reasoning == "begun", calls)
 
 
-@dataclass(frozen=True)
-class PromptOptions:
-    """Options of the chat template."""
-
-    tool_use: ToolUse | None = None
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    """Additional variables of the template, such as enable_thinking."""
-
-
-def chat_prompt(
-    engine: EngineScheduler, messages: Sequence[Message], options: PromptOptions | None = None
-) -> list[int]:
+def chat_prompt(engine: EngineScheduler, messages: Sequence[Message]) -> list[int]:
     """Return the token ids of a chat up to the assistant's answer."""
-    return tool_prompt(engine, messages, options).tokens
+    return tool_prompt(engine, messages).tokens
 
 
 def tool_prompt(
-    engine: EngineScheduler, messages: Sequence[Message], options: PromptOptions | None = None
+    engine: EngineScheduler,
+    messages: Sequence[Message],
+    use: ToolUse | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> ChatPrompt:
     """Return the prompt of a chat. The answer continues the last message if that is the assistant's.
 
-    Raises UsageError if the chat template refuses the messages, and ArtefactError without a template.
+    `variables` are further variables of the chat template, such as enable_thinking. Raises UsageError if the template
+    refuses the messages, and ArtefactError without a template.
     """
-    options = options or PromptOptions()
     if not messages:
         raise UsageError("there are no messages")
-    use, format, control = options.tool_use, GENERIC, ()
+    format, control = GENERIC, ()
     shown: Sequence[Mapping[str, Any]] = use.tools if use else ()
     texts = [message.get("content") or "" for message in messages if message["role"] in ("user", "tool")]
     has_calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
@@ -128,8 +120,8 @@ def tool_prompt(
         # without a text between calls, the grammar ends after the first one
         if use is not None and (use.only or not use.parallel or is_untrained):
             format = replace(format, between="")
-    escape = MessageEscape(engine, messages, shown, options.variables)
-    text = _render(engine, escape, messages, tools=shown, variables=options.variables)
+    escape = MessageEscape(engine, messages, shown, variables)
+    text = _render(engine, escape, messages, tools=shown, variables=variables)
     tokens = escape.encode(text)
     if engine.adds_bos and not text.startswith(engine.bos_token):
         tokens = engine.tokenize(engine.bos_token, special=True) + tokens

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.runtime.base.errors import DataError, UsageError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt
+from efficientllm.runtime.prompt import ToolUse, tool_prompt
 from efficientllm.runtime.tool_format import tool_format
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss
 from efficientllm.train.data.chat import Chat, ChatFormat, Encoder
@@ -312,7 +312,7 @@ def test_a_trained_prompt_is_the_served_one(tokenizer: PreTrainedTokenizerFast, 
     ids = Encoder(tokenizer).encode([chat])[0]
     prompt = [int(~each) for each in ids if each < 0]
     with contextlib.closing(load_engine(artefact, EngineOptions(threads=1))) as engine:
-        served = chat_prompt(engine, chat.messages[:2], PromptOptions(ToolUse(chat.tools)))
+        served = tool_prompt(engine, chat.messages[:2], ToolUse(chat.tools)).tokens
     assert prompt == served
 
 

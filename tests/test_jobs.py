@@ -23,7 +23,7 @@ from efficientllm.runtime.engines.contract_text import job_rows, with_jobs
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
-from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
+from efficientllm.runtime.prompt import ToolUse, chat_prompt, tool_prompt
 from efficientllm.runtime.tool_format import LEARNED_MARK
 from efficientllm.train.checkpoint.run_folder import foreign_files
 from efficientllm.train.data.chat import Chat
@@ -312,7 +312,7 @@ def test_copied_texts_of_a_model_that_knows_its_functions(artefact: Path) -> Non
     model = EngineModel(artefact, EngineOptions(threads=1))
     model.engine.chat_template = LEARNED_MARK + str(model.chat_template)
     chat = [{"role": "user", "content": "Light the Loft lamp"}]
-    prompt = tool_prompt(model.engine, chat, PromptOptions(ToolUse([tool], must_call=True, arguments="copy")))
+    prompt = tool_prompt(model.engine, chat, ToolUse([tool], must_call=True, arguments="copy"))
     assert prompt.tokens == chat_prompt(model.engine, chat)  # it does not describe the function
     limits = AnswerOptions(max_tokens=200)
     call = json.loads("".join(Generation(model.engine, prompt.tokens, limits, prompt.constraint(model.engine))))

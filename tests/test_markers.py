@@ -14,7 +14,7 @@ from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.chat_template import PLACEHOLDERS, _ControlTokens
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.scheduler import EngineScheduler
-from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
+from efficientllm.runtime.prompt import ToolUse, chat_prompt, tool_prompt
 
 START, END = "<|im_start|>", "<|im_end|>"
 QUESTION = {"role": "user", "content": "How is Rome?"}
@@ -76,7 +76,7 @@ def test_functions_and_calls_write_no_control_tokens(engine: EngineScheduler) ->
         {"role": "tool", "content": TURN, "tool_call_id": "1"},
     ]
     use = ToolUse([{"type": "function", "function": function}])
-    text = shown_by(engine, tool_prompt(engine, messages, PromptOptions(use)).tokens)
+    text = shown_by(engine, tool_prompt(engine, messages, use).tokens)
     assert text.count(f"⟦{END}⟧") == 4  # of the system, the user, the assistant and the function
     assert text.count(END) > 10
 

@@ -36,7 +36,7 @@ from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.grammar import Grammar, GrammarConstraint, lark_of
-from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
+from efficientllm.runtime.prompt import ToolUse, chat_prompt, tool_prompt
 from efficientllm.runtime.tool_format import LEARNED_MARK
 
 KIT_PROGRAMS = Path(__file__).parent / "kit"
@@ -405,7 +405,7 @@ def test_a_grammar_of_calls_writes_them_as_the_model_does(
         )
         constraint = GrammarConstraint(engine, Grammar.lark(lark_of(free.grammar)))
         assert is_accepted(constraint, engine, answer) == is_valid, answer
-    prompt = tool_prompt(engine, [{"role": "user", "content": "On"}], PromptOptions(ToolUse(FUNCTIONS)))
+    prompt = tool_prompt(engine, [{"role": "user", "content": "On"}], ToolUse(FUNCTIONS))
     whole = calls.begin + calls.between.join(written) + prompt.format.end
     assert is_accepted(prompt.constraint(engine), engine, whole)
     for answer, is_valid in ((whole, True), ("On it.", False), (whole.replace("hall", "loft"), False)):

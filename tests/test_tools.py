@@ -17,7 +17,7 @@ from efficientllm.runtime.chat_template import Message
 from efficientllm.runtime.copied_arguments import ToolArguments
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.grammar import CALL_JSON, Grammar, GrammarConstraint
-from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
+from efficientllm.runtime.prompt import ToolUse, chat_prompt, tool_prompt
 from efficientllm.runtime.spaced_texts import ObjectScanner
 from efficientllm.runtime.tool_format import GENERIC, LEARNED, UNSPACED, UNSPACED_MARK, ToolFormat, tool_format
 
@@ -94,7 +94,7 @@ QUESTION = {"role": "user", "content": "How is Rome?"}
 
 
 def accepts(engine: EngineScheduler, use: ToolUse, text: str, messages: Sequence[Message] = (QUESTION,)) -> bool:
-    return is_accepted(tool_prompt(engine, messages, PromptOptions(use)).constraint(engine), engine, text)
+    return is_accepted(tool_prompt(engine, messages, use).constraint(engine), engine, text)
 
 
 def call(name: str, arguments: str) -> str:
@@ -141,7 +141,7 @@ def test_a_grammar_of_calls_is_parsed_once(engine: EngineScheduler, monkeypatch:
     use = ToolUse(TOOLS, arguments="copy")
     for question in ("Once", "Twice"):  # the text of the request is in the grammar
         parsed.clear()
-        tool_prompt(engine, [{"role": "user", "content": question}], PromptOptions(use)).constraint(engine)
+        tool_prompt(engine, [{"role": "user", "content": question}], use).constraint(engine)
     assert [grammar.name for grammar in parsed] == ["tools"]  # the parameters were checked before
 
 
@@ -228,7 +228,7 @@ def test_arguments_without_free_texts_follow_their_schema(engine: EngineSchedule
     nested = {"type": "object", "properties": {"a": {"type": "string"}}, "propertyNames": {"maxLength": 3}}
     use = ToolUse([{"type": "function", "function": {"name": "nested", "parameters": nested}}], arguments="copy")
     with pytest.raises(UsageError, match=r"^tool 'nested': parameters: `propertyNames` cannot be enforced"):
-        tool_prompt(engine, [QUESTION], PromptOptions(use)).constraint(engine)
+        tool_prompt(engine, [QUESTION], use).constraint(engine)
 
 
 @pytest.mark.parametrize("format", [GENERIC, LEARNED])
@@ -258,7 +258,7 @@ def test_arguments_are_examples_that_occur_in_the_request(
     tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
     use = ToolUse(tools, must_call=True, arguments="examples")
     messages = [{"role": "user", "content": "turn on the LAVA  lamp 和灯光"}]
-    prompt = replace(tool_prompt(engine, messages, PromptOptions(use)), format=format)
+    prompt = replace(tool_prompt(engine, messages, use), format=format)
     text = format.write([{"function": {"name": "set", "arguments": arguments}}])
     assert is_accepted(prompt.constraint(engine), engine, text) == expected
 
@@ -287,7 +287,7 @@ def test_an_argument_whose_schema_no_value_follows_is_left_out(engine: EngineSch
     required = {"name": "set", "parameters": {**parameters, "required": ["none"]}}
     use = ToolUse([{"type": "function", "function": required}], must_call=True, arguments="copy")
     with pytest.raises(UsageError, match=r"^tool 'set': parameters: Unsatisfiable schema"):
-        tool_prompt(engine, [QUESTION], PromptOptions(use)).constraint(engine)
+        tool_prompt(engine, [QUESTION], use).constraint(engine)
 
 
 LOFT: dict[str, Any] = {"type": "string", "examples": ["loft"]}
@@ -400,7 +400,7 @@ def test_a_malformed_schema_is_refused_before_it_is_rewritten(
 ) -> None:
     kind: ToolArguments = "copy" if format == GENERIC else "any"
     use = ToolUse([{"type": "function", "function": {"name": "odd", "parameters": wrong}}], arguments=kind)
-    prompt = replace(tool_prompt(engine, [QUESTION], PromptOptions(use)), format=format)
+    prompt = replace(tool_prompt(engine, [QUESTION], use), format=format)
     with pytest.raises(UsageError, match=r"^tool 'odd': parameters: "):
         prompt.constraint(engine)
 
@@ -457,7 +457,7 @@ def test_a_grammar_of_a_learned_format_writes_the_spaces(engine: EngineScheduler
     }
     parameters = {"type": "object", "properties": properties, "$defs": {"room": {"enum": ["loft"]}}}
     tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
-    prompt = tool_prompt(engine, [QUESTION], PromptOptions(ToolUse(tools, must_call=True, arguments=kind)))
+    prompt = tool_prompt(engine, [QUESTION], ToolUse(tools, must_call=True, arguments=kind))
     constraint = replace(prompt, format=LEARNED).constraint(engine)
     assert constraint is not None
 
@@ -497,7 +497,7 @@ def test_a_template_without_functions_is_told_of_them_in_words(engine: EngineSch
         {"role": "tool", "content": "sunny", "tool_call_id": "1"},
         {"role": "tool", "content": "warm", "tool_call_id": "2"},
     ]
-    text = text_of(engine, tool_prompt(engine, messages, PromptOptions(ToolUse(TOOLS))).tokens)
+    text = text_of(engine, tool_prompt(engine, messages, ToolUse(TOOLS)).tokens)
     assert text.startswith("system\nBe kind.\n\nYou can call functions.")
     assert '{"name": "now"}\n' in text
     assert f"assistant\n{ROME}\n" in text

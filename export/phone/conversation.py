@@ -11,7 +11,7 @@ from typing import Any
 from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError, first_line
 from ...runtime.chat_template import texts_around
 from ...runtime.engines.scheduler import EngineScheduler
-from ...runtime.prompt import PromptOptions, ToolUse, tool_prompt
+from ...runtime.prompt import ToolUse, tool_prompt
 from ...runtime.spaced_texts import schema_with_spaces
 from ...runtime.tool_format import MAX_CALLS, parameters_of
 
@@ -66,14 +66,10 @@ def _around(engine: EngineScheduler, tools: Tools, *messages: tuple[str, str]) -
     """Return the texts around the messages of a prompt, None if the template refuses them or omits one."""
     shown = [{"role": role, "content": content} for role, content in messages]
     try:
-        prompt = tool_prompt(engine, shown, _options(tools))
+        prompt = tool_prompt(engine, shown, ToolUse(tools) if tools else None)
         return texts_around(prompt.text.removeprefix(engine.bos_token) if engine.adds_bos else prompt.text, shown)
     except EfficientLLMError:
         return None
-
-
-def _options(tools: Tools) -> PromptOptions:
-    return PromptOptions(ToolUse(tools) if tools else None)
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def chat_calls(engine: EngineScheduler, tools: Tools) -> Calls:
         def _generate_constant_rule(self, value: Any) -> str:
             return _literal(json.dumps(value, ensure_ascii=False))
 
-    prompt = tool_prompt(engine, [{"role": "user", "content": QUESTION}], _options(tools))
+    prompt = tool_prompt(engine, [{"role": "user", "content": QUESTION}], ToolUse(tools))
     format = prompt.format
     converter = Converter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
     calls = []

@@ -11,7 +11,7 @@ from ...runtime.call_reader import CallReader, ReasoningReader
 from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.generation import AnswerOptions, Generation, Overflow
 from ...runtime.grammar import GrammarConstraint
-from ...runtime.prompt import ChatPrompt, PromptOptions, text_prompt, tool_prompt
+from ...runtime.prompt import ChatPrompt, text_prompt, tool_prompt
 from ...runtime.sampling import SamplingDefaults
 from ..schemas.api_error import APIError
 from ..schemas.completions import REASONING_VARIABLES, ChatRequest, CompletionRequest, TextRequest
@@ -60,11 +60,11 @@ def make_choices(
 
 def prompt_of(engine: EngineScheduler, request: ChatRequest) -> ChatPrompt:
     """Return the prompt of a chat. APIError 400 if it asks for reasoning that the chat template does not know."""
-    shown = PromptOptions(request.tool_use, request.template_variables)
     known = engine.chat_template or ""
     if request.reasoning_effort not in (None, "none") and not any(name in known for name in REASONING_VARIABLES):
         raise APIError(400, "reasoning_effort: the chat template of this model knows no reasoning; remove it")
-    return tool_prompt(engine, [message.as_template_value() for message in request.messages], shown)
+    messages = [message.as_template_value() for message in request.messages]
+    return tool_prompt(engine, messages, request.tool_use, request.template_variables)
 
 
 def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:

@@ -25,7 +25,7 @@ from ...runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engin
 from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.engines.scheduling_policy import common_length
 from ...runtime.grammar import read_vocabulary
-from ...runtime.prompt import PromptOptions, tool_prompt
+from ...runtime.prompt import tool_prompt
 from ..schemas.api_error import APIError, shutdown_error, validation_message
 from ..schemas.completions import ChatRequest
 from .pool_options import PoolOptions
@@ -278,11 +278,11 @@ def read_pin(path: str) -> ChatRequest:
 
 def pinned_tokens(engine: EngineScheduler, pin: ChatRequest) -> list[int]:
     """Return the tokens that every prompt begins with that continues the chat `pin` with a question."""
-    options = PromptOptions(pin.tool_use, pin.template_variables)
     messages = [message.as_template_value() for message in pin.messages]
 
     def prompt_with(question: str) -> list[int]:
-        return tool_prompt(engine, [*messages, {"role": "user", "content": question}], options).tokens
+        asked = [*messages, {"role": "user", "content": question}]
+        return tool_prompt(engine, asked, pin.tool_use, pin.template_variables).tokens
 
     # what two questions share is the chat and what the template writes before a question
     one, other = prompt_with("a"), prompt_with("?")

@@ -19,7 +19,7 @@ from ...runtime.copied_arguments import ToolArguments
 from ...runtime.engines.artefact import GENAI_CONFIG, Artefact
 from ...runtime.engines.engine import EngineOptions, load_engine
 from ...runtime.generation import AnswerOptions, Generation
-from ...runtime.prompt import PromptOptions, ToolUse, tool_prompt
+from ...runtime.prompt import ToolUse, tool_prompt
 from ...runtime.sampling import log_softmax
 from ..data.chat import Chat
 
@@ -111,8 +111,8 @@ class EngineModel:
         `arguments` limits free texts in arguments.
         """
         for chat in chats:
-            options = PromptOptions(ToolUse(chat.tools, arguments=arguments)) if chat.tools else None
-            prompt = tool_prompt(self.engine, chat.messages, options)
+            use = ToolUse(chat.tools, arguments=arguments) if chat.tools else None
+            prompt = tool_prompt(self.engine, chat.messages, use)
             limits = AnswerOptions(max_tokens=max_tokens)
             yield "".join(Generation(self.engine, prompt.tokens, limits, prompt.constraint(self.engine)))
 
