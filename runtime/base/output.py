@@ -46,20 +46,15 @@ def check_output(
         raise UsageError(f"{flag} {path} is not a folder; name one")
     target = _resolved(path)
     places = {"the current folder": Path.cwd(), "the home folder": Path.home()}
+    places |= {f"{name}, which is read": Path(name) for name in inputs}
     for description, place in places.items():
-        if target == place.resolve() or target in place.resolve().parents:
+        if place.exists() and place.resolve().is_relative_to(target):
             raise UsageError(f"{flag} {path} is or holds {description}; name another folder")
-    for name in inputs:
-        source = Path(name)
-        if source.exists() and (target == source.resolve() or target in source.resolve().parents):
-            raise UsageError(f"{flag} {path} is or holds {name}, which is read; name another folder")
-    is_empty = not path.is_dir() or all(entry.name == LOCK_NAME for entry in path.iterdir())
-    if is_empty:
+    if not path.is_dir() or all(entry.name == LOCK_NAME for entry in path.iterdir()):
         return
     if not overwrite:
         raise UsageError(f"{flag} {path} is not empty; {remedy}")
-    others = foreign(path)
-    if others:
+    if others := foreign(path):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UsageError(
             f"{flag} {path} holds {others[0]}{more}, not written by this command; --overwrite deletes only what was: "
@@ -95,8 +90,7 @@ def check_file(flag: str, path: Path, inputs: Iterable[str | Path] = ()) -> None
         raise UsageError(f"{flag} {path} is a folder; name a file")
     target = _resolved(path)
     for name in inputs:
-        source = Path(name)
-        if source.exists() and (target == source.resolve() or source.resolve() in target.parents):
+        if Path(name).exists() and target.is_relative_to(Path(name).resolve()):
             raise UsageError(f"{flag} {path} is or is inside {name}, which is read; name another file")
 
 
