@@ -81,14 +81,14 @@ def job() -> TrainConfig:
     )
 
 
-SCALE_PRUNING: dict[str, Any] = {
-    "prune": ("attention", "ffn"),
-    "prune_start": 0.05,
-    "prune_end": 0.2,
-    "removals": 4,
-}
-"""Removals of long runs on GPUs. The vocabulary stays, because the teacher would read other tokens, which the CPU
-makes."""
+def long_run() -> TrainConfig:
+    """Return the recipe of `recover` for long runs on GPUs, with four removals.
+
+    The vocabulary stays, because the teacher would read other tokens, which the CPU makes.
+    """
+    recipe = recover()
+    pruning = replace(recipe.pruning, prune=("attention", "ffn"), prune_start=0.05, prune_end=0.2, removals=4)
+    return replace(recipe, pruning=pruning)
 
 
 def gpu24_1b() -> TrainConfig:
@@ -98,8 +98,11 @@ def gpu24_1b() -> TrainConfig:
     """
     return _llama(
         "meta-llama/Llama-3.2-1B",
-        OptimizerConfig(tokens=1_000_000_000, batch_size=2, gradient_accumulation=128, optimizer_dtype="bfloat16"),
         RunConfig(activation_checkpointing=True, checkpoint_every=100, tensorboard=True),
+        tokens=1_000_000_000,
+        batch_size=2,
+        gradient_accumulation=128,
+        optimizer_dtype="bfloat16",
     )
 
 
@@ -111,19 +114,18 @@ def node8_8b() -> TrainConfig:
     """
     return _llama(
         "meta-llama/Llama-3.1-8B",
-        OptimizerConfig(tokens=10_000_000_000, gradient_accumulation=8),
         RunConfig(data_parallel="fsdp", activation_checkpointing=True, checkpoint_every=500, tensorboard=True),
+        tokens=10_000_000_000,
+        gradient_accumulation=8,
     )
 
 
-def _llama(source: str, optimizer: OptimizerConfig, run: RunConfig) -> TrainConfig:
-    """Return the recipe of `recover` for a long run of this source."""
-    recipe = recover()
-    kept = {name: getattr(recipe.optimizer, name) for name in ("learning_rate", "lr_schedule", "distill")}
+def _llama(source: str, run: RunConfig, **optimizer: Any) -> TrainConfig:
+    recipe = long_run()
     return TrainConfig(
         source=SourceConfig(source=source, data=(SMOLLM_CORPUS,), sequence_length=2048, eval_tokens=262_144),
-        pruning=replace(recipe.pruning, target_ratio=0.5, **SCALE_PRUNING),
-        optimizer=replace(optimizer, **kept),
+        pruning=replace(recipe.pruning, target_ratio=0.5),
+        optimizer=replace(recipe.optimizer, **optimizer),
         run=run,
     )
 

@@ -17,7 +17,7 @@ from ...runtime.base.errors import UsageError
 from ...runtime.base.quantities import display_name, format_bytes, format_count, markdown_table
 from ..compute.hardware import PEAK_FLOPS
 from ..compute.loss import chunk_tokens
-from ..config.presets import SCALE_PRUNING, recover
+from ..config.presets import long_run
 from ..config.sections import TrainConfig
 from ..memory import MemoryEstimate, estimate_memory
 from ..model.architecture import Architecture, matmul_parameters
@@ -117,8 +117,8 @@ def _shards(config: TrainConfig, gpus: int) -> int:
 
 
 def _candidates(source: str, gpus: int, tokens: int, ratio: float) -> Iterator[TrainConfig]:
-    """Yield the settings of `recover` with every combination that changes memory."""
-    recipe = recover()
+    """Yield the settings of `long_run` with every combination that changes memory."""
+    recipe = long_run()
     modes = ("ddp", "fsdp") if gpus > 1 else ("ddp",)
     for mode, recomputes, size, moments in itertools.product(
         modes, (False, True), BATCH_SIZES, ("float32", "bfloat16")
@@ -128,7 +128,7 @@ def _candidates(source: str, gpus: int, tokens: int, ratio: float) -> Iterator[T
         yield replace(
             recipe,
             source=replace(recipe.source, source=source, data=("corpus.jsonl",), sequence_length=SEQUENCE_LENGTH),
-            pruning=replace(recipe.pruning, target_ratio=ratio, **SCALE_PRUNING),
+            pruning=replace(recipe.pruning, target_ratio=ratio),
             optimizer=replace(
                 recipe.optimizer,
                 tokens=tokens,
