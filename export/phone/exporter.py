@@ -139,36 +139,18 @@ SYSTEMS: dict[Platform, str] = {"android": "Android", "ios": "iOS"}
 CACHE_ELEMENT_BYTES = {"llama.cpp": 2, "executorch": 4}
 
 
-@dataclass(frozen=True)
-class ExpectedSpeed:
-    """Predicted speed of the model."""
+def expected_speed(profile: DeviceProfile, architecture: Architecture) -> dict[str, Any]:
+    """Return the origin of `profile` and the tokens per second that it predicts for prefill and decode.
 
-    device: str
-    engine: str
-    quantization: str
-    prefill_tokens_per_second: float
-    """For a prompt of PROMPT tokens."""
-    decode_tokens_per_second: float
-    """After DEPTH tokens."""
-    is_emulated: bool
-
-
-def expected_speed(profile: DeviceProfile, architecture: Architecture) -> ExpectedSpeed:
-    """Predict the speed on the device of `profile`. Raises UsageError if the profile does not fit the model."""
+    Raises UsageError if the profile does not fit the model.
+    """
     shape = DecoderShape.from_dict(architecture.to_dict())
-    on = profile.measured_on
-    return ExpectedSpeed(
-        on.device,
-        on.engine,
-        on.quantization,
-        1000 * PROMPT / profile.prefill_ms(shape, PROMPT),
-        1000 / profile.decode_ms(shape, DEPTH),
-        on.emulated,
-    )
+    prefill, decode = 1000 * PROMPT / profile.prefill_ms(shape, PROMPT), 1000 / profile.decode_ms(shape, DEPTH)
+    return {"on": profile.measured_on, "prefill": prefill, "decode": decode}
 
 
-def card(kit: Kit, folder: Path, speed: ExpectedSpeed | None) -> str:
-    """Return the text of README.md for the models in `folder`."""
+def card(kit: Kit, folder: Path, speed: dict[str, Any] | None) -> str:
+    """Return the text of README.md for the models in `folder`. `speed` is from `expected_speed`."""
     return fill_template(
         str(__package__),
         "card.md.jinja",
@@ -282,7 +264,8 @@ def export_kit(platform: Platform, checkpoint: Checkpoint, request: ExportReques
     model_files = [name for each in models for name in each.files]
     # two formats may have the same tokenizer's files
     pushed = list(dict.fromkeys([*model_files, DEFAULTS_FILE, CHECK_FILE]))
-    kit = Kit(platform, checkpoint, models, checks, context, snippets, pushed, _executorch_version(options.formats))
+    release = importlib.metadata.version("executorch").partition("+")[0] if "pte" in options.formats else ""
+    kit = Kit(platform, checkpoint, models, checks, context, snippets, pushed, release)
     write_snippets(kit, folder)
     write_text_atomically(folder / CARD_FILE, card(kit, folder, speed))
     # a manifest describes one engine: the first format's
@@ -329,10 +312,3 @@ def _write_models(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], 
         part = ExportRequest(program, request.output, request.notes)
         found.append(write_program(checkpoint, part, folder))
     return found
-
-
-def _executorch_version(formats: Sequence[str]) -> str:
-    """Return the installed release; empty without a program."""
-    if "pte" not in formats:
-        return ""
-    return importlib.metadata.version("executorch").partition("+")[0]
