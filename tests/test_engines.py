@@ -138,7 +138,7 @@ def test_attention_is_timed_later_if_the_machine_is_busy(
     measured: list[int] = []
     monkeypatch.setattr(tuning, "_attention_seconds", lambda *arguments: measured.append(1) or [1.0])
     for load, expected in ((99.0, 0), (0.0, ROUNDS * len(CANDIDATES["auto"]))):
-        monkeypatch.setattr(tuning, "is_busy", lambda load=load: load > tuning.BUSY_LOAD)
+        monkeypatch.setattr(tuning, "is_busy", lambda load=load: load > cpu_load.BUSY_LOAD)
         with contextlib.closing(load_engine(unseen, EngineOptions(threads=1, context=64))) as engine:
             assert expected or engine.settings.startswith(str(PLAIN))
         assert len(measured) == expected

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..runtime.base import flags
 from ..runtime.base.command import is_main_process, run_command
-from ..runtime.base.cpu_load import INTERVAL, STAT, busy_cores
+from ..runtime.base.cpu_load import INTERVAL, FreeCores
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from .checkpoint.run_folder import SETTINGS_FILE, saved_settings
@@ -78,10 +78,10 @@ def set_environment() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if "torch" in sys.modules or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return
-    if STAT.is_file():
-        before, cores = STAT.read_text(), os.sched_getaffinity(0)
+    if load := FreeCores.where_known(1):
         time.sleep(INTERVAL)
-        if busy_cores(before, STAT.read_text(), cores) >= BUSY_SHARE * len(cores):
+        load.update()
+        if load.others >= BUSY_SHARE * len(load.cores):
             os.environ["OMP_WAIT_POLICY"] = "passive"
             _log.info("other programs use this machine: waiting threads sleep (OMP_WAIT_POLICY=active changes that)")
 

@@ -1,4 +1,4 @@
-"""Measure the cores that other programs use, from Linux's /proc/stat."""
+"""Tell how busy this machine is: by the system's load, and by the cores that other programs use (/proc/stat)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ INTERVAL = 0.2
 
 STALE_SECONDS = 5.0
 """Age above which the last sample is replaced and not used."""
+
+BUSY_LOAD = 2.0
+"""Processes a core that want to run, above which nothing is timed. At 6, attention took over ten minutes."""
+
+
+def is_busy() -> bool:
+    """Tell whether more than BUSY_LOAD processes a core wanted to run in the last minute (Unix only)."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY_LOAD * (os.cpu_count() or 1)
 
 
 def busy_cores(before: str, after: str, cores: Container[int]) -> float:
@@ -39,7 +47,9 @@ class FreeCores:
     def __init__(self, most: int) -> None:
         self._most = self.count = most
         """Threads that have a core each, 1 to `most`."""
-        self._cores = os.sched_getaffinity(0)
+        self.others = 0.0
+        """Cores that other programs use."""
+        self.cores = os.sched_getaffinity(0)
         self._sample()
 
     @classmethod
@@ -55,8 +65,8 @@ class FreeCores:
         before, own = self._stat, self._own_seconds
         self._sample()
         if seconds < STALE_SECONDS:
-            others = busy_cores(before, self._stat, self._cores) - (self._own_seconds - own) / seconds
-            free = math.floor(len(self._cores) - others + 0.5)
+            self.others = busy_cores(before, self._stat, self.cores) - (self._own_seconds - own) / seconds
+            free = math.floor(len(self.cores) - self.others + 0.5)
             self.count = max(1, min(self._most, free))
         return self.count
 

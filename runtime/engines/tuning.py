@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..base.cpu_load import is_busy
 from ..base.errors import ArtefactError
 from ..base.progress import PROGRESS_LOGGER
 from .engine import CacheChoice
@@ -44,9 +44,6 @@ CANDIDATES: dict[CacheChoice, tuple[AttentionSettings, ...]] = {
 
 PASS_SECONDS = 2.0
 """Time after which no further pass size is measured."""
-
-BUSY_LOAD = 2.0
-"""Processes a core that want to run, above which nothing is timed. At 6, attention took over ten minutes."""
 
 EVALUATED_TOKENS = 64
 """Tokens of a test that are evaluated. The deeper cache consists of copies of them."""
@@ -112,11 +109,6 @@ def choose_attention(
 
 class _BusyError(Exception):
     """A measurement on a busy machine would take minutes."""
-
-
-def is_busy() -> bool:
-    """Tell whether more than BUSY_LOAD processes a core wanted to run in the last minute (Unix only)."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY_LOAD * (os.cpu_count() or 1)
 
 
 def _announce(path: Path, subject: str) -> None:
