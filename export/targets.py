@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,14 +58,12 @@ def load_exporter(target: str) -> Exporter[Any]:
     targets = known_targets()
     if target not in targets:
         raise unknown_name("--target", target, targets)
-    module, _, name = targets[target].partition(":")
     try:
-        exporter: Exporter[Any] = getattr(importlib.import_module(module), name)
+        return importlib.metadata.EntryPoint(target, targets[target], ENTRY_POINT_GROUP).load()
     except (ImportError, AttributeError) as error:
         if target in EXPORTERS:
             raise
         raise UsageError(f"--target {target}: its plug-in, {targets[target]}, cannot be loaded: {error}") from error
-    return exporter
 
 
 def option_names(target: str) -> set[str]:
