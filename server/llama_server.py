@@ -6,7 +6,7 @@ Unlike a prompt of OpenAI's API, that of /completion may have control tokens, be
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Literal
@@ -29,11 +29,9 @@ from .models.pool import ModelPool
 from .models.worker import Piece
 from .schemas.api_error import APIError
 from .schemas.completions import (
-    MAX_STOPS,
     MAX_TOKENS,
-    SAMPLER_PARAMETERS,
-    SAMPLERS_OFF,
     ChatRequest,
+    LlamaSampling,
     Prompt,
     TextRequest,
     Token,
@@ -46,15 +44,6 @@ from .schemas.response_models import ResponseModel
 RANDOM_SEEDS = (-1, 2**32 - 1)
 """Values of `seed` that ask for random numbers."""
 
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    **SAMPLERS_OFF,
-    **dict.fromkeys(("ignore_eos", "post_sampling_probs", "return_progress"), (False,)),
-    **dict.fromkeys(("n_probs", "min_keep", "n_indent"), (0,)),
-    "n_cmpl": (1,),
-    "t_max_predict_ms": (0, -1),
-}
-"""Fields that are not served, each with the values that turn them off."""
-
 
 class PlainRequest(TextRequest):
     """A text completion whose prompts may have control tokens."""
@@ -62,28 +51,27 @@ class PlainRequest(TextRequest):
     has_control_tokens: ClassVar[bool] = True
 
 
-class LlamaCompletion(TranslatedRequest):
+class LlamaCompletion(LlamaSampling, TranslatedRequest):
     """POST /completion."""
 
     without_effect = (
         *("cache_prompt", "id_slot", "n_keep", "n_discard", "n_cache_reuse", "samplers", "timings_per_token"),
-        *("repeat_last_n", "penalize_nl", "sse_ping_interval", *SAMPLER_PARAMETERS),
+        *("repeat_last_n", "penalize_nl", "sse_ping_interval", *LlamaSampling.without_effect),
     )
+    values_off: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **LlamaSampling.values_off,
+        **dict.fromkeys(("ignore_eos", "post_sampling_probs", "return_progress"), (False,)),
+        **dict.fromkeys(("n_probs", "min_keep", "n_indent"), (0,)),
+        "n_cmpl": (1,),
+        "t_max_predict_ms": (0, -1),
+    }
     model: Text = ""
     prompt: Prompt
     n_predict: Annotated[Int, Field(ge=-1, le=MAX_TOKENS)] = -1
     """Most tokens of the answer. -1: until the context is full. 0: the prompt is evaluated for later requests."""
     max_tokens: Annotated[Int | None, Field(ge=-1, le=MAX_TOKENS)] = None
     """Another name of `n_predict`."""
-    temperature: Float | None = None
-    top_k: Int | None = None
-    top_p: Float | None = None
-    min_p: Float | None = None
-    repeat_penalty: Float | None = None
-    presence_penalty: Float = 0.0
-    frequency_penalty: Float = 0.0
     seed: Int = -1
-    stop: Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | Text = Field(default=[])
     stream: Bool = False
     grammar: Text = ""
     """A grammar in llama.cpp's GBNF, or in Lark's syntax."""
@@ -93,10 +81,6 @@ class LlamaCompletion(TranslatedRequest):
         | Annotated[dict[TokenKey, Float | Literal[False]], Field(max_length=1024)]
     ) = Field(default=[])
     return_tokens: Bool = False
-
-    @classmethod
-    def is_neutral(cls, name: str, value: Any) -> bool:
-        return super().is_neutral(name, value) or value in NEUTRAL_VALUES.get(name, ())
 
     @property
     def limit(self) -> int:

@@ -27,13 +27,11 @@ from .schemas.api_error import APIError
 from .schemas.completions import (
     MAX_INPUTS,
     MAX_MESSAGES,
-    MAX_STOPS,
     MAX_TOKENS,
-    SAMPLER_PARAMETERS,
-    SAMPLERS_OFF,
     ChatRequest,
     CompletionRequest,
     EmbeddingsRequest,
+    LlamaSampling,
     TextRequest,
     TranslatedRequest,
 )
@@ -54,27 +52,15 @@ SECONDS_OF_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 UNLESS_NONE: Any = Field(exclude_if=lambda value: value is None)
 
 
-class Options(RequestPart):
+class Options(LlamaSampling):
     """Sampling options. Those of Ollama's engine, such as the size of the context, have no effect."""
 
     without_effect = (
         *("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "use_mlock", "numa"),
-        *("low_vram", "vocab_only", "f16_kv", "repeat_last_n", "penalize_newline", *SAMPLER_PARAMETERS),
+        *("low_vram", "vocab_only", "f16_kv", "repeat_last_n", "penalize_newline", *LlamaSampling.without_effect),
     )
-    temperature: Float | None = None
-    top_k: Int | None = None
-    top_p: Float | None = None
-    min_p: Float | None = None
     seed: Int | None = None
     num_predict: Int = -1
-    stop: Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | Text = Field(default=[])
-    repeat_penalty: Float | None = None
-    presence_penalty: Float = 0.0
-    frequency_penalty: Float = 0.0
-
-    @classmethod
-    def is_neutral(cls, name: str, value: Any) -> bool:
-        return super().is_neutral(name, value) or value in SAMPLERS_OFF.get(name, ())
 
     def as_fields(self) -> dict[str, Any]:
         """Return the same as fields of a CompletionRequest."""

@@ -97,19 +97,6 @@ WITHOUT_EFFECT = (
 )
 """OpenAI's fields that name the user or a priority. The answer is the same without them."""
 
-SAMPLERS_OFF: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), (0,)),
-    **dict.fromkeys(("typical_p", "typ_p", "tfs_z"), (1,)),
-    "top_n_sigma": (-1,),
-}
-"""llama.cpp's and Ollama's fields of samplers that are not served, each with the values that turn them off."""
-
-SAMPLER_PARAMETERS = (
-    *("mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
-    *("xtc_threshold", "dynatemp_exponent"),
-)
-"""Fields without effect while those samplers are off."""
-
 ALTERNATIVES = {
     "functions": "use tools",
     "function_call": "use tool_choice",
@@ -219,6 +206,33 @@ class TranslatedRequest(RequestPart):
     def translation(self) -> Any:
         """Return the request of OpenAI's API with the same meaning, which was checked with this one."""
         return self._translation
+
+
+class LlamaSampling(RequestPart):
+    """Sampling options by the names that llama.cpp and Ollama have for them."""
+
+    without_effect = (
+        *("mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
+        *("dry_sequence_breakers", "xtc_threshold", "dynatemp_exponent"),
+    )
+    values_off: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), (0,)),
+        **dict.fromkeys(("typical_p", "typ_p", "tfs_z"), (1,)),
+        "top_n_sigma": (-1,),
+    }
+    """Fields that are not served, each with the values that turn them off."""
+    temperature: Float | None = None
+    top_k: Int | None = None
+    top_p: Float | None = None
+    min_p: Float | None = None
+    repeat_penalty: Float | None = None
+    presence_penalty: Float = 0.0
+    frequency_penalty: Float = 0.0
+    stop: Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | Text = Field(default=[])
+
+    @classmethod
+    def is_neutral(cls, name: str, value: Any) -> bool:
+        return super().is_neutral(name, value) or value in cls.values_off.get(name, ())
 
 
 class ChatRequest(CompletionRequest):
