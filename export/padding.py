@@ -103,8 +103,9 @@ def padded_tensors(
     for name in tensor_names(after):
         source = EMBEDDING if name == HEAD and before.tie_word_embeddings else name
         if source not in existing:
-            gain = have.stem_gain if is_gain(name, after) else 1.0
-            yield name, missing_tensor(name, after) * np.float32(gain)
+            # only the padded model has it: zeros, or ones for norm gains
+            value = float(name.endswith("norm.weight")) * (have.stem_gain if is_gain(name, after) else 1.0)
+            yield name, np.full(tensor_shape(after, name), value, np.float32)
             continue
         array = checkpoint.tensor(source)
         if is_centred and name.endswith(WRITERS):
@@ -139,12 +140,6 @@ def _pad_axis(
     widths[1] = (0, new.queries_per_group - old.queries_per_group)
     padded = np.pad(grouped, widths).reshape(-1, *moved.shape[1:])
     return np.moveaxis(padded, 0, dim)
-
-
-def missing_tensor(name: str, after: Architecture) -> np.ndarray:
-    """Return a tensor that only the padded model has: zeros, or ones for norm gains."""
-    shape = tensor_shape(after, name)
-    return np.ones(shape, np.float32) if name.endswith("norm.weight") else np.zeros(shape, np.float32)
 
 
 def uniform_architecture(architecture: Architecture, multiple: int = 1) -> Architecture:

@@ -187,9 +187,8 @@ class GraphBuilder(GraphValues):
         projections = [f"{prefix}.{name}_proj" for name in "qkv"]
         query, key, value = self._queries_keys_values(projections, x)
         if self.parts.qk_norm:
-            norm = self._head_norm if self.parts.qk_norm == "head" else self._width_norm
-            query = norm(f"{prefix}.q_norm", query, layer.num_attention_heads)
-            key = norm(f"{prefix}.k_norm", key, layer.num_key_value_heads)
+            query = self._qk_norm(f"{prefix}.q_norm", query, layer.num_attention_heads)
+            key = self._qk_norm(f"{prefix}.k_norm", key, layer.num_key_value_heads)
         settings = self.checkpoint.attention[index]
         tables = self._rotary_tables(settings) if settings.rope is not None else []
         window: dict[str, Any] = {"local_window_size": settings.window} if settings.window else {}
@@ -237,18 +236,12 @@ class GraphBuilder(GraphValues):
             self.tables[key] = [self._constant(part + name, array.astype(self.dtype)) for part, array in parts]
         return self.tables[key]
 
-    def _width_norm(self, name: str, x: ir.Value, heads: int) -> ir.Value:
-        gain = self._weights(f"{name}.weight")
-        return self._qk_norm(x, gain)
-
-    def _head_norm(self, name: str, x: ir.Value, heads: int) -> ir.Value:
-        split = self._node("Reshape", [x, self._ints(0, 0, heads, self.head_dim)])
-        normed = self._qk_norm(split, self._weights(f"{name}.weight"))
-        return self._node("Reshape", [normed, self._ints(0, 0, heads * self.head_dim)])
-
-    def _qk_norm(self, x: ir.Value, gain: ir.Value) -> ir.Value:
-        eps = self.scales.qk_eps / self.head_growth
-        return self._node("SimplifiedLayerNormalization", [x, gain], axis=-1, epsilon=eps)
+    def _qk_norm(self, name: str, x: ir.Value, heads: int) -> ir.Value:
+        is_per_head, eps = self.parts.qk_norm == "head", self.scales.qk_eps / self.head_growth
+        if is_per_head:
+            x = self._node("Reshape", [x, self._ints(0, 0, heads, self.head_dim)])
+        x = self._node("SimplifiedLayerNormalization", [x, self._weights(f"{name}.weight")], axis=-1, epsilon=eps)
+        return self._node("Reshape", [x, self._ints(0, 0, heads * self.head_dim)]) if is_per_head else x
 
     def _feed_forward(self, prefix: str, x: ir.Value) -> ir.Value:
         names = ("gate_proj", "up_proj") if self.parts.is_gated else ("up_proj",)

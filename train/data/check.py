@@ -94,10 +94,6 @@ class FileReport:
     """SHOWN_EXAMPLES records, chosen by their hashes."""
 
     @property
-    def num_empty(self) -> int:
-        return sum(isinstance(error, EmptyAnswerError) for error in self.refusals.errors)
-
-    @property
     def whole_tokens(self) -> list[int]:
         pairs = zip(self.prompt_tokens, self.learned_tokens, strict=True)
         return [prompt + learned for prompt, learned in pairs]
@@ -172,7 +168,8 @@ def rows(files: Sequence[FileReport], tests: Sequence[FileReport], sequence_leng
     for name in dict.fromkeys(form for each in everything for form in each.forms):
         add(f"records, {name}", lambda each, name=name: f"{each.forms[name]:,}")
     add("refused", lambda each: f"{len(each.refusals.errors):,}")
-    add("refused for an empty answer", lambda each: f"{each.num_empty:,}")
+    empty = [sum(isinstance(error, EmptyAnswerError) for error in each.refusals.errors) for each in everything]
+    table.append(["refused for an empty answer", *(f"{count:,}" for count in empty)])
     add("repeated in the file", lambda each: f"{each.num_repeated:,}")
     if tests:
         held_out = {request for each in tests for request in each.requests}

@@ -73,11 +73,6 @@ class MeasureConfig:
         has_measure = self.quality or bool(self.task_names) or bool(self.text) or bool(self.task)
         flags.require(self, "quality", has_measure, "there is nothing to measure; give --text or --tasks")
 
-    @property
-    def measures_quality(self) -> bool:
-        """Return True if the quality contract is measured, which a job replaces."""
-        return self.quality and not self.task
-
     @cached_property
     def examples(self) -> list[Example]:
         """Read the examples of the job, once. Raises UsageError or DataError."""
@@ -192,7 +187,9 @@ def evaluate(
         return cache_folder / f"{digest[:16]}-{precision}{suffix}" if cache_folder is not None else None
 
     model = open_model(path, compute)
-    quality = _measure_quality(model, cache_path("-quality.json"), report) if measures.measures_quality else None
+    quality = None
+    if measures.quality and not measures.task:  # a job replaces the contract
+        quality = _measure_quality(model, cache_path("-quality.json"), report)
     cache = ScoreCache(cache_path(".jsonl"))
     perplexities: dict[str, Perplexity] = {}
     for name, documents in _texts(model, measures).items():

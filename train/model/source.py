@@ -207,7 +207,9 @@ def load_tokenizer(source: str, flag: str = "--source") -> PreTrainedTokenizerBa
 def _located(source: str, path: Path) -> tuple[str, dict[str, Any]]:
     """Return the folder or hub id of a source at `path`, and transformers' options to load it."""
     if path.suffix == ".gguf":
-        return str(path.parent), _gguf_options(path.name)
+        from transformers import GgufConfig  # absent before 5.x
+
+        return str(path.parent), {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
     if path.is_dir():
         check_folder(path)
         return str(path), {}
@@ -271,12 +273,6 @@ def loading(called: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise what they like
         raise ModelError(f"{called}: cannot be loaded: {first_line(error)}") from error
-
-
-def _gguf_options(file_name: str) -> dict[str, Any]:
-    from transformers import GgufConfig  # absent before 5.x
-
-    return {"gguf_file": file_name, "quantization_config": GgufConfig(dequantize=True)}
 
 
 def load_for_inference(folder: Path) -> Any:

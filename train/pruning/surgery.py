@@ -31,11 +31,6 @@ from ..vocabulary.tokenizer_pruning import renumber_settings
 from .selection import Kept, Removal
 
 
-def expand_heads(heads: Tensor, head_dim: int) -> Tensor:
-    """Convert head positions [n] to channel positions [n * head_dim]."""
-    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
-
-
 def kept_channels(kept: Kept, architecture: Architecture, layer: int | None, axis: str) -> Tensor | None:
     """Return the surviving positions along an axis of `architecture`, or None if nothing was removed."""
     if axis not in KIND_OF_AXIS:
@@ -47,7 +42,10 @@ def kept_channels(kept: Kept, architecture: Architecture, layer: int | None, axi
     survivors = kept[name][row]
     if len(survivors) == kind.count(architecture, row):
         return None
-    return expand_heads(survivors, architecture.head_dim) if kind.is_head else survivors
+    if not kind.is_head:
+        return survivors
+    head_dim = architecture.head_dim
+    return (survivors[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 def removed_positions(kept: Tensor, size: int) -> Tensor:

@@ -51,9 +51,11 @@ class InputSquares:
     def observing(self, model: Any) -> Iterator[None]:
         """Average the inputs of the matrices of `model` during training in this block. A failed block adds nothing."""
         norm = model.get_submodule(FINAL_NORM)
+        observed = tuple(same_input(architecture_of(model.config).parts))
         with contextlib.ExitStack() as hooks:
-            for name, module in _observed_modules(model):
-                hooks.enter_context(module.register_forward_pre_hook(self._input_hook(name)))
+            for name, module in model.named_modules():
+                if name.endswith(observed):
+                    hooks.enter_context(module.register_forward_pre_hook(self._input_hook(name)))
             hooks.enter_context(
                 norm.register_forward_hook(lambda module, _, output: self._observe(FINAL_NORM, module, output))
             )
@@ -93,12 +95,6 @@ class InputSquares:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._means = dict(state)
-
-
-def _observed_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules whose input is that of one or more matrices."""
-    names = tuple(same_input(architecture_of(model.config).parts))
-    return ((name, module) for name, module in model.named_modules() if name.endswith(names))
 
 
 def _observed_for(parameter: str) -> Sequence[str]:
