@@ -10,10 +10,10 @@ from tiny import tiny_architecture, tiny_model
 from transformers import GenerationConfig
 
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.model.continuation import STRETCH, continuations
+from efficientllm.train.model.continuation import TOKENS_PER_CALL, continuations
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15], [3, 250, 17, 8], [77, 301]]
-LENGTH = 3 * STRETCH + 5
+LENGTH = 3 * TOKENS_PER_CALL + 5
 
 
 def greedy(ends: list[int]) -> GenerationConfig:
@@ -35,14 +35,14 @@ def test_each_row_is_what_its_prompt_gives_alone(family: str) -> None:
     layers = (LayerShape(0, 0, 96), LayerShape(4, 2, 128), LayerShape(2, 1, 64))
     model: Any = tiny_model(tiny_architecture(family, layers)).eval()
     expected = [alone(model, prompt) for prompt in PROMPTS]
-    ends = [expected[0][2], expected[2][STRETCH + 1]]  # some rows end in the first stretch, some later or never
+    ends = [expected[0][2], expected[2][TOKENS_PER_CALL + 1]]  # some rows end in the first call, some later or never
     found = continuations(model, PROMPTS, greedy(ends), torch.device("cpu"))
     lengths = []
     for row, whole in zip(found, expected, strict=True):
         length = next((index + 1 for index, token in enumerate(whole) if token in ends), LENGTH)
         assert row[:length] == whole[:length]
         lengths.append(length)
-    assert min(lengths) <= STRETCH
+    assert min(lengths) <= TOKENS_PER_CALL
 
 
 def test_nothing_is_said_beyond_the_last_end() -> None:
@@ -51,4 +51,4 @@ def test_nothing_is_said_beyond_the_last_end() -> None:
     assert len(first) == LENGTH
     (row,) = continuations(model, PROMPTS[:1], greedy([first[1]]), torch.device("cpu"))
     assert row[: first.index(first[1]) + 1] == first[: first.index(first[1]) + 1]
-    assert len(row) <= STRETCH
+    assert len(row) <= TOKENS_PER_CALL

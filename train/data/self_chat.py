@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_text_atomically
 from ...runtime.base.user_cache import cache_folder
-from ..model.continuation import Warmth, continuations
+from ..model.continuation import RowSampling, continuations
 from ..model.source import content_key
 from .chat import Chat, ChatFormat
 
@@ -44,18 +44,19 @@ PLACEHOLDER = "(what the user says)"
 class ChatStyle:
     """Sampling settings of one chat."""
 
-    question: Warmth
-    answer: Warmth
+    question: RowSampling
+    answer: RowSampling
     opening: str = ""
     """First word of the question."""
 
 
 OPENINGS = ("What", "Who", "Which", "When", "Where", "How", "Why", "Name")
-FREE, COOL = ChatStyle(Warmth(), Warmth()), ChatStyle(Warmth(0.8, min_p=0.05), Warmth(0.4, min_p=0.05))
+PLAIN = ChatStyle(RowSampling(), RowSampling())
+LOW_TEMPERATURE = ChatStyle(RowSampling(0.8, min_p=0.05), RowSampling(0.4, min_p=0.05))
 STYLES = tuple(
     style
     for opening in OPENINGS + ("",) * len(OPENINGS)
-    for style in (FREE, FREE, FREE, replace(COOL, opening=opening))
+    for style in (PLAIN, PLAIN, PLAIN, replace(LOW_TEMPERATURE, opening=opening))
 )
 """Styles of the chats of one batch."""
 
@@ -92,8 +93,8 @@ def sample_chats(
         request = SHORT_ANSWER_REQUEST if batch % 2 else ""
         questions = [question + request for question in styles]
         prompts = [before + question + after for question in questions]
-        warmths = [style.answer for style in styles.values()]
-        answers = sampler.sample(prompts, ANSWER_TOKENS, warmths, [seed, batch, 1])
+        samplings = [style.answer for style in styles.values()]
+        answers = sampler.sample(prompts, ANSWER_TOKENS, samplings, [seed, batch, 1])
         num_chats = 0
         for question, (text, is_whole) in zip(questions, answers, strict=True):
             if answer := text.strip():
@@ -121,7 +122,7 @@ def self_chat_file(
 ) -> Path:
     """Return a .jsonl of `sample_chats`, kept in the user's cache for each source, length and seed.
 
-    `load_model` is called on a cache miss. It returns the source in eval mode and the dtype to sample in.
+    `load_model` is called on a cache miss and returns the model that samples.
     """
     path = cache_folder() / "self-chat" / f"{content_key(source)}-{CACHE_VERSION}-{tokens}-{seed}.jsonl"
     if not path.is_file():
@@ -139,7 +140,7 @@ class TurnSampler:
         self.end = tokenizer.encode(end_of_turn, add_special_tokens=False)[0]
 
     def sample(
-        self, prompts: Sequence[str], max_tokens: int, warmths: Sequence[Warmth], seed: Sequence[int]
+        self, prompts: Sequence[str], max_tokens: int, samplings: Sequence[RowSampling], seed: Sequence[int]
     ) -> list[tuple[str, bool]]:
         """Return the text after each prompt, and whether the model ended its turn within `max_tokens`."""
         if not prompts:
@@ -156,7 +157,7 @@ class TurnSampler:
         )
         with torch.random.fork_rng():  # the run's own random numbers stay as without sampling
             torch.manual_seed(hash(tuple(seed)) % 2**63)  # hashes of integers are the same in every process
-            rows = continuations(self.model, ids, settings, self.model.device, warmths)
+            rows = continuations(self.model, ids, settings, self.model.device, samplings)
         turns: list[tuple[str, bool]] = []
         for row in rows:
             is_whole = self.end in row

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-STRETCH = 16
-"""Tokens between two checks for finished rows. Finished rows leave the batch, which speeds up the others."""
+TOKENS_PER_CALL = 16
+"""Tokens of a call of `generate`. Finished rows leave the batch after it, which speeds up the others."""
 
 
 @dataclass(frozen=True)
-class Warmth:
+class RowSampling:
     """Sampling temperature and cut of a row."""
 
     temperature: float = 1.0
@@ -29,14 +29,13 @@ def continuations(
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     device: torch.device,
-    warmths: Sequence[Warmth] = (),
+    samplings: Sequence[RowSampling] = (),
 ) -> list[list[int]]:
     """Return the token ids after each prompt, computed on `device`.
 
-    Rows that end early may be filled with the padding token. `warmths` gives the sampling settings of each row if rows
-    differ.
+    Rows that end early may be filled with the padding token. `samplings` are the settings of each row if rows differ.
     """
-    # padded on the left, so that the last tokens of all prompts stand in one column, after which generation goes on
+    # padded on the left, so that the last tokens of all prompts stand in one column, where generation continues
     width, padded, is_read = max(map(len, prompts)), [], []
     for prompt in prompts:
         missing = width - len(prompt)
@@ -48,36 +47,36 @@ def continuations(
     rows, cache = list(range(len(prompts))), None
     # the last states of several prompts lie apart, and a product with such a tensor copies the head for each prompt
     with model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)):
-        for done in range(0, settings.max_new_tokens, STRETCH):
-            stretch = copy(settings)
-            stretch.max_new_tokens = min(STRETCH, settings.max_new_tokens - done)
-            stretch.return_dict_in_generate = True
-            warm = [_Warm([warmths[row] for row in rows], device)] if warmths else []
-            said = model.generate(
+        for done in range(0, settings.max_new_tokens, TOKENS_PER_CALL):
+            call = copy(settings)
+            call.max_new_tokens = min(TOKENS_PER_CALL, settings.max_new_tokens - done)
+            call.return_dict_in_generate = True
+            processors = [_RowSampler([samplings[row] for row in rows], device)] if samplings else []
+            output = model.generate(
                 tokens,
                 attention_mask=mask,
                 cache=cache,
-                generation_config=stretch,
-                logits_processor=LogitsProcessorList(warm),
+                generation_config=call,
+                logits_processor=LogitsProcessorList(processors),
             )
-            new = said.sequences[:, tokens.shape[1] :]
+            new = output.sequences[:, tokens.shape[1] :]
             for row, more in zip(rows, new.tolist(), strict=True):
                 found[row] += more
             has_ended = torch.isin(new, ends).any(1)
             unfinished = (~has_ended).nonzero()[:, 0]
             if not len(unfinished):
                 break
-            rows, cache = [rows[index] for index in unfinished.tolist()], said.cache
+            rows, cache = [rows[index] for index in unfinished.tolist()], output.cache
             longer_mask = torch.cat([mask, torch.ones_like(new)], 1)
-            tokens, mask = said.sequences[unfinished], longer_mask[unfinished]
+            tokens, mask = output.sequences[unfinished], longer_mask[unfinished]
             cache.batch_select_indices(unfinished)
     return found
 
 
-class _Warm(LogitsProcessor):
-    def __init__(self, warmths: Sequence[Warmth], device: torch.device) -> None:
-        self.temperatures = torch.tensor([[each.temperature] for each in warmths], device=device)
-        self.least = torch.tensor([[each.min_p] for each in warmths], device=device).log()
+class _RowSampler(LogitsProcessor):
+    def __init__(self, samplings: Sequence[RowSampling], device: torch.device) -> None:
+        self.temperatures = torch.tensor([[each.temperature] for each in samplings], device=device)
+        self.least = torch.tensor([[each.min_p] for each in samplings], device=device).log()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores / self.temperatures
