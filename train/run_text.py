@@ -18,23 +18,6 @@ EXTRA_SEED = 1_000_003
 """Added to the run's seed for text in an order that training does not see."""
 
 
-def extra_windows(
-    data: Sequence[DataSpec],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: SourceConfig,
-    seed: int,
-    num_ranks: int,
-    num_tokens: int,
-) -> np.ndarray:
-    """Return windows [n, S + 1] of about `num_tokens` of the training text, in another order than training.
-
-    Their number is a multiple of the ranks. They serve the refit after a removal and the measurement of blocks.
-    """
-    length = settings.sequence_length
-    stream = PackedStream(data, tokenizer, length, settings.held_out_fraction, seed + EXTRA_SEED)
-    return stream.next_windows(max(1, num_tokens // length // num_ranks) * num_ranks)
-
-
 class RunText:
     """All text of a run in the tokens of its model, which a removal of vocabulary rows replaces."""
 
@@ -67,10 +50,15 @@ class RunText:
         return held_out_windows(self.data, self.tokenizer, length, fraction, settings.eval_tokens)
 
     def extra_windows(self, num_tokens: int) -> np.ndarray:
-        """Return windows [n, S + 1] apart from training, the same for every call with the same vocabulary."""
+        """Return windows [n, S + 1] of about `num_tokens` of the training text, in another order than training.
+
+        They are the same for every call with the same vocabulary, and their number is a multiple of the ranks.
+        """
         if num_tokens not in self._extra_windows:
-            windows = extra_windows(self.data, self.tokenizer, self.settings, self.seed, self.num_ranks, num_tokens)
-            self._extra_windows[num_tokens] = windows
+            length, fraction = self.settings.sequence_length, self.settings.held_out_fraction
+            stream = PackedStream(self.data, self.tokenizer, length, fraction, self.seed + EXTRA_SEED)
+            count = max(1, num_tokens // length // self.num_ranks) * self.num_ranks
+            self._extra_windows[num_tokens] = stream.next_windows(count)
         return self._extra_windows[num_tokens]
 
     def count_tokens(self, num_rows: int, num_tokens: int, check: Callable[[], None]) -> np.ndarray:

@@ -30,7 +30,7 @@ from efficientllm.train.pruning.plan import device_time, make_pruning_plan
 from efficientllm.train.reporting.metrics import read_metrics
 from efficientllm.train.request import data_specs
 from efficientllm.train.run import run_training
-from efficientllm.train.run_text import extra_windows
+from efficientllm.train.run_text import RunText
 
 from ..token_law import training_flops
 from .arms import ARMS, Arm, add_arm
@@ -301,9 +301,10 @@ class Study:
             hardware = choose_hardware(config.run.device, config.run.dtype, config.run.threads)
             parallel = Parallel("ddp", hardware.device)
             loss = TrainingLoss(model.to(hardware.device), hardware.dtype)
-            specs, num_tokens = data_specs(config), config.pruning.block_tokens
-            windows = extra_windows(specs, tokenizer, config.source, config.run.seed, 1, num_tokens)
-            probe = BlockProbe(loss, windows, config.optimizer.batch_size, parallel)
+            text = RunText(data_specs(config), tokenizer, config.source, config.run.seed, num_ranks=1)
+            probe = BlockProbe(
+                loss, text.extra_windows(config.pruning.block_tokens), config.optimizer.batch_size, parallel
+            )
             shape = best_contiguous(self.source, probe, plan.budget.measure, plan.budget.target)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomically(path, shape.to_dict())
