@@ -166,7 +166,7 @@ def describe_cpu(text: str, machine: str) -> dict[str, Any]:
     return {"model": model[1] if model else platform.processor(), "machine": machine, "features": features}
 
 
-def memory_bytes() -> int:
+def machine_memory_bytes() -> int:
     """Return the bytes of this machine's memory, 0 if the system does not report them."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -201,7 +201,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": cpu(),
-        "memory_bytes": memory_bytes(),
+        "memory_bytes": machine_memory_bytes(),
         "gpus": gpus(),
         "packages": {name: version_of(name) for name in packages},
         "engines": {name: engine(*places) for name, places in ENGINES.items()},
