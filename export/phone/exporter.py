@@ -134,8 +134,6 @@ USES = {
     "push.sh": "copies the model to a phone by adb, where debug builds may read it",
 }
 
-SYSTEMS: dict[Platform, str] = {"android": "Android", "ios": "iOS"}
-
 CACHE_ELEMENT_BYTES = {"llama.cpp": 2, "executorch": 4}
 
 
@@ -155,7 +153,7 @@ def card(kit: Kit, folder: Path, speed: dict[str, Any] | None) -> str:
         str(__package__),
         "card.md.jinja",
         kit=kit,
-        system=SYSTEMS[kit.platform],
+        system={"android": "Android", "ios": "iOS"}[kit.platform],
         size=format_count(kit.checkpoint.architecture.num_parameters),
         models=_models(kit, folder),
         speed=speed,

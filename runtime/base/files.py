@@ -97,18 +97,15 @@ def _errno_of(error: BaseException | None) -> int:
 
 
 def _size_limit(error: BaseException) -> int:
-    """Return EFBIG if numpy reached a limit of file sizes, else 0."""
-    if resource is None:
+    """Return EFBIG if numpy, whose OSError has no errno, reached a limit of file sizes, else 0."""
+    if resource is None or not isinstance(error, OSError) or error.errno is not None:
         return 0
-    # numpy's error has none
-    has_no_errno = isinstance(error, OSError) and error.errno is None
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    return errno.EFBIG if has_no_errno and limit != resource.RLIM_INFINITY else 0
+    return errno.EFBIG if limit != resource.RLIM_INFINITY else 0
 
 
 def _test_write(path: Path) -> int:
-    """Return the errno of writing LAST_BYTES beside `path`, 0 if that works."""
-    # torch's writer does not report a quota
+    """Return the errno of writing LAST_BYTES beside `path`, 0 if that works. torch's writer reports no quota."""
     try:
         with tempfile.TemporaryFile(dir=_existing(path)) as stream:
             stream.write(bytes(LAST_BYTES))
@@ -206,8 +203,7 @@ def folder_written_atomically(
 
 
 def _put_in_place(new: Path, path: Path, replaced: Path) -> None:
-    """Rename `new` to `path` and remove the old folder."""
-    # a rename replaces no folder that has files, and nothing is deleted before both renames have succeeded
+    """Rename `new` to `path`, whose folder becomes `replaced` and is removed after both renames have succeeded."""
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         path.rename(replaced)
