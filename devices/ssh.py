@@ -82,14 +82,19 @@ class SshDevice:
 
     def __init__(self, options: DeviceOptions, log: Callable[[str], None]) -> None:
         self._options, self._log = options, log
-        url = urlsplit(options.device)
+        remedy = f"--device {options.device!r}: give ssh://USER@HOST or ssh://USER@HOST:PORT"
+        try:
+            url = urlsplit(options.device)
+            port = url.port
+        except ValueError as error:  # a port that is no number, half a pair of brackets
+            raise UsageError(remedy) from error
         if not url.hostname or url.path.strip("/"):
-            raise UsageError(f"--device {options.device!r}: give ssh://USER@HOST or ssh://USER@HOST:PORT")
+            raise UsageError(remedy)
         self._host = f"{url.username}@{url.hostname}" if url.username else url.hostname
         self._sockets = tempfile.TemporaryDirectory(prefix="ellm-")
         self._ssh = [
             *shlex.split(options.ssh),
-            *(["-p", str(url.port)] if url.port else []),
+            *(["-p", str(port)] if port else []),
             *("-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15"),
             # One connection for all commands, so that ssh asks once for a password or a token.
             *("-o", "ControlMaster=auto", "-o", f"ControlPath={self._sockets.name}/%C", "-o", "ControlPersist=60"),
