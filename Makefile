@@ -6,6 +6,7 @@ OUT := build/quickstart
 REQUEST := add oat milk to the shopping list
 # Test requests that each trained model answers.
 EXAMPLES := 200
+TOKENS := 114688
 EVAL := $(BIN)/efficientllm-eval --metric call --task-tokens 96
 FREE := --task $(OUT)/data/test.jsonl
 # The names of the home's devices, rooms and floors are known.
@@ -94,7 +95,7 @@ $(VENV)/.quickstart: pyproject.toml build/modules.txt | $(BIN)/python
 # One job: home control. Data, one run, files, scores, and a request through the server.
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m research.jobs.home $(OUT)/data --train 30000 --test 1000
-	$(BIN)/efficientllm-train --preset job --tokens 114688 --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
+	$(BIN)/efficientllm-train --preset job --tokens $(TOKENS) --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
 	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q4_0 --output $(OUT)/home --overwrite
 	$(EVAL) $(OUT)/home $(FREE) --task-limit $(EXAMPLES) --output $(OUT)/scores/pruned-free
 	$(EVAL) $(OUT)/home $(NAMED) --task-limit $(EXAMPLES) --output $(OUT)/scores/pruned-named
@@ -105,7 +106,7 @@ quickstart: $(VENV)/.quickstart
 
 # After make quickstart: the unpruned model, fine-tuned on the same tokens. Its rows join the table and the picture.
 quickstart-whole: $(VENV)/.quickstart
-	$(BIN)/efficientllm-train --functions learned --sequence-length 256 --learning-rate 4e-4 --tokens 114688 --prune none --no-quality --data $(OUT)/data/train.jsonl --output $(OUT)/whole --overwrite
+	$(BIN)/efficientllm-train --functions learned --sequence-length 256 --learning-rate 4e-4 --tokens $(TOKENS) --prune none --no-quality --data $(OUT)/data/train.jsonl --output $(OUT)/whole --overwrite
 	for type in q8_0 q4_0; do \
 	  $(BIN)/efficientllm-export $(OUT)/whole --target gguf --quantize $$type --output $(OUT)/whole-$$type --overwrite && \
 	  $(EVAL) $(OUT)/whole-$$type $(FREE) --task-limit $(EXAMPLES) --output $(OUT)/scores/whole-$$type-free && \

@@ -75,7 +75,7 @@ def job() -> TrainConfig:
             recover="least-squares",
             recover_tokens=4096,
         ),
-        optimizer=OptimizerConfig(tokens=196_608, learning_rate=4e-4),
+        optimizer=OptimizerConfig(tokens=344_064, learning_rate=4e-4),
         run=RunConfig(quality=False),
         quantisation=QuantisationConfig(qat="q4_0", qat_start=0.75),
     )
