@@ -286,6 +286,7 @@ REFUSED = {
     "corpus out.jsonl --data text.txt --tokenizer no-such-folder": "--tokenizer no-such-folder: no such folder",
     "eval MODEL --device mps": "--device mps: not a device; use auto, cpu, cuda or cuda:N",
     "eval MODEL --context -1": "--context -1: must not be negative",
+    "eval demo --compare empty": "empty holds no manifest.json; give a folder",
     "eval MODEL --compare MODEL": "MODEL is given twice; name each model once",
     "eval MODEL --output text.txt": "--output text.txt: ",
     "serve no.gguf": "no.gguf is not a GGUF file; give another file",

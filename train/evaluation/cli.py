@@ -20,13 +20,14 @@ from ...runtime.base.model_names import may_be_hub_id, source_path
 from ...runtime.base.output import check_place
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import markdown_table
+from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.contract_text import ALL_TEXTS, with_bits
 from .evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from .job_score import check_target, job_score, write_score
 from .jobs import misses_page
 from .perplexity import Perplexity
 from .quality.contract import contract
-from .scoring import mean_and_error
+from .scoring import is_checkpoint, mean_and_error
 from .tasks import TaskResult
 
 
@@ -206,6 +207,8 @@ def body(argv: Sequence[str]) -> int:
         if not path.exists():
             remedy = f"; download it first: hf download {model} --local-dir {path.name}" if may_be_hub_id(model) else ""
             raise UsageError(f"{model}: no such folder or file, and not demo, the built-in model{remedy}")
+        if not is_checkpoint(path):
+            Artefact.open(path)  # ArtefactError now, and not after the models before it
     # with --compare the first model is the source, whose folder gets no score
     first_written = 1 if len(paths) > 1 else 0
     written = list(paths.values())[first_written:] if store else []
