@@ -46,9 +46,9 @@ def check_output(
         raise UsageError(f"{flag} {path} is not a folder; name one")
     target = _resolved(path)
     places = {"the current folder": Path.cwd(), "the home folder": Path.home()}
-    places |= {f"{name}, which is read": Path(name) for name in inputs}
+    places |= {f"{name}, which is read": Path(name) for name in inputs if Path(name).exists()}
     for description, place in places.items():
-        if place.exists() and place.resolve().is_relative_to(target):
+        if place.resolve().is_relative_to(target):
             raise UsageError(f"{flag} {path} is or holds {description}; name another folder")
     if not path.is_dir() or all(entry.name == LOCK_NAME for entry in path.iterdir()):
         return
