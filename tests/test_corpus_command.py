@@ -133,7 +133,7 @@ def test_chats_stay_chats(tmp_path: Path) -> None:
             ("out.jsonl", "--data", "in.jsonl", "--min-characters", "999"),
             "no document was taken: all 1 have fewer than 999 characters; lower --min-characters",
         ),
-        (("out.jsonl", "--data", "nothing.jsonl"), "no document was taken: there are none"),
+        (("out.jsonl", "--data", "nothing.jsonl"), "--data nothing.jsonl: it has no documents"),
         (("out.jsonl", "--data", ""), "--data '' has no path"),
         (("out.jsonl", "--data", ":0.5"), "--data ':0.5' has no path"),
         (("out.jsonl", "--data", "in.jsonl", "--data", "mistyped/name"), "no such file or folder, and no hub"),

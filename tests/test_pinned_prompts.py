@@ -72,7 +72,7 @@ def test_what_cannot_be_pinned_is_one_line(artefact: Path, tmp_path: Path, capsy
     (text := tmp_path / "text").write_text("Be brief.")
     command = [str(artefact), "--port", "18765", "--threads", "1", "--no-tune", "--context", "64"]
     for path, flags, message in (
-        (tmp_path / "missing", [], f"--pin {tmp_path / 'missing'}: cannot be read: "),
+        (tmp_path / "missing", [], f"--pin {tmp_path / 'missing'}: no such file; give a text"),
         (malformed, [], f"--pin {malformed}: cannot be read: "),
         (wrong, [], f"--pin {wrong}: messages.0.role"),
         (text, ["--parallel", "1"], "--pin: a pinned prompt needs a sequence of its own"),

@@ -181,7 +181,7 @@ def test_a_trained_size_is_exported_as_it_is(family: Path, tmp_path: Path, capsy
     assert run_command(export_cli.body, [*arguments, str(tmp_path / "no"), "--size", "0.1"]) == 2
     assert "--size 0.1: the smallest model of the run has" in capsys.readouterr().err
     assert run_command(export_cli.body, ["demo", "--target", "gguf", "--size", "0.5"]) == 2
-    assert "--size 0.5: demo is no finished run" in capsys.readouterr().err
+    assert "--size 0.5: demo is no run" in capsys.readouterr().err
     (tmp_path / "no" / "own").mkdir(parents=True)
     assert run_command(export_cli.body, [*arguments, str(tmp_path / "no"), "--size", "0.66"]) == 2
     assert "is not empty" in capsys.readouterr().err
