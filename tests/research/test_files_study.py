@@ -183,7 +183,7 @@ def test_a_pruned_file_is_faster_by_the_profile(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         ([], "--max-bytes is missing"),
-        (["--max-bytes", "1kB"], "no measured file fits into 1.0 kB"),
+        (["--max-bytes", "1kB"], "no measured file fits into 1.0 kB; the smallest has "),
         (["--max-bytes", "1GB", "--max-ms", "8"], "--max-ms and --device-profile FILE go together"),
         (["--max-bytes", "1GB", "--front", "nothing.jsonl"], "--front nothing.jsonl: No such file"),
         (["--max-bytes", "1GB", "--learning-rate", "0"], "--learning-rate 0"),

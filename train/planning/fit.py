@@ -100,15 +100,18 @@ class Proposal:
 
 
 def read_front(path: str) -> list[Measured]:
-    """Read the measured files. Raises UsageError if the file is missing or of another kind."""
+    """Read the measured files. Raises UsageError if the file is missing, of another kind, or without a whole model."""
     try:
         file = Path(path) if path else resources.files("efficientllm.train.planning").joinpath(FRONT)
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [Measured(Point.parse(line["point"]), int(line["file_bytes"]), float(line["kl"])) for line in lines]
+        front = [Measured(Point.parse(line["point"]), int(line["file_bytes"]), float(line["kl"])) for line in lines]
     except OSError as error:
         raise UsageError(f"--front {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--front {path}: not a front of the study: {error}") from error
+    if not families(front):
+        raise UsageError(f"--front {path}: no file of the whole model; measure one for each type")
+    return front
 
 
 def families(front: Iterable[Measured]) -> list[list[Measured]]:
@@ -146,8 +149,7 @@ def propose(
     """
     best: Proposal | None = None
     for family in families(front):
-        point = family[0].point
-        whole = float(gguf_bytes(shape, point.kind, vocabulary, point.head, point.head))
+        point, whole = family[0].point, _whole_bytes(family, shape, vocabulary)
         size = min(whole, max_bytes)
         while (kl := kl_at(family, size / whole)) is not None:
             is_whole = size >= whole
@@ -160,6 +162,18 @@ def propose(
                 break
             size *= STEP
     return best
+
+
+def least_bytes(shape: Architecture, vocabulary: int, front: Iterable[Measured]) -> float:
+    """Return the bytes of the smallest file that `propose` can name."""
+    shares = ((family, family[-1].file_bytes / family[0].file_bytes) for family in families(front))
+    return min(share * _whole_bytes(family, shape, vocabulary) for family, share in shares)
+
+
+def _whole_bytes(family: Sequence[Measured], shape: Architecture, vocabulary: int) -> float:
+    """Return the bytes of the whole model's file in the types of a family."""
+    point = family[0].point
+    return float(gguf_bytes(shape, point.kind, vocabulary, point.head, point.head))
 
 
 @dataclass(frozen=True)
@@ -292,7 +306,8 @@ def body(argv: Sequence[str]) -> int:
     found = propose(shape, vocabulary, front, config.max_bytes, _timer(shape, config), config.max_ms)
     if found is None:
         limit = format_bytes(config.max_bytes) + (f" and {config.max_ms:g} ms" if config.max_ms is not None else "")
-        raise UsageError(f"{source}: no measured file fits into {limit}; raise the budget, or measure a --front")
+        least = format_bytes(least_bytes(shape, vocabulary, front))
+        raise UsageError(f"{source}: no measured file fits into {limit}; the smallest has {least}; raise the budget")
     pruned = "pruned" if found.point.target_bytes else "whole"
     trained = ", trained on its grid" if found.point.training == "qat" else ""
     weighed = ", rounded by an importance matrix" if found.point.importance else ""
