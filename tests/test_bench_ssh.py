@@ -180,7 +180,7 @@ def test_an_emulated_board_says_so(reached: Board) -> None:
 def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh, "RETRY_SECONDS", (0.2, 0.2))
     file = tmp_path / "model.gguf"
-    file.write_bytes(os.urandom(3_000_000))
+    file.write_bytes(b"GGUF" + os.urandom(3_000_000))
     said: list[str] = []
     proxy = DroppingProxy(reached.port, limit=1_500_000)
     reached.configure(proxy.port)
@@ -202,7 +202,7 @@ def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path, monkeypatch
 @pytest.mark.slow
 def test_a_half_file_of_something_else_is_not_trusted(reached: Board, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
-    file.write_bytes(os.urandom(100_000))
+    file.write_bytes(b"GGUF" + os.urandom(100_000))
     artefact = Artefact.open(file)
     folder = reached.store / "artefacts" / artefact.sha256[:32]
     folder.mkdir(parents=True)
