@@ -18,7 +18,7 @@ PYTEST_OPTIONS ?=
 # llama-cpp-python is compiled without what it does not load: 82 s on two cores instead of five to six minutes.
 COMPILED := CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/devices/llama_cpp_only.cmake $$CMAKE_ARGS"
 # Without bytecode, both workers rewrite the assertions of every test file each time: seven seconds.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadgroup --max-worker-restart 0 $(PYTEST_OPTIONS)
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadgroup --max-worker-restart 0 --durations 20 $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
