@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
@@ -29,7 +30,8 @@ def free_port() -> int:
 def loaded_pool(artefacts: Mapping[str, str], options: EngineOptions, limits: PoolOptions | None = None) -> ModelPool:
     """Return a pool whose first model is loaded."""
     pool = ModelPool(artefacts, options, limits)
-    asyncio.run(pool.load_first())
+    with ThreadPoolExecutor(1) as executor:  # Playwright's event loop may run in this thread
+        executor.submit(asyncio.run, pool.load_first()).result()
     return pool
 
 
