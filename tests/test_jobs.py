@@ -361,6 +361,8 @@ def test_a_score_travels_to_cards_manifests_and_pages(
 
 
 def test_a_score_needs_a_folder_and_a_job(task: Path, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(cli.body, [str(artefact), "--metric", "call"]) == 2
+    assert "--task: missing; give the examples that --metric" in capsys.readouterr().err
     assert run_command(cli.body, [str(artefact), "--write"]) == 2
     assert "--write stores the score of a job; give --task" in capsys.readouterr().err
     (file,) = artefact.glob("*.gguf")

@@ -70,6 +70,9 @@ class MeasureConfig:
         flags.require(self, "min_context", is_within, f"must be at most the window of {self.window}")
         is_left = not self.document_tokens or self.min_context <= self.document_tokens
         flags.require(self, "min_context", is_left, f"must be at most --document-tokens {self.document_tokens}")
+        scores = self.metric != "exact" or bool(self.database) or bool(self.task_limit) or self.constrain != "none"
+        needed = "missing; give the examples that --metric, --database, --task-limit and --constrain are for"
+        flags.require(self, "task", bool(self.task) or not scores, needed)
         has_measure = self.quality or bool(self.task_names) or bool(self.text) or bool(self.task)
         flags.require(self, "quality", has_measure, "there is nothing to measure; give --text or --tasks")
 
