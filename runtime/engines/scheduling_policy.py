@@ -98,10 +98,10 @@ class CachePool:
             self.truncate(chosen, length)
         else:
             self._evict(chosen)
-        if chosen is not best and length:
-            # llama.cpp shares the slots of a copy. Other engines have a cache of fixed size per sequence.
-            self._engine.copy(best.sequence, chosen.sequence, length)
-            chosen.tokens, chosen.shared, chosen.source = best.tokens[:length], length, best
+            if length:
+                # llama.cpp shares the slots of a copy. Other engines have a cache of fixed size per sequence.
+                self._engine.copy(best.sequence, chosen.sequence, length)
+                chosen.tokens, chosen.shared, chosen.source = best.tokens[:length], length, best
         chosen.holder = holder
         self.touch(chosen)
         for cache in self._caches:
@@ -131,8 +131,8 @@ class CachePool:
         """Return True if parking an idle cache frees slots worth the copy: those of a shared prefix stay in use."""
         is_idle = cache.holder is None and not cache.is_pinned
         is_long = MIN_PARKED_TOKENS <= len(cache.tokens) <= self.max_parked
-        copied = max((other.shared for other in self._caches if other.source is cache), default=cache.shared)
-        return is_idle and is_long and 2 * max(copied, cache.shared) <= len(cache.tokens)
+        copied = max([cache.shared, *(other.shared for other in self._caches if other.source is cache)])
+        return is_idle and is_long and 2 * copied <= len(cache.tokens)
 
     def _evict(self, cache: SequenceCache) -> None:
         """Empty a cache, and park it if it is idle and worth it."""
@@ -141,18 +141,15 @@ class CachePool:
             self.park(list(cache.tokens), self._engine.sequence_state(cache.sequence))
         self.truncate(cache, 0)
 
-    def park(self, tokens: list[int], state: bytes) -> bool:
-        """Keep `state` for prompts that begin with `tokens`. Return False if there is no room for it.
+    def park(self, tokens: list[int], state: bytes) -> None:
+        """Keep `state`, of at most `max_parked` tokens, for prompts that begin with `tokens`.
 
         The oldest others are dropped for it, and those that `tokens` continues.
         """
-        if len(tokens) > self.max_parked:
-            return False
         self._parked = [each for each in self._parked if each.tokens != tokens[: len(each.tokens)]]
         self._parked.append(ParkedCache(tokens, state))
         while sum(len(each.tokens) for each in self._parked) > self.max_parked:
             del self._parked[0]
-        return True
 
     def touch(self, cache: SequenceCache) -> None:
         """Record a use of `cache`."""
