@@ -63,7 +63,7 @@ def check_files(limits: PoolOptions, app_options: AppOptions, engine_options: En
             raise UsageError(f"--pin {path}: no such file, or an empty one; give a text or a .json file with messages")
     if engine_options.draft:
         Artefact.open(engine_options.draft)
-    _ = app_options.keys, app_options.argument_examples  # read again by the app
+    _ = app_options.keys, app_options.argument_examples  # the app finds them read
 
 
 def bind_socket(host: str, port: int) -> socket.socket:

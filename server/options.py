@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..runtime.base import flags
@@ -72,7 +73,7 @@ class AppOptions:
         is_used = not self.examples or self.tool_arguments != "any"
         flags.require(self, "examples", is_used, "needs --tool-arguments copy or examples")
 
-    @property
+    @cached_property
     def argument_examples(self) -> dict[str, list[str]]:
         """Return the texts of --examples by the name of the argument. UsageError for a file of another form."""
         if not self.examples:
@@ -87,7 +88,7 @@ class AppOptions:
             raise UsageError(f'--examples {self.examples}: is not like {{"area": ["kitchen", "loft"]}}')
         return values
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         """Return the keys from the flag, the file or the environment. UsageError for a file that has none."""
         if self.api_key or not self.api_key_file:
