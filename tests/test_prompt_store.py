@@ -125,6 +125,7 @@ def test_a_prompt_whose_state_llama_cpp_refuses_is_evaluated(artefact: Path, tmp
     engine.restore_prompts(store)
     expected = load(artefact)
     np.testing.assert_allclose(engine.prefill(PROMPT), expected.prefill(PROMPT), atol=1e-4)
+    assert engine._own_lease.cached_tokens == 0
     expected.close()
     engine.close()
 
