@@ -59,8 +59,10 @@ def named_artefacts(artefact: str | None, models: Sequence[str]) -> dict[str, st
 def check_files(limits: PoolOptions, app_options: AppOptions, engine_options: EngineOptions) -> None:
     """Raise UsageError or ArtefactError for files of flags that are missing, before packages are imported."""
     for path in limits.pin:
-        if not Path(path).is_file() or not Path(path).stat().st_size:
-            raise UsageError(f"--pin {path}: no such file, or an empty one; give a text or a .json file with messages")
+        if not Path(path).is_file():
+            raise UsageError(f"--pin {path}: no such file; give a text or a .json file with messages")
+        if not Path(path).stat().st_size:
+            raise UsageError(f"--pin {path}: is empty; write a text or messages into it")
     if engine_options.draft:
         Artefact.open(engine_options.draft)
     _ = app_options.keys, app_options.argument_examples  # the app finds them read

@@ -73,8 +73,8 @@ def test_what_cannot_be_pinned_is_one_line(artefact: Path, tmp_path: Path, capsy
     (empty := tmp_path / "empty").touch()
     command = [str(artefact), "--port", "18765", "--threads", "1", "--no-tune", "--context", "64"]
     for path, flags, message in (
-        (tmp_path / "missing", [], f"--pin {tmp_path / 'missing'}: no such file, or an empty one; give a text"),
-        (empty, [], f"--pin {empty}: no such file, or an empty one"),
+        (tmp_path / "missing", [], f"--pin {tmp_path / 'missing'}: no such file; give a text"),
+        (empty, [], f"--pin {empty}: is empty"),
         (malformed, [], f"--pin {malformed}: cannot be read: "),
         (wrong, [], f"--pin {wrong}: messages.0.role"),
         (text, ["--parallel", "1"], "--pin: a pinned prompt needs a sequence of its own"),
