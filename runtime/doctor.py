@@ -25,6 +25,7 @@ from .base.user_cache import commit
 
 ENGINES = {
     "llama.cpp": ("llama-cpp-python", "llama_cpp"),
+    "llama.cpp, binary": ("xllamacpp", "xllamacpp"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
     "executorch": ("executorch", "executorch.extension.pybindings.portable_lib"),
     "litert": ("litert-lm-api", "litert_lm"),
@@ -47,13 +48,13 @@ USES = {
     "export --target hf-uniform": ("export",),
     "export --target litert": ("litert",),
     "export --target openvino": ("openvino",),
-    "chat, serve, bench of a .gguf": ("gguf",),
+    "chat, serve, bench of a .gguf": ("gguf-binary|gguf",),
     "chat, serve, bench of an ONNX folder": ("onnx",),
     "chat, serve, bench of a .pte": ("executorch",),
     "serve": ("server",),
     "bench, report": ("bench",),
 }
-"""Command -> the extras that it needs. Commands that are not listed need none."""
+"""Command -> the extras that it needs, one of those between |. Commands that are not listed need none."""
 
 X86_FEATURES = {
     "AMX": {"amx_tile"},
@@ -74,7 +75,7 @@ if torch.backends.mps.is_available():
 print(json.dumps(found))
 """
 
-COMPARISONS = {">=": operator.ge, "<": operator.lt}
+COMPARISONS = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
 """The operators in the requirements of pyproject.toml."""
 
 
@@ -117,7 +118,7 @@ def requirements() -> dict[str, dict[str, str]]:
 
 def is_within(version: str, version_range: str) -> bool:
     """Return whether `version` is in a range such as "<6,>=5.24". Suffixes such as +cpu do not count."""
-    parts = re.findall(r"(>=|<)([\d.]+)", version_range)
+    parts = re.findall(r"(>=|<|==)([\d.]+)", version_range)
     return bool(version) and all(COMPARISONS[sign](_numbers(version), _numbers(bound)) for sign, bound in parts)
 
 
@@ -133,14 +134,20 @@ def needs() -> dict[str, dict[str, Any]]:
     for use, extras in USES.items():
         missing: dict[str, str] = {}
         lacking = []
-        for extra in extras:
-            lacks = {name: wanted for name, wanted in known[extra].items() if not is_within(version_of(name), wanted)}
-            if lacks:
+        for alternatives in extras:
+            lacks = {extra: _lacks(known[extra]) for extra in alternatives.split("|")}
+            extra = min(lacks, key=lambda name: len(lacks[name]))
+            if lacks[extra]:
                 lacking.append(extra)
-                missing |= lacks
+                missing |= lacks[extra]
         install = install_command(",".join(lacking)) if lacking else ""
         found[use] = {"missing": [name + wanted for name, wanted in missing.items()], "install": install}
     return found
+
+
+def _lacks(wanted: Mapping[str, str]) -> dict[str, str]:
+    """Return those of {distribution: version range} that are not installed, or outdated."""
+    return {name: versions for name, versions in wanted.items() if not is_within(version_of(name), versions)}
 
 
 def cpu() -> dict[str, Any]:

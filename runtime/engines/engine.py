@@ -13,6 +13,7 @@ from ..base import flags
 from ..base.errors import ArtefactError, EfficientLLMError, UsageError
 from .artefact import Artefact
 from .draft_model import DraftModel
+from .llama_library import llama_package, load_llama
 from .memory import trim_heap
 from .probe import probe_artefact
 from .protocol import Engine
@@ -93,17 +94,9 @@ class EngineOptions:
         return self.parallel or 1
 
 
-PACKAGES = {
-    "llama.cpp": "llama-cpp-python",
-    "onnxruntime": "onnxruntime",
-    "executorch": "executorch",
-}
-"""Engine name -> its distribution."""
-
-
 def engine_version(name: str) -> str:
     """Return "PACKAGE VERSION" of an engine, "" for a plug-in's or one that is not installed."""
-    package = PACKAGES.get(name)
+    package = llama_package() if name == "llama.cpp" else name if name in ENGINES else ""
     try:
         return f"{package} {version(package)}" if package else ""
     except PackageNotFoundError:
@@ -111,12 +104,12 @@ def engine_version(name: str) -> str:
 
 
 def _llama_cpp_build() -> str:
-    import llama_cpp
-
-    parts = [llama_cpp.llama_print_system_info().decode().strip(" |")]
+    llama = load_llama()
+    parts = [llama.llama_print_system_info().decode().strip(" |")]
+    # Only ggml itself reports both, since 2025. llama-cpp-python has no function for them.
+    library = llama.llama_cpp._lib if llama_package() == "llama-cpp-python" else llama
     for name in ("version", "commit"):
-        # Only ggml itself reports both, since 2025. The Python package has no function for them.
-        function = getattr(llama_cpp.llama_cpp._lib, f"ggml_{name}", None)
+        function = getattr(library, f"ggml_{name}", None)
         if function is not None:
             function.restype = ctypes.c_char_p
             parts.append(f"ggml {name} {function().decode()}")

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..base.cpu_load import FreeCores
 from ..base.errors import ArtefactError
+from .llama_library import load_llama
 from .protocol import CacheFullError, Chunk, EvaluationInterrupted, Pooling
 
 
@@ -56,6 +57,9 @@ EMBEDDING_PASS_TOKENS = 64
 _ENABLED, _DISABLED = 1, 0
 """enum llama_flash_attn_type"""
 
+_POOLING_TYPE_NONE = 0
+"""enum llama_pooling_type"""
+
 _GGML_TYPES: dict[CacheType, int] = {"f32": 0, "f16": 1, "q8_0": 8}
 """enum ggml_type"""
 
@@ -88,9 +92,7 @@ class LlamaContext:
 
     def __init__(self, model: Any, threads: int, attention: AttentionSettings, slots: int, num_sequences: int) -> None:
         """Create a context of `model`, a llama_model pointer that must outlive it."""
-        import llama_cpp
-
-        llama: Any = llama_cpp
+        llama = load_llama()
         self._llama = llama
         self.threads = threads
         """Threads of a pass."""
@@ -227,15 +229,13 @@ def embed(model: Any, threads: int, tokens: Sequence[int], pooling: Pooling) -> 
 
     `model` is a llama_model pointer.
     """
-    import llama_cpp
-
-    llama: Any = llama_cpp
+    llama = load_llama()
     # in a context of its own, so that no cache of a chat changes
     parameters = llama.llama_context_default_params()
     parameters.n_ctx = len(tokens)
     parameters.n_batch = parameters.n_ubatch = EMBEDDING_PASS_TOKENS
     parameters.n_threads = parameters.n_threads_batch = threads
-    parameters.embeddings, parameters.pooling_type = True, llama.LLAMA_POOLING_TYPE_NONE
+    parameters.embeddings, parameters.pooling_type = True, _POOLING_TYPE_NONE
     context = llama.llama_init_from_model(model, parameters)
     if not context:
         raise ArtefactError(f"llama.cpp makes no context of {len(tokens)} tokens; shorten the text")

@@ -1,4 +1,4 @@
-"""The llama.cpp engine for any GGUF file, through the C functions of llama-cpp-python."""
+"""The llama.cpp engine for any GGUF file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import numpy as np
 
 from ..base.cpu_load import FreeCores
 from ..base.errors import ArtefactError
-from ..base.extras import extra
 from .artefact import check_mark
 from .engine import EngineOptions, context_length, engine_build, engine_version
 from .llama_context import LlamaContext, embed
+from .llama_library import load_llama
 from .manifest import Manifest
 from .memory import huge_pages, trim_heap
 from .protocol import Chunk, Pooling
@@ -32,6 +32,12 @@ LOGITS_PASS_TOKENS = 64
 
 SHARED_CONTEXTS = 2
 """Number of whole context windows that the caches of several chats share by default."""
+
+_LOAD_MODE_NONE, _LOAD_MODE_MMAP = 0, 1
+"""enum llama_load_mode"""
+
+_CONTROL_OR_UNKNOWN = 1 << 3 | 1 << 0
+"""Bits of enum llama_token_attr"""
 
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -52,11 +58,9 @@ class LlamaCppEngine:
     """Size of the draft model in memory."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
-        with extra("gguf", "llama-cpp-python"):
-            import llama_cpp
+        self._llama: Any = load_llama()
         check_mark(path)
-        self._llama: Any = llama_cpp
-        llama_cpp.llama_log_set(_drop_log_line, ctypes.c_void_p(0))
+        self._llama.llama_log_set(_drop_log_line, ctypes.c_void_p(0))
         began = time.perf_counter()
         with huge_pages(options.huge_pages):
             self._model = _load(path, options.memory_map)
@@ -64,9 +68,9 @@ class LlamaCppEngine:
         try:
             self._make_context(path, options)
         except BaseException:
-            llama_cpp.llama_model_free(self._model)
+            self._llama.llama_model_free(self._model)
             raise
-        self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocab: Any = self._llama.llama_model_get_vocab(self._model)
         self._read_vocabulary()
 
     def _make_context(self, path: Path, options: EngineOptions) -> None:
@@ -114,9 +118,8 @@ class LlamaCppEngine:
         self.bos_token = self._text_of(llama.llama_vocab_bos(vocab))
         self.eos_token = self._text_of(llama.llama_vocab_eos(vocab))
         self.adds_bos = bool(llama.llama_vocab_get_add_bos(vocab))
-        control = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
         tokens = range(self.vocab_size)
-        control_tokens = [token for token in tokens if llama.llama_vocab_get_attr(vocab, token) & control]
+        control_tokens = [token for token in tokens if llama.llama_vocab_get_attr(vocab, token) & _CONTROL_OR_UNKNOWN]
         self.control_texts = frozenset(map(self._text_of, control_tokens)) - {""}
 
     def _metadata(self, key: str) -> str:
@@ -196,11 +199,10 @@ class LlamaCppEngine:
 
 def _load(path: Path, memory_map: bool) -> Any:
     """Load the file at `path` and return its llama_model pointer."""
-    import llama_cpp
-
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if memory_map else llama_cpp.LLAMA_LOAD_MODE_NONE
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    llama = load_llama()
+    parameters = llama.llama_model_default_params()
+    parameters.load_mode = _LOAD_MODE_MMAP if memory_map else _LOAD_MODE_NONE
+    model = llama.llama_model_load_from_file(str(path).encode(), parameters)
     if not model:
         raise ArtefactError(
             f"{path} is damaged or of an architecture that this llama.cpp does not know; export it again"
