@@ -107,8 +107,8 @@ def find_only(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("2026.9.1", r"xllamacpp 2026\.9\.1 is installed, not 2026\.\S+; install that version"),
-        (llama_library.BINARY_VERSION, r"xllamacpp cannot be loaded: .*file too short; install the extra gguf instead"),
+        ("2026.9.1", r"xllamacpp 2026\.9\.1 is installed, not 2026\.\S+; run: pip install .*\[gguf-binary\]"),
+        (llama_library.BINARY_VERSION, r"xllamacpp cannot be loaded: .*file too short; run: pip install .*\[gguf\]"),
     ],
 )
 def test_another_release_is_refused(

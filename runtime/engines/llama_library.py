@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..base.errors import MissingExtraError, UsageError
+from ..base.errors import MissingExtraError, UsageError, install_command
 
 PACKAGES = {"llama_cpp": "llama-cpp-python", "xllamacpp": "xllamacpp"}
 """Module -> its distribution. The first installed one is used."""
@@ -130,12 +130,13 @@ def load_llama() -> Any:
         raise MissingExtraError("llama.cpp", "gguf" if sys.platform == "win32" else "gguf-binary")
     installed = importlib.metadata.version("xllamacpp")
     if installed != BINARY_VERSION:  # another llama.cpp has other structures, which ctypes does not notice
-        raise UsageError(f"xllamacpp {installed} is installed, not {BINARY_VERSION}; install that version")
+        command = install_command("gguf-binary")
+        raise UsageError(f"xllamacpp {installed} is installed, not {BINARY_VERSION}; run: {command}")
     (path,) = Path(str(package.origin)).parent.glob("xllamacpp*.so")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise UsageError(f"xllamacpp cannot be loaded: {error}; install the extra gguf instead") from error
+        raise UsageError(f"xllamacpp cannot be loaded: {error}; run: {install_command('gguf')}") from error
     types = c_types()
     functions = {}
     for signature, *names in (line.split() for line in FUNCTIONS.strip().splitlines()):
