@@ -137,8 +137,8 @@ def test_scores_of_the_real_source_equal_lm_evals(tmp_path: Path) -> None:
     if not (SHARED_DATA / "eval").is_dir():
         pytest.skip("no evaluation data; set EFFICIENTLLM_DATA to the folder that holds eval/")
     save_checkpoint(*load_source(str(demo_source_path())), tmp_path / "source")
-    ours = run_task("arc_easy", torch_model(tmp_path / "source"), SHARED_DATA / "eval", 12, ScoreCache())
-    theirs = score_by_lm_eval(tmp_path / "source", "arc_easy", SHARED_DATA / "eval", 12)
+    ours = run_task("arc_easy", torch_model(tmp_path / "source"), SHARED_DATA / "eval", 4, ScoreCache())
+    theirs = score_by_lm_eval(tmp_path / "source", "arc_easy", SHARED_DATA / "eval", 4)
     metrics = set(ours.values) - {GOLD}
     assert {name: ours.mean(name) for name in metrics} == pytest.approx({name: theirs[name] for name in metrics})
 

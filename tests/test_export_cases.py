@@ -18,7 +18,7 @@ from efficientllm.train.model.architecture import LayerShape
 
 SEED = 1
 FAST = {"gguf": 4, "onnx": 12, "executorch": 0, "openvino": 0}
-CASES = {"gguf": 12, "onnx": 48, "executorch": 2, "openvino": 4}
+CASES = {"gguf": 12, "onnx": 48, "executorch": 1, "openvino": 4}
 """Target -> its cases (CASES), and those that are not marked slow."""
 REFUSALS = ("cannot store; choose onnx", "no rotary embedding in every fourth layer")
 """Parts of the messages about models that llama.cpp's architectures cannot hold."""

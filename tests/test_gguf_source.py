@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_the_demo_source_keeps_its_tokenizer() -> None:
     texts = [sample_text(), "In 1928, 12345 67 and 3.14159,  100,000 x1 2y  3"]
     if SHARED_TEXT.is_file():
         with gzip.open(SHARED_TEXT, "rt") as stream:
-            texts += [json.loads(line)["text"] for line in stream]
+            texts += [json.loads(line)["text"] for line in islice(stream, 12)]
     _, tokenizer = load_source("demo")
     expected = probe(path, [1, 2, 3], texts).token_ids
     for text, ids in zip(texts, expected, strict=True):
