@@ -36,6 +36,9 @@ def folders(run_folder: Path) -> list[Path]:
     return [run_folder / "sizes" / "0.8", run_folder / "sizes" / "0.7", run_folder]
 
 
+pytestmark = pytest.mark.xdist_group("sizes")  # one worker trains the family
+
+
 @pytest.fixture(scope="module")
 def files(family: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The GGUF of each size."""

@@ -13,6 +13,8 @@ pytest.importorskip("home_assistant_intents")
 
 from research.jobs import home
 
+pytestmark = pytest.mark.xdist_group("home job")  # one worker reads the templates, which takes seconds
+
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

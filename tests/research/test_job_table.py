@@ -19,6 +19,8 @@ from research.jobs import home
 from research.jobs.baselines import classifier_answers, matcher_answers, request_of, score
 from research.jobs.table import HEADER, Row, draw
 
+pytestmark = pytest.mark.xdist_group("home job")  # as in test_home_job.py
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
