@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from ...runtime.base.errors import ModelError
@@ -12,54 +11,31 @@ from ...train.model.file_types import pre_tokenizer_name, steps_of
 from ..checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class GgufTokenizer:
-    """Fields under tokenizer.ggml."""
-
-    model: str
-    """gpt2 (byte-level BPE) or llama (SentencePiece)."""
-    pre: str
-    """llama.cpp's name of the pre-tokenizer."""
-    tokens: list[str]
-    token_types: list[int]
-    """gguf.TokenType of each token."""
-    merges: list[str] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    bos_id: int | None = None
-    eos_id: int | None = None
-    unk_id: int | None = None
-    pad_id: int | None = None
-    eot_id: int | None = None
-    """A second end-of-generation token, if the model has one."""
-    add_bos: bool = False
-    add_space_prefix: bool = False
-    chat_template: str | None = None
-
-
-def read_tokenizer(checkpoint: Checkpoint) -> GgufTokenizer:
-    """Convert the checkpoint's tokenizer. Raises ModelError if llama.cpp has no equivalent."""
+def add_tokenizer(writer: Any, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint's tokenizer under tokenizer.ggml. Raises ModelError if llama.cpp has no equivalent."""
     data = checkpoint.tokenizer_data
-    if data["model"]["type"] != "BPE":
-        raise ModelError(f"tokenizer type {data['model']['type']} is not supported for gguf; BPE and SentencePiece are")
-    vocab_size = checkpoint.architecture.vocab_size
-    tokens, types = _tokens(data, vocab_size)
     model = data["model"]
-    special = _special_ids(checkpoint, tokens)
-    ends = checkpoint.end_of_generation_ids
-    common: dict[str, Any] = {
-        "tokens": tokens,
-        "token_types": types,
-        **special,
-        "eot_id": next((i for i in ends if i != special["eos_id"]), None),
-        "add_bos": _adds_bos(data, tokens, special["bos_id"]),
-        "chat_template": checkpoint.chat_template,
-    }
-    if model.get("byte_fallback"):
+    if model["type"] != "BPE":
+        raise ModelError(f"tokenizer type {model['type']} is not supported for gguf; BPE and SentencePiece are")
+    tokens, types = _tokens(data, checkpoint.architecture.vocab_size)
+    is_sentencepiece = bool(model.get("byte_fallback"))
+    writer.add_tokenizer_model("llama" if is_sentencepiece else "gpt2")  # gpt2 is byte-level BPE
+    writer.add_tokenizer_pre("default" if is_sentencepiece else pre_tokenizer_name(data))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if is_sentencepiece:
         # BPE of SentencePiece models: merge order is id order, which is what scores of -id say
-        scores = [-float(index) for index in range(len(tokens))]
-        return GgufTokenizer("llama", "default", scores=scores, add_space_prefix=_adds_space(data), **common)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return GgufTokenizer("gpt2", pre_tokenizer_name(data), merges=merges, **common)
+        writer.add_token_scores([-float(index) for index in range(len(tokens))])
+    elif model["merges"]:
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    ids = _special_ids(checkpoint, tokens)
+    for name, index in ids.items():
+        if index is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_bos_token(_adds_bos(data, tokens, ids["bos"]))
+    writer.add_add_space_prefix(is_sentencepiece and _adds_space(data))
+    if checkpoint.chat_template:
+        writer.add_chat_template(checkpoint.chat_template)
 
 
 def _tokens(data: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -85,11 +61,14 @@ def _tokens(data: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]
 
 
 def _special_ids(checkpoint: Checkpoint, tokens: list[str]) -> dict[str, int | None]:
+    """Return the ids of bos, eos, unk, pad and eot. The last is a second end-of-generation token, if there is one."""
     settings = read_settings(checkpoint.folder)
     index = {token: i for i, token in enumerate(tokens)}
-    configured = {"bos": checkpoint.bos_id, "eos": next(iter(checkpoint.end_of_generation_ids), None)}
+    ends = checkpoint.end_of_generation_ids
+    configured = {"bos": checkpoint.bos_id, "eos": next(iter(ends), None)}
     names = ("bos", "eos", "unk", "pad")
-    return {f"{name}_id": index.get(special_token(settings, name), configured.get(name)) for name in names}
+    ids = {name: index.get(special_token(settings, name), configured.get(name)) for name in names}
+    return {**ids, "eot": next((i for i in ends if i != ids["eos"]), None)}
 
 
 def _adds_bos(data: dict[str, Any], tokens: list[str], bos_id: int | None) -> bool:

@@ -19,7 +19,7 @@ from ..checkpoint import Checkpoint
 from ..padding import padded_tensors
 from .layout import PER_LAYER_WIDTHS, GgufPlan
 from .quantize import file_type
-from .tokenizer import GgufTokenizer, read_tokenizer
+from .tokenizer import add_tokenizer
 
 
 def add_metadata(writer: Any, checkpoint: Checkpoint) -> None:
@@ -51,7 +51,7 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
         import gguf
     writer = gguf.GGUFWriter(path, plan.name)
     _add_fields(writer, checkpoint, plan)
-    _add_tokenizer(writer, read_tokenizer(checkpoint))
+    add_tokenizer(writer, checkpoint)
     num_bytes = 0
     for name, array in _tensors(checkpoint, plan):
         writer.add_tensor(name, np.ascontiguousarray(array))
@@ -155,27 +155,3 @@ def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
 def _rotary_dim(checkpoint: Checkpoint) -> int:
     """Return the rotated channels of a head, in layers with a rotary embedding."""
     return max(settings.rotary_dim for settings in checkpoint.attention)
-
-
-def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer) -> None:
-    writer.add_tokenizer_model(tokenizer.model)
-    writer.add_tokenizer_pre(tokenizer.pre)
-    writer.add_token_list(tokenizer.tokens)
-    writer.add_token_types(tokenizer.token_types)
-    if tokenizer.merges:
-        writer.add_token_merges(tokenizer.merges)
-    if tokenizer.scores:
-        writer.add_token_scores(tokenizer.scores)
-    for value, add in (
-        (tokenizer.bos_id, writer.add_bos_token_id),
-        (tokenizer.eos_id, writer.add_eos_token_id),
-        (tokenizer.unk_id, writer.add_unk_token_id),
-        (tokenizer.pad_id, writer.add_pad_token_id),
-        (tokenizer.eot_id, writer.add_eot_token_id),
-    ):
-        if value is not None:
-            add(value)
-    writer.add_add_bos_token(tokenizer.add_bos)
-    writer.add_add_space_prefix(tokenizer.add_space_prefix)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
