@@ -23,6 +23,7 @@ from ..train.model.irregular import irregular_config
 from ..train.model.modeling_efficientllm import CAUSAL_LM_CLASSES, stem_config
 from ..train.model.tensors import EMBEDDING, HEAD
 from .checkpoint import Checkpoint
+from .padding import padded_tensors
 from .request import ExportRequest, RoundingOptions
 from .verification import (
     MAX_EXACT_DIFFERENCE,
@@ -169,7 +170,7 @@ def check_written(
     runs: list[EngineRun],
     stored: StoredWeights | None,
 ) -> dict[str, dict[str, object]]:
-    """Compare runs of a file with torch, on the file's own weights, or on the checkpoint's without `stored` (f32).
+    """Compare runs of a file with torch, on its own weights, or on the checkpoint's without `stored` (f32).
 
     Returns the results for the manifest. The first run is stepwise. Raises ArtefactError beyond a limit.
     """
@@ -177,11 +178,11 @@ def check_written(
     if stored is None:
         source = Reference(sample.logits, sample.logits, own_error=sample.own_error)
         return {"exact": agreement.to_dict(), "codes": check_runs(source, runs, "the checkpoint's", target)}
-    weights = check_weights(((each, checkpoint.tensor(each)) for each in stored.tensors), stored, target)
+    weights = check_weights(padded_tensors(checkpoint, stored.architecture), stored, target)
     codes = check_runs(reference_logits(checkpoint, stored, sample.tokens), runs, stored.origin, target)
     name, kind = written.quantize, written.kind
-    request.say(f"verified {name} {kind} against torch on the file's own weights, {len(runs)} runs")
-    if agreement.mean_kl > 0.2:
+    request.say(f"verified {name} {kind} against torch on its own weights, {len(runs)} runs")
+    if agreement.mean_kl > written.doubtful:
         request.say(f"warning: {name} has a mean KL of {agreement.mean_kl:.2f}; int8 is the safe choice")
     return {"weights": weights, "codes": codes, "quantized": agreement.to_dict()}
 

@@ -244,6 +244,8 @@ class Written:
     """The target's name of its file."""
     quantize: str
     """Weight type; f32 must be exact."""
+    doubtful: float = math.inf
+    """Mean KL beyond which a warning recommends int8."""
 
 
 class Stepwise(Protocol):

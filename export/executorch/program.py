@@ -26,10 +26,10 @@ from ..calibration import input_grams
 from ..checkpoint import Checkpoint
 from ..exporter_config import ExecutorchDecoderConfig
 from ..manifest import Contents, copy_tokenizer
-from ..padding import pad_rows, padded_tensors, padding_notes
-from ..parity import Reference, check_runs, check_weights, reference_logits
+from ..padding import pad_rows, padding_notes
+from ..parity import check_written
 from ..request import ExportRequest, log
-from ..verification import StoredWeights, Written, check_stepwise, run_chunks, step_through, torch_sample
+from ..verification import StoredWeights, Written, run_chunks, step_through, torch_sample
 from .options import ExecutorchOptions
 from .quantize import ALIGNMENT, WeightFormat, given_weights, quantize_decoder, weight_format
 from .reader import read_weights
@@ -218,13 +218,5 @@ def _verify(
         return EngineScheduler(ExecuTorchEngine(folder / MODEL_FILE, EngineOptions()))
 
     runs = [step_through(load(), sample.tokens), run_chunks(load(), sample.tokens)]
-    agreement = check_stepwise(runs[0], sample, Written("executorch", "program", plan.quantize), request)
-    if plan.quantize == "f32":
-        source = Reference(sample.logits, sample.logits, own_error=sample.own_error)
-        return {"exact": agreement.to_dict(), "codes": check_runs(source, runs, "the checkpoint's", "executorch")}
-    weights = check_weights(padded_tensors(checkpoint, plan.architecture), stored, "executorch")
-    stored = read_weights(folder / MODEL_FILE, stored)
-    own_weights = reference_logits(checkpoint, stored, sample.tokens)
-    codes = check_runs(own_weights, runs, stored.origin, "executorch")
-    request.say(f"verified {plan.quantize} program against torch on its own weights, {len(runs)} runs")
-    return {"weights": weights, "codes": codes, "quantized": agreement.to_dict()}
+    own = None if plan.quantize == "f32" else read_weights(folder / MODEL_FILE, stored)
+    return check_written(checkpoint, request, Written("executorch", "program", plan.quantize), sample, runs, own)

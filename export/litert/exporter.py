@@ -27,7 +27,7 @@ from ..manifest import Contents, write_manifest
 from ..padding import padded_tensors
 from ..request import ExportRequest, RoundingOptions, log
 from ..targets import Exporter
-from ..verification import REPORT, StoredWeights, Written, check_stepwise, run_chunks, step_through, torch_sample
+from ..verification import REPORT, StoredWeights, Written, run_chunks, step_through, torch_sample
 
 MODEL_FILE = "model.litertlm"
 
@@ -82,24 +82,15 @@ def _verify(
 ) -> dict[str, dict[str, object]]:
     """Compare the program with torch on its own weights, and LiteRT-LM's greedy text with the program's."""
     with extra("train"):
-        from ..parity import Reference, check_runs, check_weights, reference_logits
+        from ..parity import check_written
     quantize = request.options.quantize
     sample = torch_sample(checkpoint, request.options.max_context)
     short, long = PREFILL_LENGTHS  # every signature of the file runs in one of them
     in_chunks = run_chunks(TfliteDecoder(tflite, short), sample.tokens)
     stepwise = step_through(TfliteDecoder(tflite, long), sample.tokens)
-    runs = [in_chunks, stepwise]
-    agreement = check_stepwise(stepwise, sample, Written("litert", "program", quantize), request)
-    if quantize == "f32":
-        source = Reference(sample.logits, sample.logits, own_error=sample.own_error)
-        codes = check_runs(source, runs, "the checkpoint's", "litert")
-        results: dict[str, dict[str, object]] = {"exact": agreement.to_dict(), "codes": codes}
-    else:
-        stored = read_weights(tflite, checkpoint)
-        weights = check_weights(padded_tensors(checkpoint, stored.architecture), stored, "litert")
-        codes = check_runs(reference_logits(checkpoint, stored, sample.tokens), runs, stored.origin, "litert")
-        request.say(f"verified {quantize} program against torch on its own weights, {len(runs)} runs")
-        results = {"weights": weights, "codes": codes, "quantized": agreement.to_dict()}
+    stored = None if quantize == "f32" else read_weights(tflite, checkpoint)
+    written = Written("litert", "program", quantize)
+    results = check_written(checkpoint, request, written, sample, [stepwise, in_chunks], stored)
     with (folder / MODEL_FILE).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bundle:
         if bundle.find(tflite.read_bytes()) < 0:
             raise ArtefactError(f"litert: {MODEL_FILE} does not hold the program that was verified")
