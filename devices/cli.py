@@ -12,6 +12,7 @@ from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_file
+from ..runtime.base.quantities import print_rows
 from ..runtime.engines.artefact import ARTEFACT_HELP
 from ..runtime.latency.profile import DeviceProfile
 from . import run_table
@@ -68,7 +69,7 @@ def body(argv: Sequence[str]) -> int:
         else:
             run_table.print_table(run)
         if prediction is not None:
-            run_table.print_rows(run_table.prediction_rows(run, prediction), left=(0, 1))
+            print_rows(run_table.prediction_rows(run, prediction), left=(0, 1))
     if profile_path:
         with contextlib.closing(open_device(device_options, log_progress)) as device:
             print(summary(profile(device, options, profile_options, profile_path, log_progress)))

@@ -10,9 +10,9 @@ from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_file
+from ..runtime.base.quantities import print_rows
 from .report_page import cells, entries, headline, is_page, write_page
 from .results import Run
-from .run_table import print_rows
 
 TERMINAL_COLUMNS = ("artefact", "device", "decode t/s", "prefill t/s", "on disk", "peak memory", "mean KL")
 

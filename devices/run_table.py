@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Sequence
 
 from ..runtime.base.errors import UsageError
-from ..runtime.base.quantities import Figure, format_bytes, format_count, markdown_table
+from ..runtime.base.quantities import Figure, format_bytes, format_count, markdown_table, print_rows
 from ..runtime.latency.profile import DeviceProfile
 from ..runtime.latency.shape import DecoderShape
 from .results import DeviceInfo, Result, Run, mean_context
@@ -134,17 +131,6 @@ def _perplexity_lines(results: Sequence[Result]) -> list[str]:
         except (AttributeError, KeyError, TypeError, ValueError):  # a manifest of another kind
             continue
     return []
-
-
-def print_rows(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> None:
-    """Print a table with a header, at least 100 characters wide. Columns outside `left` are right-aligned."""
-    header, *body = rows
-    table = Table(box=None, pad_edge=False)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index in left else "right", overflow="fold")
-    for row in body:
-        table.add_row(*row)
-    Console(width=max(Console().width, 100), markup=False).print(table)
 
 
 def print_table(run: Run) -> None:

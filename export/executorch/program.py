@@ -30,10 +30,9 @@ from ..padding import pad_rows, padding_notes
 from ..parity import check_written
 from ..request import ExportRequest, log
 from ..verification import StoredWeights, Written, run_chunks, step_through, torch_sample
-from .options import ExecutorchOptions
+from .options import ExecutorchOptions, Recipe, find_recipe
 from .quantize import ALIGNMENT, WeightFormat, given_weights, quantize_decoder, weight_format
 from .reader import read_weights
-from .recipes import Recipe, find_recipe
 from .static_decoder import StaticDecoder
 
 

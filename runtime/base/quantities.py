@@ -110,6 +110,24 @@ def markdown_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) 
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, marks, *body))
 
 
+def print_rows(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), narrow_width: int = 100) -> None:
+    """Print a table of `rows`, header first. Columns that are not in `left` are aligned to the right.
+
+    A terminal of less than 100 characters gets lines of `narrow_width`.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    header, *body = rows
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index in left else "right", overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    width = Console().width
+    Console(width=width if width >= 100 else narrow_width, markup=False).print(table)
+
+
 @dataclass(frozen=True)
 class Figure:
     """Median and quartiles of a quantity over all repetitions."""

@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from ...runtime.base import flags
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
@@ -19,7 +16,7 @@ from ...runtime.base.files import write_json_atomically, write_text_atomically
 from ...runtime.base.model_names import may_be_hub_id, source_path
 from ...runtime.base.output import check_place
 from ...runtime.base.progress import ProgressDisplay
-from ...runtime.base.quantities import markdown_table
+from ...runtime.base.quantities import markdown_table, print_rows
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.contract_text import ALL_TEXTS, with_bits
 from .evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
@@ -152,17 +149,6 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     return f"{markdown_table(rows(evaluations))}\n\n{note}.\n"
 
 
-def _print_table(evaluations: Sequence[Evaluation]) -> None:
-    header, *body = rows(evaluations)
-    table = Table(box=None, pad_edge=False)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in body:
-        table.add_row(*row)
-    console = Console()
-    (console if console.width >= 100 else Console(width=140)).print(table)
-
-
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
         EvalConfig,
@@ -234,7 +220,7 @@ def body(argv: Sequence[str]) -> int:
     for path, each in zip(written, evaluations[first_written:], strict=store):
         source = evaluations[0] if each is not evaluations[0] else None
         write_score(path, job_score(each, source, config.measures, config.compute))
-    _print_table(evaluations)
+    print_rows(rows(evaluations), narrow_width=140)
     print(f"\nresults: {output / 'results.json'}")
     return 0
 
