@@ -15,7 +15,7 @@ import torch
 from optimum.exporters.base import ExporterConfig
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedTextConfig
-from optimum.utils.input_generators import DummyInputGenerator, DummyPastKeyValuesGenerator
+from optimum.utils.input_generators import DummyInputGenerator
 
 from ..train.model.architecture import FAMILIES, Architecture
 
@@ -31,9 +31,9 @@ class NormalizedIrregularConfig(NormalizedTextConfig):
 
 
 class DummyDecoderGenerator(DummyInputGenerator):
-    """Dummy tokens, their mask and their position."""
+    """Dummy tokens, their mask and their position, and caches [B, G_i, P, D], one pair for a layer with attention."""
 
-    SUPPORTED_INPUT_NAMES = ("input_ids", "attention_mask", "tokens", "input_pos")
+    SUPPORTED_INPUT_NAMES = ("input_ids", "attention_mask", "tokens", "input_pos", "past_key_values.")
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class DummyDecoderGenerator(DummyInputGenerator):
         past_length: int = 5,
         **kwargs: Any,
     ) -> None:
-        self.vocab_size = normalized_config.architecture.vocab_size
+        self.architecture = normalized_config.architecture
         self.batch_size, self.sequence_length, self.past_length = batch_size, sequence_length, past_length
 
     def generate(
@@ -54,33 +54,12 @@ class DummyDecoderGenerator(DummyInputGenerator):
             return torch.ones(self.batch_size, self.past_length + self.sequence_length, dtype=torch.int64)
         if input_name == "input_pos":
             return torch.zeros(1, dtype=torch.int64)
-        shape = [self.batch_size, self.sequence_length]
-        return self.random_int_tensor(shape, max_value=self.vocab_size, framework=framework, dtype=int_dtype)
-
-
-class DummyPerLayerPastGenerator(DummyPastKeyValuesGenerator):
-    """Dummy caches [B, G_i, P, D], one pair for every layer with attention."""
-
-    def __init__(
-        self,
-        task: str,
-        normalized_config: NormalizedIrregularConfig,
-        batch_size: int = 2,
-        past_length: int = 5,
-        **kwargs: Any,
-    ) -> None:
-        self.architecture = normalized_config.architecture
-        self.batch_size, self.past_length = batch_size, past_length
-
-    def supports_input(self, input_name: str) -> bool:
-        return input_name.startswith("past_key_values.")
-
-    def generate(  # type: ignore[override]  # optimum's gives a list; this input is one tensor
-        self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
-    ) -> Any:
-        heads = self.architecture.layers[int(input_name.split(".")[1])].num_key_value_heads
-        shape = [self.batch_size, heads, self.past_length, self.architecture.head_dim]
-        return self.random_float_tensor(shape, framework=framework, dtype=float_dtype)
+        if input_name.startswith("past_key_values."):
+            heads = self.architecture.layers[int(input_name.split(".")[1])].num_key_value_heads
+            shape = [self.batch_size, heads, self.past_length, self.architecture.head_dim]
+            return self.random_float_tensor(shape, framework=framework, dtype=float_dtype)
+        shape, vocab_size = [self.batch_size, self.sequence_length], self.architecture.vocab_size
+        return self.random_int_tensor(shape, max_value=vocab_size, framework=framework, dtype=int_dtype)
 
 
 class DecoderConfig(ExporterConfig):
@@ -88,7 +67,7 @@ class DecoderConfig(ExporterConfig):
 
     NORMALIZED_CONFIG_CLASS = NormalizedIrregularConfig
     ATOL_FOR_VALIDATION = 1e-3
-    DUMMY_INPUT_GENERATOR_CLASSES = (DummyDecoderGenerator, DummyPerLayerPastGenerator)
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyDecoderGenerator,)
     SUPPORTS_PAST = True
 
     def __init__(self, config: Any, task: str = "text-generation", use_past: bool = True, **kwargs: Any) -> None:

@@ -19,8 +19,8 @@ from transformers import AutoConfig
 
 from ..runtime.base.errors import ArtefactError
 from ..runtime.doctor import cpu
-from ..train.model.irregular import irregular_config
-from ..train.model.modeling_efficientllm import CAUSAL_LM_CLASSES, stem_config
+from ..train.model.irregular import irregular_config, make_buffers
+from ..train.model.modeling_efficientllm import CAUSAL_LM_CLASSES
 from ..train.model.tensors import EMBEDDING, HEAD
 from .checkpoint import Checkpoint
 from .padding import padded_tensors
@@ -156,9 +156,7 @@ def _build(checkpoint: Checkpoint, stored: StoredWeights) -> Any:
     if architecture.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(stem_config(config))  # its buffers are not stored
-    if architecture.parts.scales_embedding:
-        model.model.embed_tokens.embed_scale = torch.tensor(stored.scales.embedding)
+    make_buffers(model)
     return model.eval()
 
 

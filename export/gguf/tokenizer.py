@@ -6,7 +6,7 @@ from typing import Any
 
 from ...runtime.base.errors import ModelError
 from ...runtime.base.extras import extra
-from ...runtime.engines.hf_tokenizer import read_settings, special_token
+from ...runtime.engines.hf_tokenizer import is_byte, read_settings, special_token
 from ...train.model.file_types import pre_tokenizer_name, steps_of
 from ..checkpoint import Checkpoint
 
@@ -49,7 +49,7 @@ def _tokens(data: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]
         tokens[index], types[index] = token, TokenType.NORMAL
     if data["model"].get("byte_fallback"):
         for index, token in enumerate(tokens):
-            if len(token) == 6 and token.startswith("<0x"):
+            if is_byte(token):
                 types[index] = TokenType.BYTE
     for added in data.get("added_tokens", []):
         tokens[added["id"]] = added["content"]

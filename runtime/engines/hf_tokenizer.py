@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,23 @@ class HfTokenizer:
         text = self._tokenizer.id_to_token(token)
         if text is None or token in self._special:
             return b""
-        if not self._is_sentencepiece:
-            alphabet = byte_alphabet()
-            # added tokens are stored as plain text, which may have characters outside the alphabet
-            known = all(character in alphabet for character in text)
-            return bytes(alphabet[character] for character in text) if known else text.encode("utf-8")
-        if len(text) == 6 and text.startswith("<0x"):  # a byte that no other token writes, such as <0x0A>
-            return bytes([int(text[3:5], 16)])
-        return text.replace("▁", " ").encode("utf-8")
+        return text_bytes(text, None if self._is_sentencepiece else byte_alphabet())
+
+
+def is_byte(text: str) -> bool:
+    """Return True if a SentencePiece token is a byte that no other token writes, such as <0x0A>."""
+    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+
+
+def text_bytes(text: str, alphabet: Mapping[str, int] | None) -> bytes:
+    """Return the UTF-8 bytes of a token's text in byte-level BPE with `alphabet`, or in SentencePiece without."""
+    if alphabet is not None:
+        # added tokens are stored as plain text, which may have characters outside the alphabet
+        known = all(character in alphabet for character in text)
+        return bytes(alphabet[character] for character in text) if known else text.encode("utf-8")
+    if is_byte(text):
+        return bytes([int(text[3:5], 16)])
+    return text.replace("▁", " ").encode("utf-8")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

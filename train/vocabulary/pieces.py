@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ...runtime.base.errors import ModelError, UsageError
-from ...runtime.engines.hf_tokenizer import byte_alphabet
+from ...runtime.engines.hf_tokenizer import byte_alphabet, is_byte, text_bytes
 from ..data.chat import ChatFormat, end_of_text_id, tokenize
 from .tokenizer_pruning import merges_of, named_token_ids
 
@@ -92,7 +92,7 @@ def read_pieces(data: Mapping[str, Any], num_rows: int) -> Pieces:
     fixed = {*added, *_unknown(model, vocab)}
     parts = {} if is_unigram else _parts_of_merges(merges_of(model), vocab)
     for text, index in vocab.items():
-        if _is_byte(text):
+        if is_byte(text):
             fixed.add(index)
         elif len(text) == 1:
             spelling = _byte_spelling(text, vocab) if model.get("byte_fallback") else None
@@ -112,16 +112,7 @@ def bytes_of_tokens(data: Mapping[str, Any]) -> dict[int, bytes]:
     is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
     alphabet = byte_alphabet() if is_byte_level else None
     texts = _texts_of(data["model"])
-    return {index: _bytes_of(text, alphabet) for index, text in texts.items() if index not in added}
-
-
-def _bytes_of(text: str, alphabet: Mapping[str, int] | None) -> bytes:
-    """Return the bytes of a token's text. In byte-level BPE each character of `alphabet` stands for a byte."""
-    if alphabet is not None and all(character in alphabet for character in text):
-        return bytes(alphabet[character] for character in text)
-    if _is_byte(text):
-        return bytes([int(text[3:5], 16)])
-    return text.replace(SPACE, " ").encode()
+    return {index: text_bytes(text, alphabet) for index, text in texts.items() if index not in added}
 
 
 def _texts_of(model: Mapping[str, Any]) -> dict[int, str]:
@@ -129,11 +120,6 @@ def _texts_of(model: Mapping[str, Any]) -> dict[int, str]:
     if model["type"] == "Unigram":
         return {index: text for index, (text, _) in enumerate(model["vocab"])}
     return {index: text for text, index in model["vocab"].items()}
-
-
-def _is_byte(text: str) -> bool:
-    """Return True if a SentencePiece token is a byte such as <0x0A>."""
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def _check(model: Mapping[str, Any]) -> None:
