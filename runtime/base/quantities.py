@@ -152,7 +152,6 @@ class Figure:
         """Return the number of decimals that shows two or three digits."""
         return 0 if self.median >= 20 else 1 if self.median >= 2 else 2
 
-    def describe(self, digits: int = 1, unit: str = "") -> str:
-        """Return 'median unit (low-high)'."""
-        unit = f" {unit}" if unit else ""
-        return f"{self.median:.{digits}f}{unit} ({self.low:.{digits}f}-{self.high:.{digits}f})"
+    def describe(self, digits: int = 1) -> str:
+        """Return 'median (low-high)'."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"

@@ -16,7 +16,6 @@ import numpy as np
 
 from ..base.cpu_load import FreeCores
 from ..base.errors import ArtefactError
-from .artefact import check_mark
 from .engine import EngineOptions, context_length, engine_build, engine_version
 from .llama_context import LlamaContext, embed
 from .llama_library import load_llama
@@ -59,7 +58,6 @@ class LlamaCppEngine:
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         self._llama: Any = load_llama()
-        check_mark(path)
         self._llama.llama_log_set(_drop_log_line, ctypes.c_void_p(0))
         began = time.perf_counter()
         with huge_pages(options.huge_pages):

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,10 @@ def _description(spec: DataSpec, encoder: Encoder) -> dict[str, str]:
     return {"corpus": corpus_fingerprint(spec.path), "tokenizer": digest}
 
 
-def write_tokens(spec: DataSpec, encoder: Encoder, report: Callable[[int], None] = lambda tokens: None) -> int:
+def write_tokens(spec: DataSpec, encoder: Encoder) -> int:
     """Tokenise a file or folder of text into its `token_folder`, and return the number of tokens.
 
-    `report` is called with the tokens so far. Raises UsageError or DataError.
+    Raises UsageError or DataError.
     """
     if not Path(spec.path).exists():
         raise UsageError(f"{spec.flag} {spec.path}: only local text is tokenised; write it to a file first")
@@ -60,7 +59,6 @@ def write_tokens(spec: DataSpec, encoder: Encoder, report: Callable[[int], None]
                     stream.write(ids.tobytes())
                     ends.append(ends[-1] + len(ids))
                     hashes.append(split_hash(document))
-                report(ends[-1])
         np.save(temporary / "ends.npy", np.asarray(ends, np.int64))
         np.save(temporary / "hashes.npy", np.asarray(hashes, np.uint64))
         write_json_atomically(temporary / "tokens.json", _description(spec, encoder))

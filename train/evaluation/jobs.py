@@ -310,12 +310,12 @@ class JobResult:
         return cls(**{name: value[name] for name in cls.__dataclass_fields__})
 
 
-def bootstrap_error(values: Sequence[float] | np.ndarray, seed: int = 0) -> float:
+def bootstrap_error(values: Sequence[float] | np.ndarray) -> float:
     """Return the standard deviation of the mean over seeded resamplings; NaN for fewer than two values."""
     known = np.asarray(values)[~np.isnan(values)]
     if len(known) < 2:
         return math.nan
-    draws = np.random.default_rng(seed).integers(len(known), size=(BOOTSTRAP_SAMPLES, len(known)))
+    draws = np.random.default_rng(0).integers(len(known), size=(BOOTSTRAP_SAMPLES, len(known)))
     return float(known[draws].mean(axis=1).std(ddof=1))
 
 
