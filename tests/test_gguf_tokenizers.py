@@ -92,11 +92,11 @@ def test_a_tokenizer_that_differs_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from efficientllm.export.gguf import tokenizer as gguf_tokenizer
+    from efficientllm.export.gguf import writer
 
     checkpoint = save_tiny(tiny_architecture())
     PreTrainedTokenizerFast(tokenizer_object=BACKENDS["gpt-2"](), eos_token="!").save_pretrained(checkpoint)
-    monkeypatch.setattr(gguf_tokenizer, "pre_tokenizer_name", lambda data: "smollm")  # which splits digits
+    monkeypatch.setattr(writer, "pre_tokenizer_name", lambda data: "smollm")  # which splits digits
     assert export(checkpoint, "gguf", tmp_path / "gguf") == 2
     assert "tokenises the sample differently" in capsys.readouterr().err
     assert not (tmp_path / "gguf").exists()

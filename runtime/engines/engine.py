@@ -116,24 +116,17 @@ def _llama_cpp_build() -> str:
     return " | ".join(parts)
 
 
-def _onnxruntime_build() -> str:
-    import onnxruntime
-
-    return onnxruntime.get_build_info()
-
-
-def _executorch_build() -> str:
-    import executorch.version
-
-    return f"commit {executorch.version.git_version}"
-
-
-BUILDS = {"llama.cpp": _llama_cpp_build, "onnxruntime": _onnxruntime_build, "executorch": _executorch_build}
-
-
 def engine_build(name: str) -> str:
     """Return the commit and instruction sets of an installed engine, "" for plug-ins."""
-    return BUILDS[name]() if name in BUILDS else ""
+    if name == "onnxruntime":
+        import onnxruntime
+
+        return onnxruntime.get_build_info()
+    if name == "executorch":
+        import executorch.version
+
+        return f"commit {executorch.version.git_version}"
+    return _llama_cpp_build() if name == "llama.cpp" else ""
 
 
 def load_engine(
