@@ -8,7 +8,7 @@ After each round the next block is measured again, because its price from before
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,34 +31,6 @@ from .run_text import RunText
 from .stop_signal import StopSignal
 from .vocabulary.frequency import expected_splits
 from .vocabulary.retokenization import TokenAligner
-
-
-@dataclass(frozen=True)
-class PruningOutcome:
-    """Result of one event."""
-
-    units: Sequence[Unit] = ()
-    """Removed units, with positions in the source model."""
-    target: float = 0.0
-    """Upper limit of the budget's measure after the event."""
-    next_saliency: dict[str, float] = field(default_factory=dict)
-    """Score of the unit of each kind that would be removed next."""
-    vocabulary: dict[str, float] | None = None
-    """Log fields of a removal of vocabulary rows."""
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """Return the log fields of the step, or {} if nothing was removed."""
-        parts = [(unit, part) for unit in self.units for part in unit.parts]
-        if not parts:
-            return {}
-        return {
-            "removed": [[unit.kind, *part] for unit, part in parts],
-            "scores": [unit.score for unit, _ in parts],
-            "freed": [unit.freed for unit, _ in parts],
-            "target": self.target,
-            "next_saliency": self.next_saliency,
-        }
 
 
 def switch_vocabulary(pruner: Pruner, trained: TrainedModel, text: RunText) -> None:
@@ -103,8 +75,11 @@ class PruningEvent:
         self.needs_restart = self.settings.recover != "none" or pruner.is_vocabulary_due
         """Whether an interrupted event cannot be continued: a refit needs the model from before it."""
 
-    def run(self, target: float) -> PruningOutcome:
-        """Remove groups until the budget's measure is at most `target`."""
+    def run(self, target: float) -> tuple[dict[str, Any], dict[str, float] | None]:
+        """Remove groups until the budget's measure is at most `target`.
+
+        Return the log fields of the step, {} if nothing was removed, and those of a removal of vocabulary rows.
+        """
         pruner, trained = self.pruner, self.trained
         former = None
         if self.settings.recover != "none" and pruner.is_above(target):
@@ -121,11 +96,18 @@ class PruningEvent:
         if groups is not None and former is not None:
             surviving_rows = rows.kept["vocabulary"][0] if rows is not None else None
             self._recover(former, groups, surviving_rows)
-        units: list[Unit] = []
-        for removal in (rows, groups):
-            if removal is not None:
-                units += removal.units
-        return PruningOutcome(units, target, pruner.next_saliency, vocabulary)
+        removals = [removal for removal in (rows, groups) if removal is not None]
+        parts = [(unit, part) for removal in removals for unit in removal.units for part in unit.parts]
+        if not parts:
+            return {}, vocabulary
+        record = {
+            "removed": [[unit.kind, *part] for unit, part in parts],
+            "scores": [unit.score for unit, _ in parts],
+            "freed": [unit.freed for unit, _ in parts],
+            "target": target,
+            "next_saliency": pruner.next_saliency,
+        }
+        return record, vocabulary
 
     def _prune_vocabulary(self) -> tuple[Removal | None, dict[str, float] | None]:
         """Remove vocabulary rows: all but a given number, or those that the ranking takes on the way to the budget.

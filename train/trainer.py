@@ -329,11 +329,11 @@ class Trainer:
                 self.removal_checkpoint = self.checkpoint
         # without room for that checkpoint, a signal waits for the end of the event
         with self.stop_signal.held(event.needs_restart and self.removal_checkpoint is None):
-            outcome = event.run(target)
+            record, vocabulary = event.run(target)
         self.removal_checkpoint = None
-        if outcome.vocabulary is not None:
-            self.metrics.write({"step": progress.step, "tokens": progress.tokens, **outcome.vocabulary})
-        return outcome.record
+        if vocabulary is not None:
+            self.metrics.write({"step": progress.step, "tokens": progress.tokens, **vocabulary})
+        return record
 
     def _write_branches(self, target: float) -> None:
         """Write the branches of the sizes that the model has and would lose by a removal down to `target`."""
