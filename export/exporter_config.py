@@ -49,7 +49,7 @@ class DummyDecoderGenerator(DummyInputGenerator):
 
     def generate(
         self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
-    ) -> torch.Tensor:
+    ) -> Any:
         if input_name == "attention_mask":
             return torch.ones(self.batch_size, self.past_length + self.sequence_length, dtype=torch.int64)
         if input_name == "input_pos":
