@@ -20,7 +20,6 @@ TYPES = ("f32", "f16", "8da4w", "int8")
 class Recipe:
     """Lowering of a program to one backend."""
 
-    name: str
     partitioners: Callable[[], list[Any]]
     """Return ExecuTorch partitioners."""
     formats: tuple[str, ...]
@@ -36,9 +35,9 @@ def _xnnpack() -> list[Any]:
 
 RECIPES = {
     # ARM and x86 CPUs: the backend of ExecuTorch's phone apps
-    "xnnpack": Recipe("xnnpack", _xnnpack, formats=("8da4w", "int8", "f32", "f16")),
+    "xnnpack": Recipe(_xnnpack, formats=("8da4w", "int8", "f32", "f16")),
     # ExecuTorch's own kernels without a backend, for any processor and for checking the others
-    "portable": Recipe("portable", list, formats=("f32",)),
+    "portable": Recipe(list, formats=("f32",)),
 }
 
 

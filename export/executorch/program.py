@@ -30,8 +30,8 @@ from ..padding import pad_rows, padding_notes
 from ..parity import check_written
 from ..request import ExportRequest, log
 from ..verification import StoredWeights, Written, run_chunks, step_through, torch_sample
-from .options import ExecutorchOptions, Recipe, find_recipe
-from .quantize import ALIGNMENT, WeightFormat, given_weights, quantize_decoder, weight_format
+from .options import ExecutorchOptions, find_recipe
+from .quantize import ALIGNMENT, given_weights, quantize_decoder, weight_format
 from .reader import read_weights
 from .static_decoder import StaticDecoder
 
@@ -97,78 +97,45 @@ def _dynamic_shapes(model: StaticDecoder, config: ExecutorchDecoderConfig) -> An
 MODEL_FILE = "model.pte"
 
 
-@dataclass(frozen=True)
-class ProgramPlan:
-    """Settled properties of the program."""
-
-    recipe: Recipe
-    partitioners: list[Any]
-    quantize: str
-    """Weight type, by default the recipe's."""
-    weights: WeightFormat
-    context: int
-    """Slots of the caches."""
-    custom_ops: bool
-    """Whether the program has ExecuTorch's LLM operators."""
-    architecture: Architecture
-    """Shape in the program, after padding."""
-
-
 def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> Contents:
     """Write FOLDER/model.pte and the tokenizer's files, for this target and others that ship the program."""
-    plan = _plan(checkpoint, request.options)
-    for note in padding_notes(checkpoint.architecture, plan.architecture):
+    options, weights = request.options, weight_format(request.options)
+    original, context = checkpoint.architecture, min(options.max_context, checkpoint.context_length)
+    needs_padding = "int4" in (weights.linear, weights.head, weights.embedding) and options.pad == "auto"
+    padded = pad_rows(original, ALIGNMENT) if needs_padding else original
+    for note in padding_notes(original, padded):
         request.say(note)
-    program, stored = _build(checkpoint, request, plan)
+    program, stored = _build(checkpoint, request, padded, context)
     (folder / MODEL_FILE).write_bytes(program)
     files = [MODEL_FILE, *copy_tokenizer(checkpoint, folder)]  # our engine reads the tokenizer's, too
-    verification = _verify(checkpoint, request, folder, plan, stored) if request.options.verify else {}
+    verification = _verify(checkpoint, request, folder, context, stored) if options.verify else {}
     return Contents(
         engine="executorch",
         files=files,
-        quantization=plan.quantize,
+        quantization=options.weight_type,
         weight_bytes=len(program),
-        layout=f"executorch, {plan.recipe.name}, context {plan.context}",
+        layout=f"executorch, {options.recipe}, context {context}",
         verification=verification,
     )
 
 
-def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:
-    """Return the recipe, weight format, context and padded shape of the program."""
-    recipe = find_recipe(options.recipe)
-    weights = weight_format(options)
-    original = checkpoint.architecture
-    needs_padding = "int4" in (weights.linear, weights.head, weights.embedding) and options.pad == "auto"
-    return ProgramPlan(
-        recipe=recipe,
-        partitioners=recipe.partitioners(),
-        quantize=options.weight_type,
-        weights=weights,
-        context=min(options.max_context, checkpoint.context_length),
-        custom_ops=options.custom_ops,
-        architecture=pad_rows(original, ALIGNMENT) if needs_padding else original,
-    )
-
-
 def _build(
-    checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], plan: ProgramPlan
+    checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], padded: Architecture, context: int
 ) -> tuple[bytes, StoredWeights]:
-    """Return the serialised program and its weights, and report the time of each step and the contents."""
+    """Return the serialised program and its weights, and report the time of each step and the contents.
+
+    `padded` is the shape in the program, and `context` the slots of its caches.
+    """
+    options, weights = request.options, weight_format(request.options)
     with _stage("building"):
-        model: Any = StaticDecoder(
-            checkpoint,
-            plan.architecture,
-            plan.context,
-            custom_ops=plan.custom_ops,
-            dtype=plan.weights.dtype,
-        )
-        grams = _grams(checkpoint, request.options.calibrate) if plan.weights.linear == "int4" else None
-        for note in quantize_decoder(model, plan.weights, request.options, grams):
+        model: Any = StaticDecoder(checkpoint, padded, context, custom_ops=options.custom_ops, dtype=weights.dtype)
+        grams = _grams(checkpoint, options.calibrate) if weights.linear == "int4" else None
+        for note in quantize_decoder(model, weights, options, grams):
             request.say(note)
-        stored = given_weights(model, plan.weights)
-    config = ExecutorchDecoderConfig(checkpoint.config)
-    lowered = lower(model, config, plan.partitioners, _constant_methods(checkpoint, plan))
-    request.say(f"{plan.recipe.name}: {lowered.describe()}")
+        stored = given_weights(model, weights)
+    config, partitioners = ExecutorchDecoderConfig(checkpoint.config), find_recipe(options.recipe).partitioners()
+    lowered = lower(model, config, partitioners, _constant_methods(checkpoint, context, options.custom_ops))
+    request.say(f"{options.recipe}: {lowered.describe()}")
     return lowered.buffer, stored
 
 
@@ -180,18 +147,18 @@ def _grams(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray] | No
     return {name.removeprefix("model.").removesuffix(".weight"): gram for name, gram in grams.items()}
 
 
-def _constant_methods(checkpoint: Checkpoint, plan: ProgramPlan) -> dict[str, Any]:
+def _constant_methods(checkpoint: Checkpoint, context: int, custom_ops: bool) -> dict[str, Any]:
     """Return the constant methods that ExecuTorch's TextLLMRunner reads."""
     bos = checkpoint.bos_id
     return {
-        "get_max_seq_len": plan.context,
-        "get_max_context_len": plan.context,
+        "get_max_seq_len": context,
+        "get_max_context_len": context,
         "get_vocab_size": checkpoint.architecture.vocab_size,
         "get_n_layers": len(checkpoint.architecture.layers),
         "get_bos_id": bos if bos is not None else 0,
         "get_eos_ids": checkpoint.end_of_generation_ids or [0],
         "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": plan.custom_ops,
+        "use_sdpa_with_kv_cache": custom_ops,
         "enable_dynamic_shape": True,
     }
 
@@ -207,15 +174,15 @@ def _verify(
     checkpoint: Checkpoint,
     request: ExportRequest[ExecutorchOptions],
     folder: Path,
-    plan: ProgramPlan,
+    context: int,
     stored: StoredWeights,
 ) -> dict[str, dict[str, object]]:
     """Compare the written file in our engine with torch, on the source's weights (f32) or on the program's own."""
-    sample = torch_sample(checkpoint, plan.context)
+    sample, name = torch_sample(checkpoint, context), request.options.weight_type
 
     def load() -> EngineScheduler:
         return EngineScheduler(ExecuTorchEngine(folder / MODEL_FILE, EngineOptions()))
 
     runs = [step_through(load(), sample.tokens), run_chunks(load(), sample.tokens)]
-    own = None if plan.quantize == "f32" else read_weights(folder / MODEL_FILE, stored)
-    return check_written(checkpoint, request, Written("executorch", "program", plan.quantize), sample, runs, own)
+    own = None if name == "f32" else read_weights(folder / MODEL_FILE, stored)
+    return check_written(checkpoint, request, Written("executorch", "program", name), sample, runs, own)
