@@ -128,18 +128,11 @@ def _everywhere(source: Architecture, name: str, count: Callable[[Architecture, 
     return (smaller,) if smaller != source else ()
 
 
-PARTS = ("attention", "FFN", "LM head", "rest")
-
-
-def parts_ms(architecture: Architecture, time: DeviceTime) -> tuple[float, float, float, float]:
-    """Return the milliseconds of attention, FFN, LM head and the rest of a workload."""
-    found = time.profile.breakdown(decoder_shape(architecture), time.workload)
-    return sum(found.attention_ms), sum(found.ffn_ms), found.head_ms, found.token_ms
-
-
 def device_lines(source: Architecture, time: DeviceTime) -> list[str]:
     """Describe the device, the error of its profile, and the source's milliseconds by part."""
-    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in zip(PARTS, parts_ms(source, time), strict=True))
+    found = time.profile.breakdown(decoder_shape(source), time.workload)
+    parts = f"attention {sum(found.attention_ms):.2f}, FFN {sum(found.ffn_ms):.2f}"
+    parts += f", LM head {found.head_ms:.2f}, rest {found.token_ms:.2f}"
     lines = [f"{time.describe()}: {time.measure.of(source):.2f} ms ({parts})"]
     for error in time.profile.errors:
         lines.append(
