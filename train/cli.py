@@ -16,7 +16,7 @@ from ..runtime.base.command import is_main_process, run_command
 from ..runtime.base.cpu_load import INTERVAL, FreeCores
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
-from .checkpoint.run_folder import SETTINGS_FILE, saved_settings
+from .checkpoint.run_folder import SETTINGS_FILE, saved_config
 from .config.presets import PRESETS, preset
 from .config.pruning import NO_TARGET
 from .config.sections import TrainConfig
@@ -55,7 +55,7 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
     settings = Path(arguments.get("output", "")) / SETTINGS_FILE
     is_resumed = arguments.get("resume") or arguments.get("resume_or_start")
     if is_resumed and not name and not file and settings.is_file():  # a resumed run knows its own
-        config = flags.merge(config, saved_settings(settings.parent), str(settings))
+        config = saved_config(settings.parent)
     if file:
         try:
             values = flags.read_toml(Path(file).read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ def body(argv: Sequence[str]) -> int:
         print(config.to_toml(), end="")
         return 0
     if config.run.resume:
-        saved_settings(Path(config.run.output))  # UsageError where there is no run
+        saved_config(Path(config.run.output))  # UsageError where there is no run
     if is_main_process():
         check_request(config)
         check_text(config)

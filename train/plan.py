@@ -18,11 +18,10 @@ from ..runtime.base.progress import ProgressDisplay
 from .checkpoint import state as training_state
 from .checkpoint.run_folder import (
     FINISHED_FILE,
-    SETTINGS_FILE,
     foreign_files,
     is_finished,
     newest_sound_checkpoint,
-    saved_settings,
+    saved_config,
 )
 from .compute.distributed import Parallel
 from .compute.hardware import Hardware, choose_hardware
@@ -151,8 +150,7 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
 def allowed_changes(config: TrainConfig) -> list[str]:
     """Return the flags that differ from the run to resume. Raises UsageError if one of them may not."""
     folder = Path(config.run.output)
-    before = flags.merge(TrainConfig(), saved_settings(folder), str(folder / SETTINGS_FILE))
-    changed = changed_settings(before, config)
+    changed = changed_settings(saved_config(folder), config)
     fixed = [name for name in changed if name not in STEERING_CHANGES]
     if fixed:
         raise UsageError(

@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..runtime.base import flags
 from ..runtime.base.files import folder_written_atomically, link_or_copy, write_json_atomically, write_text_atomically
 from ..runtime.base.quantities import format_bytes, format_count, markdown_table
 from .checkpoint.run_folder import (
@@ -25,7 +24,7 @@ from .checkpoint.run_folder import (
     SIZES_FOLDER,
     TEACHER_FOLDER,
     is_finished,
-    saved_settings,
+    saved_config,
 )
 from .config.pruning import SIZES_FILE
 from .config.sections import GGUF_TYPES, TrainConfig
@@ -44,11 +43,6 @@ def branch_folder(folder: Path, size: str) -> Path:
 def has_branch(folder: Path, size: str) -> bool:
     """Tell whether the state of a larger size is written."""
     return (branch_folder(folder, size) / SETTINGS_FILE).is_file()
-
-
-def saved_config(folder: Path) -> TrainConfig:
-    """Return the configuration of the run in a folder. Raises UsageError if there is none."""
-    return flags.merge(TrainConfig(), saved_settings(folder), str(folder / SETTINGS_FILE))
 
 
 def resumed_branch(folder: Path, size: str) -> TrainConfig:

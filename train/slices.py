@@ -17,7 +17,7 @@ import torch
 
 from ..runtime.base.errors import UsageError
 from ..runtime.base.files import folder_written_atomically, write_json_atomically
-from .checkpoint.run_folder import FINISHED_FILE, SETTINGS_FILE, SLICES_FOLDER
+from .checkpoint.run_folder import FINISHED_FILE, SETTINGS_FILE, SLICES_FOLDER, saved_config
 from .compute.distributed import Parallel
 from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss, perplexity
@@ -38,7 +38,7 @@ from .quantisation.weights import RoundedWeights
 from .reporting.metrics import read_metrics
 from .request import data_specs
 from .run_text import RunText
-from .sizes import Member, members_of, saved_config
+from .sizes import Member, members_of
 
 _log = logging.getLogger("efficientllm.export")
 

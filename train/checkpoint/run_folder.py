@@ -22,6 +22,7 @@ from ...runtime.base.files import sha256_of, write_json_atomically
 from ...runtime.base.output import LOCK_NAME
 from ...runtime.engines.manifest import JOB_FILE, describe_files
 from ..config.pruning import SIZES_FILE
+from ..config.sections import TrainConfig
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 DAMAGED_PREFIX = "damaged-"
@@ -80,8 +81,8 @@ LOG_FILES = ("events.out.tfevents.*", "run-*", "offline-run-*", "latest-run", "d
 """Patterns of files that TensorBoard and Weights & Biases write."""
 
 
-def saved_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run in a folder, as in TOML. Raises UsageError if there is none."""
+def saved_config(folder: Path) -> TrainConfig:
+    """Return the configuration of the run in a folder. Raises UsageError if there is none."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise UsageError(f"--resume: {folder} holds no run (no {SETTINGS_FILE})")
@@ -89,7 +90,8 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         values = flags.read_toml(path.read_text(encoding="utf-8"))
     except ValueError as error:  # neither UTF-8 nor TOML
         raise UsageError(f"--resume: {path} is damaged: {error}") from error
-    return {name: value for name, value in values.items() if name not in REMOVED_SETTINGS}
+    known = {name: value for name, value in values.items() if name not in REMOVED_SETTINGS}
+    return flags.merge(TrainConfig(), known, str(path))
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
