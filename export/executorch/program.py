@@ -99,8 +99,9 @@ MODEL_FILE = "model.pte"
 
 def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> Contents:
     """Write FOLDER/model.pte and the tokenizer's files, for this target and others that ship the program."""
-    options, weights = request.options, weight_format(request.options)
-    original, context = checkpoint.architecture, min(options.max_context, checkpoint.context_length)
+    options, original = request.options, checkpoint.architecture
+    weights = weight_format(options)
+    context = min(options.max_context, checkpoint.context_length)
     needs_padding = "int4" in (weights.linear, weights.head, weights.embedding) and options.pad == "auto"
     padded = pad_rows(original, ALIGNMENT) if needs_padding else original
     for note in padding_notes(original, padded):
@@ -126,15 +127,18 @@ def _build(
 
     `padded` is the shape in the program, and `context` the slots of its caches.
     """
-    options, weights = request.options, weight_format(request.options)
+    options = request.options
+    weights = weight_format(options)
     with _stage("building"):
         model: Any = StaticDecoder(checkpoint, padded, context, custom_ops=options.custom_ops, dtype=weights.dtype)
         grams = _grams(checkpoint, options.calibrate) if weights.linear == "int4" else None
         for note in quantize_decoder(model, weights, options, grams):
             request.say(note)
         stored = given_weights(model, weights)
-    config, partitioners = ExecutorchDecoderConfig(checkpoint.config), find_recipe(options.recipe).partitioners()
-    lowered = lower(model, config, partitioners, _constant_methods(checkpoint, context, options.custom_ops))
+    config = ExecutorchDecoderConfig(checkpoint.config)
+    partitioners = find_recipe(options.recipe).partitioners()
+    constants = _constant_methods(checkpoint, context, options.custom_ops)
+    lowered = lower(model, config, partitioners, constants)
     request.say(f"{options.recipe}: {lowered.describe()}")
     return lowered.buffer, stored
 
@@ -178,7 +182,8 @@ def _verify(
     stored: StoredWeights,
 ) -> dict[str, dict[str, object]]:
     """Compare the written file in our engine with torch, on the source's weights (f32) or on the program's own."""
-    sample, name = torch_sample(checkpoint, context), request.options.weight_type
+    name = request.options.weight_type
+    sample = torch_sample(checkpoint, context)
 
     def load() -> EngineScheduler:
         return EngineScheduler(ExecuTorchEngine(folder / MODEL_FILE, EngineOptions()))

@@ -175,7 +175,8 @@ def _add_tokenizer(writer: Any, checkpoint: Checkpoint) -> None:
         # BPE of SentencePiece models: merge order is id order, which is what scores of -id say
         writer.add_token_scores([-float(index) for index in range(len(tokens))])
     elif model["merges"]:
-        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        writer.add_token_merges(merges)
     ids = _special_ids(checkpoint, tokens)
     for name, index in ids.items():
         if index is not None:
