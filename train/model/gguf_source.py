@@ -93,12 +93,16 @@ def is_foreign_gguf(path: Path) -> bool:
     return name in FAMILY_OF_GGUF and (has_widths_of_layers or has_biases)
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Return (settings of config.json, tensors under our names) of a file. Fused q, k and v stay fused."""
+def gguf_reader(path: Path) -> Any:
+    """Return gguf's reader of a file. Raises MissingExtraError without that package."""
     with extra("train"):
         from gguf import GGUFReader
-    reader = GGUFReader(path)
-    values = {}
+    return GGUFReader(path)
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Return (settings of config.json, tensors under our names) of a file. Fused q, k and v stay fused."""
+    reader, values = gguf_reader(path), {}
     for name, field in reader.fields.items():
         if not name.startswith("tokenizer.ggml.t"):  # the tokens and their types: slow to convert, and not needed here
             values[name] = field.contents()

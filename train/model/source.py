@@ -39,6 +39,7 @@ from .architecture import Architecture
 from .file_types import build_pre_tokenizer
 from .folder_files import check_folder, check_token_ids, locate_tensors, read_json, refuse_quantized
 from .foreign_configs import DEFAULTS, ImportOptions, is_foreign
+from .gguf_source import gguf_reader
 from .importing import Imported, import_folder
 from .irregular import architecture_of, build, to_irregular
 
@@ -47,16 +48,9 @@ SAME_TABLE = 0.3
 about 0.1, separate training above 1."""
 
 
-def _read_gguf(path: Path) -> Any:
-    """Return gguf's reader of a file. Raises MissingExtraError without that package."""
-    with extra("train"):
-        from gguf import GGUFReader
-    return GGUFReader(path)
-
-
 def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Give a tokenizer from a GGUF file the pre-tokenizer that the file names. Unknown names change nothing."""
-    field = _read_gguf(path).fields.get("tokenizer.ggml.pre")
+    field = gguf_reader(path).fields.get("tokenizer.ggml.pre")
     pre_tokenizer = build_pre_tokenizer(field.contents()) if field is not None else None
     if pre_tokenizer is not None:
         backend: Any = tokenizer.backend_tokenizer
@@ -73,7 +67,7 @@ def tie_what_is_stored_twice(model: Any, path: Path) -> None:
         difference = sum(float((h - e).square().sum()) for h, e in parts)
         if difference > SAME_TABLE**2 * float(embedding.norm()) ** 2:
             return
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in _read_gguf(path).tensors}
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf_reader(path).tensors}
     if sizes["output.weight"] > sizes["token_embd.weight"]:
         embedding.data = head.data
     model.config.tie_word_embeddings = True
@@ -101,7 +95,7 @@ def stored_dtype(source: str) -> torch.dtype:
     if path.suffix == ".gguf":
         # bf16 is the type in which models are published. It rounds a weight by at most 1/512 of itself, and a block of
         # 4 or 5 bits by 1/32 of the largest weight of the block.
-        field = _read_gguf(path).fields.get("general.file_type")
+        field = gguf_reader(path).fields.get("general.file_type")
         return GGUF_FILE_TYPES.get(int(field.contents()), torch.bfloat16) if field is not None else torch.bfloat16
     if path.is_dir():
         values = read_json(path / "config.json")
