@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.quantities import display_name, format_bytes, format_count, markdown_table
 from ..compute.hardware import PEAK_FLOPS
@@ -125,25 +126,21 @@ def _candidates(source: str, gpus: int, tokens: int, ratio: float) -> Iterator[T
     ):
         microbatch = size * gpus * SEQUENCE_LENGTH
         accumulation = max(1, min(STEP_TOKENS, tokens // FEWEST_STEPS) // microbatch)
-        yield replace(
-            recipe,
-            source=replace(recipe.source, source=source, data=("corpus.jsonl",), sequence_length=SEQUENCE_LENGTH),
-            pruning=replace(recipe.pruning, target_ratio=ratio),
-            optimizer=replace(
-                recipe.optimizer,
-                tokens=tokens,
-                batch_size=size,
-                gradient_accumulation=accumulation,
-                optimizer_dtype=moments,
-            ),
-            run=replace(
-                recipe.run,
-                output="runs/small",
-                data_parallel=mode,
-                activation_checkpointing=recomputes,
-                resume_or_start=True,
-            ),
-        )
+        settings = {
+            "source": source,
+            "data": ("corpus.jsonl",),
+            "sequence_length": SEQUENCE_LENGTH,
+            "target_ratio": ratio,
+            "tokens": tokens,
+            "batch_size": size,
+            "gradient_accumulation": accumulation,
+            "optimizer_dtype": moments,
+            "output": "runs/small",
+            "data_parallel": mode,
+            "activation_checkpointing": recomputes,
+            "resume_or_start": True,
+        }
+        yield flags.merge(recipe, settings, "plan")
 
 
 def _seconds(config: TrainConfig, shape: Architecture, card: Card, gpus: int) -> dict[str, float]:
@@ -216,5 +213,5 @@ def command(config: TrainConfig, gpus: int) -> str:
         return words
     nodes = -(-gpus // GPUS_OF_A_NODE)
     machines = f"--nnodes {nodes} " if nodes > 1 else ""
-    flags = words.removeprefix("efficientllm-train ")
-    return f"torchrun {machines}--nproc-per-node {gpus // nodes} -m efficientllm.train.cli {flags}"
+    arguments = words.removeprefix("efficientllm-train ")
+    return f"torchrun {machines}--nproc-per-node {gpus // nodes} -m efficientllm.train.cli {arguments}"
