@@ -7,6 +7,7 @@ REQUEST := add oat milk to the shopping list
 # Test requests that each trained model answers.
 EXAMPLES := 200
 TOKENS := 114688
+BYTES := 40MB
 EVAL := $(BIN)/efficientllm-eval --metric call --task-tokens 96
 FREE := --task $(OUT)/data/test.jsonl
 # The names of the home's devices, rooms and floors are known.
@@ -95,7 +96,7 @@ $(VENV)/.quickstart: pyproject.toml build/modules.txt | $(BIN)/python
 # One job: home control. Data, one run, files, scores, and a request through the server.
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m research.jobs.home $(OUT)/data --train 30000 --test 1000
-	$(BIN)/efficientllm-train --preset job --tokens $(TOKENS) --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
+	$(BIN)/efficientllm-train --preset job --tokens $(TOKENS) --target-bytes $(BYTES) --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
 	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q4_0 --output $(OUT)/home --overwrite
 	$(EVAL) $(OUT)/home $(FREE) --task-limit $(EXAMPLES) --output $(OUT)/scores/pruned-free
 	$(EVAL) $(OUT)/home $(NAMED) --task-limit $(EXAMPLES) --output $(OUT)/scores/pruned-named

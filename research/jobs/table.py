@@ -81,20 +81,28 @@ def rows_of_baselines(data: Path, limit: int) -> list[Row]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw exact calls against bytes, pruned files in another colour. Methods without a file are lines."""
+    """Draw exact calls against bytes, pruned files in another colour. Methods without a file are lines.
+
+    Several sizes of one kind, such as "pruned, named" and "pruned, 20MB, named", are connected.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    kinds: dict[str, list[Row]] = {}
     for row in rows:
-        exact, error = row.result.mean("exact"), row.result.stderr("exact")
-        if row.mb is None:
-            axes.axhline(exact, color=SOURCE_COLOR, linewidth=1)
-            axes.annotate(row.name, (0, exact), xytext=(4, 3), textcoords="offset points", size=8)
+        kinds.setdefault(", ".join(part for part in row.name.split(", ") if not part.endswith("MB")), []).append(row)
+    for kind, same in kinds.items():
+        sizes = sorted((row.mb, row.result.mean("exact"), row.result.stderr("exact")) for row in same if row.mb)
+        if sizes:
+            color = KEPT_COLOR if kind.startswith("pruned") else OTHER_COLOR
+            megabytes, exact, errors = zip(*sizes, strict=True)
+            axes.errorbar(megabytes, exact, yerr=errors, fmt="o-", color=color, capsize=3)
+            axes.annotate(kind, sizes[-1][:2], xytext=(6, 4), textcoords="offset points", size=8)
         else:
-            color = KEPT_COLOR if row.name.startswith("pruned") else OTHER_COLOR
-            axes.errorbar(row.mb, exact, yerr=error, fmt="o", color=color, capsize=3)
-            axes.annotate(row.name, (row.mb, exact), xytext=(6, 4), textcoords="offset points", size=8)
+            level = same[0].result.mean("exact")
+            axes.axhline(level, color=SOURCE_COLOR, linewidth=1)
+            axes.annotate(kind, (0, level), xytext=(4, 3), textcoords="offset points", size=8)
     axes.set_xlim(0, 1.35 * max((row.mb for row in rows if row.mb is not None), default=1))
     axes.set_ylim(0, 0.1 + max(row.result.mean("exact") + row.result.stderr("exact") for row in rows))
     axes.set_xlabel("MB of the file")

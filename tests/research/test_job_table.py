@@ -43,16 +43,19 @@ def test_the_classifier_chooses_a_function_and_no_arguments(job: Path) -> None:
     assert all(not arguments for answer in answers for _, arguments in calls_in(answer))
 
 
-def test_a_row_has_the_time_of_an_answer(tmp_path: Path) -> None:
+def test_a_row_has_the_time_of_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"exact": [1.0, 0.0], "function": [1.0, 1.0], "argument_f1": [1.0, 0.5], "refused": [0.0, 1.0]}
     result = JobResult("call", values, ["", ""], 1.0, 150.0)
     measured = Measurement({"pp22": [440.0], "tg25": [250.0]}, peak_rss_bytes=200_000_000)
     speed = summarize("home", "0", "llama.cpp", 40_000_000, {}, [measured])
-    rows = [Row("home", result, speed), Row("nothing", result)]
+    rows = [Row("home", result, speed), Row("home, 20MB", result, speed), Row("nothing", result)]
     assert rows[0].cells()[-3:] == ["40.0", "150", "200"]
-    assert rows[1].cells()[-3:] == ["", "", ""]
+    assert rows[2].cells()[-3:] == ["", "", ""]
     assert {len(row.cells()) for row in rows} == {len(HEADER)}
+    labels: list[str] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda self, text, *more, **options: labels.append(text))
     draw(rows, tmp_path / "job.png")
+    assert labels == ["home", "nothing"]  # two sizes of one kind have one name
     assert (tmp_path / "job.png").read_bytes().startswith(b"\x89PNG")
 
 
