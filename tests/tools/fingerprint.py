@@ -1,7 +1,8 @@
 """Print the seeded loss of a tiny run and the SHA-256 of a tiny model in four formats.
 
 `python tests/tools/fingerprint.py FOLDER [TARGET ...]` makes the inputs in FOLDER when they are missing, so that two
-commits read the same ones. A change that must not alter behaviour prints the same lines before and after.
+commits read the same ones. A change that must not alter behaviour prints the same lines before and after, except for
+litert, whose packer writes other bytes each time.
 """
 
 from __future__ import annotations
