@@ -1,6 +1,6 @@
-"""Print the bytes that loading a model for training adds to the peak of each rank: `python -m rank_memory FOLDER 0|1`.
+"""Print the bytes that loading a model for training adds to the peak of each rank: `python -m rank_memory FOLDER`.
 
-One process holds the whole model. The ranks of a torchrun hold their shards, and with 1 those of a bf16 teacher too.
+One process holds the whole model and a teacher in bf16. The ranks of a torchrun hold their shards.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ def status(name: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def load(source: str, distills: bool, parallel: Parallel) -> TrainingLoss:
-    """Load a model, and with `distills` its teacher, as `run._make_trainer` does."""
-    config = TrainConfig(source=SourceConfig(source=source), optimizer=OptimizerConfig(distill=float(distills)))
+def load(source: str, parallel: Parallel) -> TrainingLoss:
+    """Load a model and its teacher as `run._make_trainer` does."""
+    config = TrainConfig(source=SourceConfig(source=source), optimizer=OptimizerConfig(distill=1.0))
     model, _, folder = load_for_ranks(config, parallel, source)
-    teacher = None
-    if distills and parallel.mode == "fsdp":
+    if parallel.mode == "fsdp":
         teacher = sharded_teacher(model, folder, torch.bfloat16, parallel)
-    elif distills:
+    else:
         teacher = frozen_copy(model, torch.bfloat16, CPU)
     loss = TrainingLoss(model, torch.float32, teacher=teacher)
     parallel.wrap(loss)
@@ -41,13 +40,12 @@ def load(source: str, distills: bool, parallel: Parallel) -> TrainingLoss:
 
 
 def main() -> None:
-    source, distills = sys.argv[1], sys.argv[2] == "1"
-    parallel = Parallel("fsdp", CPU)
-    load(str(Path(source) / "small"), distills, parallel)  # everything is imported, and the ranks are connected
+    source, parallel = sys.argv[1], Parallel("fsdp", CPU)
+    load(str(Path(source) / "small"), parallel)  # everything is imported, and the ranks are connected
     parallel.barrier()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is that from here on
-    loss = load(str(Path(source) / "large"), distills, parallel)
+    loss = load(str(Path(source) / "large"), parallel)
     added = parallel.gather(status("VmHWM") - before)
     if parallel.is_main:
         print(json.dumps({"added": added, "parameters": loss.model.num_parameters()}))
