@@ -167,7 +167,7 @@ def compare_steps(bench: StepBenchmark, rounds: int, wanted: Sequence[str]) -> N
     for name, values in seconds.items():
         ratio = statistics.median(v / p for v, p in zip(values, seconds["plain"], strict=True))
         speed = bench.tokens / statistics.median(values)
-        rows.append([name, Figure.of(values).describe(3, "s"), f"{speed:.0f}", f"{ratio:.3f}"])
+        rows.append([name, f"{Figure.of(values).describe(3)} s", f"{speed:.0f}", f"{ratio:.3f}"])
     print(f"\n{markdown_table(rows)}")
     gram_bytes = sum(gram.nbytes for gram in bench.grams.grams.values()) if bench.grams else 0
     print(f"\nplain step {plain:.3f} s; Gram matrices hold {gram_bytes / 1e6:.0f} MB")
@@ -299,7 +299,7 @@ def compare_processes(options: BenchmarkOptions) -> None:
         quiet = quiet or statistics.median(seconds["ours"])
         for name, values in seconds.items():
             rate = quiet / statistics.median(values)
-            rows.append([machine, name, Figure.of(values).describe(3, "s"), f"{rate:.3f}"])
+            rows.append([machine, name, f"{Figure.of(values).describe(3)} s", f"{rate:.3f}"])
     for process in processes.values():
         process.close()
     print(f"\n{markdown_table(rows, left=(0, 1))}")
