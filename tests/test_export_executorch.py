@@ -135,7 +135,7 @@ def test_calibration_brings_the_products_of_int4_closer(save_tiny: Callable[...,
 
     name, options, errors = "layers.0.self_attn.o_proj", ExecutorchOptions(quantize="8da4w"), []
     weights = quantize.weight_format(options)
-    with open_checkpoint(save_tiny(tiny_architecture(layers=ONE_LAYER))) as checkpoint:
+    with open_checkpoint(str(save_tiny(tiny_architecture(layers=ONE_LAYER)))) as checkpoint:
         grams = program._grams(checkpoint, str(corpus))
         assert grams is not None
         for given in (None, grams):
