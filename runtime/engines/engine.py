@@ -96,9 +96,11 @@ class EngineOptions:
 
 def engine_version(name: str) -> str:
     """Return "PACKAGE VERSION" of an engine, "" for a plug-in's or one that is not installed."""
-    package = llama_package() if name == "llama.cpp" else name if name in ENGINES else ""
+    if name not in ENGINES:
+        return ""
+    package = llama_package() if name == "llama.cpp" else name
     try:
-        return f"{package} {version(package)}" if package else ""
+        return f"{package} {version(package)}"
     except PackageNotFoundError:
         return ""
 
