@@ -86,9 +86,9 @@ def ended(children: list[int], seconds: float) -> bool:
     return False
 
 
-def kill(children: list[int], only: int | None) -> None:
-    """Kill all ranks, or one, after which the others must end by themselves. Raises SystemExit if they hang."""
-    for child in children if only is None else [children[only]]:
+def kill(children: list[int], killed: Sequence[int]) -> None:
+    """Kill some of the ranks; the others must then end by themselves. Raises SystemExit if they hang."""
+    for child in killed:
         os.kill(child, signal.SIGKILL)
     deadline = time.monotonic() + HANG_SECONDS
     while children:
@@ -154,7 +154,7 @@ def kill_runs(
     ended(start([*arguments, "--output", str(folder / "run-0")], log, ranks), float("inf"))
     seconds = time.monotonic() - began
     found, phases = collections.Counter[str](), collections.Counter[str]()
-    while done < kills or (folder / f"run-{ends + 1}").exists():
+    while done < kills or phases.total() < amid or (folder / f"run-{ends + 1}").exists():
         run = folder / f"run-{ends + 1}"
         resumes = (run / "config.toml").is_file()
         phase = list(PHASES)[phases.total() % len(PHASES)] if phases.total() < min(amid, done + 1) else ""
@@ -163,7 +163,7 @@ def kill_runs(
         began = time.monotonic()
         children = start([*arguments, "--output", str(run), *(["--resume"] if resumes else [])], log, ranks)
         longest = seconds if done else seconds / 10  # the first kill comes before any checkpoint
-        if done < kills and phase:
+        if phase:
             has_ended = not reached(children, folder / phase, dice.randint(0, 1))
             time.sleep(0 if has_ended else dice.uniform(0, 0.05))
         else:
@@ -173,7 +173,7 @@ def kill_runs(
             seconds = seconds if resumes else min(seconds, time.monotonic() - began)
             continue
         is_amid = bool(phase) and (folder / phase).exists()
-        kill(children, dice.randrange(ranks) if ranks > 1 and done % 2 else None)
+        kill(children, [dice.choice(children)] if ranks > 1 and done % 2 else children)  # some may have ended already
         done += 1
         phases[phase] += is_amid
         found[state_of(run)] += 1
