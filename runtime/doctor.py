@@ -90,7 +90,8 @@ def version_of(distribution: str) -> str:
 def requirements() -> dict[str, dict[str, str]]:
     """Return {extra: {distribution: version range}}, extras that an extra includes resolved. "" has the base packages.
 
-    The range has the form of the package's metadata, such as "<6,>=5.24".
+    Requirements of other operating systems are left out. The range has the form of the package's metadata, such as
+    "<6,>=5.24".
     """
     found: dict[str, dict[str, str]] = {"": {}}
     included: dict[str, list[str]] = {}
@@ -102,6 +103,8 @@ def requirements() -> dict[str, dict[str, str]]:
         name, extras, version_range = match.groups()
         extra = extra_match[1] if extra_match else ""
         found.setdefault(extra, {})
+        if re.search(rf"sys_platform != ['\"]{sys.platform}['\"]", marker):
+            continue
         if name == "efficientllm":
             included.setdefault(extra, []).extend(extras.split(","))
         else:
@@ -135,7 +138,7 @@ def needs() -> dict[str, dict[str, Any]]:
         missing: dict[str, str] = {}
         lacking = []
         for alternatives in extras:
-            lacks = {extra: _lacks(known[extra]) for extra in alternatives.split("|")}
+            lacks = {extra: _lacks(known[extra]) for extra in alternatives.split("|") if known[extra]}
             extra = min(lacks, key=lambda name: len(lacks[name]))
             if lacks[extra]:
                 lacking.append(extra)

@@ -73,7 +73,7 @@ def test_versions_are_compared_by_number(version: str, version_range: str, expec
 def test_a_missing_or_old_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"llama-cpp-python": "", "gguf": "0.10", "torch": "2.13.0+cpu", "xllamacpp": "1"}
     monkeypatch.setattr(doctor, "version_of", lambda name: versions.get(name, "99"))
-    monkeypatch.setattr(doctor, "requirements", lambda: {name: {} for name in EXTRAS} | GGUF)
+    monkeypatch.setattr(doctor, "requirements", lambda: {name: {"numpy": ""} for name in EXTRAS} | GGUF)
     found = doctor.needs()
     expected = {"missing": ["gguf>=0.17", "llama-cpp-python>=0.3.36"], "install": install_command("gguf")}
     assert found["export --target gguf, web"] == expected
@@ -82,6 +82,13 @@ def test_a_missing_or_old_package_is_named_with_the_command_that_installs_it(mon
     versions |= {"xllamacpp": ""}
     expected = {"missing": ["xllamacpp==1"], "install": install_command("gguf-binary")}
     assert doctor.needs()["chat, serve, bench of a .gguf"] == expected
+
+
+def test_a_package_that_the_operating_system_lacks_is_no_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version_of", lambda name: "")
+    monkeypatch.setattr(doctor.sys, "platform", "win32")
+    assert doctor.requirements()["gguf-binary"] == {}
+    assert doctor.needs()["chat, serve, bench of a .gguf"]["install"] == install_command("gguf")
 
 
 GGUF = {
