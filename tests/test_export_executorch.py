@@ -48,16 +48,11 @@ def expected_logits(checkpoint: Path, tokens: list[int]) -> np.ndarray:
 KINDS = (LayerShape(0, 0, 64), LayerShape(2, 1, 0), LayerShape(0, 0, 0), LayerShape(4, 2, 75))
 """Layers without attention, without FFN, without either and of an odd width: an export takes seconds a layer."""
 
-WHOLE = {"qwen3": (KINDS, "bf16", 1), "mistral": (SHAPES["uniform"], "fp16", 2)}
-"""Family -> its layers, and the type and number of files of its weights. test_families.py has the other families."""
 
-
-@pytest.mark.parametrize(("family", "layers", "dtype", "shards"), [(name, *each) for name, each in WHOLE.items()])
-def test_f32_prefill_and_decode_equal_torch(
-    family: str, layers: tuple[LayerShape, ...], dtype: str, shards: int, save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
-    checkpoint = save_tiny(tiny_architecture(family, layers))
-    store(checkpoint, STORED[dtype], shards)
+def test_f32_prefill_and_decode_equal_torch(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Qwen 3, stored in two files of bf16. test_families.py has the other families."""
+    checkpoint = save_tiny(tiny_architecture("qwen3", KINDS))
+    store(checkpoint, STORED["bf16"], 2)
     assert export(checkpoint, tmp_path / "pte", "--quantize", "f32", "--no-verify") == 0
     engine = load_engine(tmp_path / "pte", EngineOptions(threads=1))
     rows = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
@@ -68,60 +63,64 @@ def test_f32_prefill_and_decode_equal_torch(
 
 
 ONE_LAYER = (LayerShape(4, 2, 96),)
+ODD_HEADS = (LayerShape(3, 1, 96),)
+"""Heads of 16 channels do not fill the last group of int4."""
+SMALL = ("--embedding-type", "int4", "--output-type", "int4", "--group-size", "64")
 
 
-@pytest.mark.parametrize(("family", "quantize"), [("llama", "int8"), ("qwen2", "8da4w")])
-def test_quantised_programs_stay_close(
-    family: str, quantize: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Odd hidden size and FFN width, which int4 needs padded and int8 does not."""
-    tied = family != "qwen2"
-    checkpoint = save_tiny(tiny_architecture(family, SHAPES["odd FFN widths"][:1], hidden_size=76, tied=tied))
-    assert export(checkpoint, tmp_path / "pte", "--quantize", quantize) == 0
-    verification = Manifest.read(tmp_path / "pte").verification
-    agreement = verification["quantized"]
-    assert verification["codes"]["weights"] == "codes of the program, by ExecuTorch's package"
-    assert agreement["mean_kl"] < {"int8": 0.02, "8da4w": 0.5}[quantize]
-    assert ("zero-padded (exact): hidden 76 -> 96" in capsys.readouterr().out) == (quantize == "8da4w")
-
-
-def test_a_program_with_another_code_is_refused(
+def test_int8_stays_close_and_another_code_is_refused(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A single bit that the backend changed: too little for the logits to tell."""
+    """Change a single bit of the program, too little for the logits to tell. The hidden size and FFN width are odd."""
     import_executorch()
     with quiet_executorch():
         from efficientllm.export.executorch import program, reader
 
-    lower = program.lower
+    lower, lowered = program.lower, []
 
-    def with_another_code(*arguments: Any) -> program.LoweredProgram:
-        lowered = lower(*arguments)
-        named: Any = reader.deserialize_pte_binary(lowered.buffer).named_data
-        changed = bytearray(lowered.buffer)
-        changed[lowered.buffer.index(bytes(max(named.buffers, key=len)))] ^= 1
-        return replace(lowered, buffer=bytes(changed))
+    def keep(*arguments: Any) -> program.LoweredProgram:
+        lowered.append(lower(*arguments))
+        return lowered[0]
 
-    monkeypatch.setattr(program, "lower", with_another_code)
-    checkpoint = save_tiny(tiny_architecture(layers=ONE_LAYER))
-    assert export(checkpoint, tmp_path / "pte", "--quantize", "int8") == 2
+    monkeypatch.setattr(program, "lower", keep)
+    checkpoint = save_tiny(tiny_architecture("llama", SHAPES["odd FFN widths"][:1], hidden_size=76))
+    assert export(checkpoint, tmp_path / "pte", "--quantize", "int8") == 0
+    expect_close(tmp_path / "pte", 0.02)
+    assert "zero-padded" not in capsys.readouterr().out
+
+    named: Any = reader.deserialize_pte_binary(lowered[0].buffer).named_data
+    changed = bytearray(lowered[0].buffer)
+    changed[lowered[0].buffer.index(bytes(max(named.buffers, key=len)))] ^= 1
+    monkeypatch.setattr(program, "lower", lambda *arguments: replace(lowered[0], buffer=bytes(changed)))
+    assert export(checkpoint, tmp_path / "changed", "--quantize", "int8") == 2
     assert "executorch: the program holds no matrix with the codes that were given for" in capsys.readouterr().err
 
 
-def test_other_formats(save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
-    """No LLM operators, no backend at all, fp16, and a calibrated 4-bit embedding with larger groups."""
-    checkpoint = save_tiny(tiny_architecture(layers=ONE_LAYER))
+def expect_close(program: Path, largest_kl: float) -> None:
+    """Expect verified codes, and logits near those of the checkpoint."""
+    verification = Manifest.read(program).verification
+    assert verification["codes"]["weights"] == "codes of the program, by ExecuTorch's package"
+    assert verification["quantized"]["mean_kl"] < largest_kl
+
+
+def test_other_formats(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No LLM operators, no backend at all, fp16, and a 4-bit embedding beside a matrix that int4 cannot hold.
+
+    The context of the last one is shorter than the first chunk of the verification.
+    """
+    checkpoint = save_tiny(tiny_architecture(layers=ODD_HEADS, head_dim=16))
     found = {}
     for name, flags in {
         "f32": ["--quantize", "f32", "--no-custom-ops"],
         "portable": ["--recipe", "portable"],
         "f16": ["--quantize", "f16"],
-        "small": ["--quantize", "8da4w", "--embedding-type", "int4", "--output-type", "int4", "--group-size", "64"],
+        "small": [*SMALL, "--allow-fp32", "--pad", "none", "--max-context", "32"],
     }.items():
         assert export(checkpoint, tmp_path / name, *flags) == 0
         found[name] = Manifest.read(tmp_path / name)
     sizes = {name: manifest.files["model.pte"]["bytes"] for name, manifest in found.items()}
     assert sizes["f32"] > sizes["f16"] > sizes["small"]
+    assert "matrices stay in fp32" in capsys.readouterr().out
     assert "llama::" not in " ".join(found["f32"].notes)
     assert "0 delegated parts" in " ".join(found["portable"].notes)
 
@@ -191,11 +190,14 @@ def speak_ascii_only(checkpoint: Path) -> None:
 def test_stock_runner_generates_our_text(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Compare rounded weights; test_stock_runtimes.py compares fp32. The heads do not fill their last group of int4."""
-    checkpoint = save_tiny(tiny_architecture(layers=(LayerShape(3, 1, 96),), head_dim=16, tied=False))
+    """Compare rounded weights of an odd hidden size, FFN width and attention; test_stock_runtimes.py compares fp32."""
+    checkpoint = save_tiny(tiny_architecture("qwen2", (LayerShape(3, 1, 75),), hidden_size=76, head_dim=16, tied=False))
     speak_ascii_only(checkpoint)
     assert export(checkpoint, tmp_path / "pte", "--quantize", "8da4w") == 0
-    assert "stay in fp32" not in capsys.readouterr().out  # zeros behind the heads fill the group
+    printed = capsys.readouterr().out
+    assert "zero-padded (exact): hidden 76 -> 96" in printed
+    assert "stay in fp32" not in printed  # zeros behind the heads fill the group
+    expect_close(tmp_path / "pte", 0.5)
     engine = load_engine(tmp_path / "pte", EngineOptions(threads=1))
     prompt = "The quick brown fox"
     pieces, logits = [], engine.prefill(engine.tokenize(prompt, special=False))
@@ -230,8 +232,7 @@ def test_engine_keeps_to_its_context(exported: Callable[..., Path], artefact: Pa
 
 
 def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    odd_head = tiny_architecture(layers=(LayerShape(3, 1, 96),), head_dim=16)
-    checkpoint = save_tiny(odd_head)
+    checkpoint = save_tiny(tiny_architecture(layers=ODD_HEADS, head_dim=16))
     for flags, message in {
         ("--quantize", "q8_0"): "--quantize q8_0: unknown for executorch; known: f32, f16, 8da4w, int8",
         ("--recipe", "tpu"): "--recipe tpu: unknown; known: xnnpack, portable",
@@ -245,15 +246,6 @@ def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytes
         assert export(checkpoint, tmp_path / "pte", *flags) == 2, flags
         assert message in capsys.readouterr().err
         assert not (tmp_path / "pte").exists()
-
-
-def test_matrices_that_int4_cannot_hold_stay_in_fp32_only_when_allowed(
-    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = save_tiny(tiny_architecture(layers=(LayerShape(3, 1, 96),), head_dim=16))
-    # the context is shorter than the first chunk of the verification
-    assert export(checkpoint, tmp_path / "pte", "--allow-fp32", "--pad", "none", "--max-context", "32") == 0
-    assert "1 matrices stay in fp32" in capsys.readouterr().out
 
 
 def test_damaged_programs_are_refused(tmp_path: Path, artefact: Path) -> None:
