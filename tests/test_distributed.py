@@ -28,7 +28,6 @@ BETWEEN_REMOVALS = "ddp --prune-every 4 --prune-end 0.8"
 RESUMED = {BETWEEN_REMOVALS: 10, "fsdp": 10, "ddp --gradient-accumulation 2": 9}
 RESUMED["fsdp --reduce-once --gradient-accumulation 2"] = 9
 """Mode and flags of a run that gets a signal in its tenth step -> step of its checkpoint."""
-HARMS = ("damaged", "changed")
 HARMED = {"ddp": BETWEEN_REMOVALS, "fsdp": "fsdp"}
 """Mode -> mode and flags of runs whose newest checkpoint or corpus is harmed before they are resumed."""
 HANG_SECONDS = 900
@@ -113,7 +112,7 @@ def resumable_flags(mode: str) -> list[str]:
     size = "1" if "accumulation" in mode else "2"
     flags = ["--batch-size", size, "--data-parallel", *mode.split(), "--weight-update", "obs", "--qat", "q4_0"]
     # right before the checkpoint, too: a forward pass that no backward one follows
-    return [*flags, "--eval-every", "5"]
+    return [*flags, "--eval-every", "5", "--tokens", "1920"]
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +128,34 @@ def ended(folder: Path, source_folder: Path, corpus: Path) -> dict[str, tuple[st
     for mode in MODES:
         output, flags = folder / f"unreadable {mode}", ["--batch-size", "2", "--checkpoint-every", "0"]
         runs[f"unreadable {mode}"] = command(source_folder, corpus, output, *flags, "--data-parallel", mode)
-        for name in HARMS:
-            text, output = folder / f"{name} {mode}.jsonl", folder / f"{name} {mode}"
-            shutil.copy(corpus, text)
-            runs[f"stopped {name} {mode}"] = command(source_folder, text, output, *resumable_flags(HARMED[mode]))
+        text = shutil.copy(corpus, folder / f"changed {mode}.jsonl")
+        output, flags = folder / f"changed {mode}", resumable_flags(HARMED[mode])
+        runs[f"stopped changed {mode}"] = command(source_folder, text, output, *flags)
         # a stem channel is in every tensor, so each is replaced where one goes
         more = ["--prune", "stem", "--target-ratio", "0.8", "--tokens", "640", "--data-parallel", mode]
         runs[f"stem {mode}"] = command(source_folder, corpus, folder / f"stem {mode}", "--batch-size", "2", *more)
-    return several(folder, runs)
+    found = several(folder, runs)
+    for mode in MODES:
+        shutil.copytree(folder / f"stopped {HARMED[mode]}", folder / f"damaged {mode}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    ended: dict[str, tuple[str, dict[str, Any]]], folder: Path, source_folder: Path, corpus: Path
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Resume the stopped runs, some with a damaged checkpoint or a changed corpus."""
+    runs = {
+        mode: command(source_folder, corpus, folder / f"stopped {mode}", *resumable_flags(mode)) for mode in RESUMED
+    }
+    for mode in MODES:
+        (folder / f"damaged {mode}" / "checkpoints" / "step-00000010" / "state" / "rank-1.pt").write_bytes(b"")
+        with (folder / f"changed {mode}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write('{"text": "Another document."}\n')
+        for name, text in (("damaged", corpus), ("changed", folder / f"changed {mode}.jsonl")):
+            output = folder / f"{name} {mode}"
+            runs[output.name] = command(source_folder, text, output, *resumable_flags(HARMED[mode]))
+    return several(folder, {name: [*arguments, "--resume"] for name, arguments in runs.items()})
 
 
 @pytest.mark.parametrize("name", ONE_AND_TWO)
@@ -221,6 +240,7 @@ def test_stopped_distributed_run_resumes_bit_identically(
     source_folder: Path,
     corpus: Path,
     capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     """Steps 1 to 10 in one run and the rest in another, in other processes, against all in one.
 
@@ -231,14 +251,12 @@ def test_stopped_distributed_run_resumes_bit_identically(
         assert ended[f"stopped {mode}"][1]["code"] == 130
         checkpoints = [path.name for path in (folder / f"stopped {mode}" / "checkpoints").iterdir()]
         assert max(checkpoints) == f"step-{step:08d}"
-    runs = {
-        mode: [*command(source_folder, corpus, folder / f"stopped {mode}", *resumable_flags(mode)), "--resume"]
-        for mode in RESUMED
-    }
-    assert run(runs[BETWEEN_REMOVALS]) == 2
+    stopped = folder / f"stopped {BETWEEN_REMOVALS}"
+    assert run([*command(source_folder, corpus, stopped, *resumable_flags(BETWEEN_REMOVALS)), "--resume"]) == 2
     assert "--resume: the run has 2 ranks, not 1; start as many" in capsys.readouterr().err
-    for mode, (_, outcome) in several(folder, runs).items():
-        assert outcome["code"] == 0
+    resumed = request.getfixturevalue("resumed")
+    for mode in RESUMED:
+        assert resumed[mode][1]["code"] == 0
         expect_same_run(folder / f"stopped {mode}", folder / f"straight {mode}")
 
 
@@ -253,26 +271,20 @@ def test_text_that_one_rank_cannot_read_stops_all_ranks_with_a_checkpoint(
     assert [path.name for path in (folder / f"unreadable {mode}" / "checkpoints").iterdir()] == ["step-00000009"]
 
 
+@pytest.mark.parametrize("mode", MODES)
 def test_ranks_resume_beside_a_damaged_checkpoint_and_a_changed_corpus(
-    ended: dict[str, tuple[str, dict[str, Any]]], folder: Path, source_folder: Path
+    mode: str, resumed: dict[str, tuple[str, dict[str, Any]]], folder: Path
 ) -> None:
     """The older checkpoint gives the same run. A changed corpus gives another one, and says so."""
-    runs, lines = {}, {}
-    for mode in MODES:
-        for name in HARMS:
-            text, output = folder / f"{name} {mode}.jsonl", folder / f"{name} {mode}"
-            flags = resumable_flags(HARMED[mode])
-            runs[f"{name} {mode}"] = [*command(source_folder, text, output, *flags), "--resume"]
-        (folder / f"damaged {mode}" / "checkpoints" / "step-00000010" / "state" / "rank-1.pt").write_bytes(b"")
-        with (folder / f"changed {mode}.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write('{"text": "Another document."}\n')
-        lines[f"damaged {mode}"] = "step-00000010 is damaged (state/rank-1.pt has 0 bytes, not "
-        lines[f"changed {mode}"] = f"--data {folder / f'changed {mode}.jsonl'} has changed; the result is not that of"
-    for name, (said, outcome) in several(folder, runs).items():
+    lines = {
+        "damaged": "step-00000010 is damaged (state/rank-1.pt has 0 bytes, not ",
+        "changed": f"--data {folder / f'changed {mode}.jsonl'} has changed; the result is not that of",
+    }
+    for name, expected in lines.items():
+        said, outcome = resumed[f"{name} {mode}"]
         assert outcome["code"] == 0
-        assert sum(lines[name] in line for line in said.splitlines()) == 1, said
-    for mode in MODES:
-        expect_same_run(folder / f"damaged {mode}", folder / f"straight {HARMED[mode]}")
+        assert sum(expected in line for line in said.splitlines()) == 1, said
+    expect_same_run(folder / f"damaged {mode}", folder / f"straight {HARMED[mode]}")
 
 
 @pytest.mark.parametrize(("mode", "kilobytes"), [("ddp", 8), ("fsdp", 1200)])
