@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -86,8 +87,12 @@ def request_context(artefact: Artefact, options: BenchOptions) -> int:
 
 def parse_measurement(name: str, child: ProcessResult) -> Measurement:
     """Return the measurement that `child` printed. Raises ArtefactError with its last line if it failed."""
-    if child.code in (-9, 137):  # a shell reports a SIGKILL as 137
+    number = -child.code if child.code < 0 else child.code - 128  # a shell reports a SIGKILL as 137
+    names = {each.value: each.name for each in signal.Signals} | {9: "SIGKILL"}  # Windows has fewer
+    if names.get(number) == "SIGKILL":
         raise ArtefactError(f"{name}: the process was killed, probably because memory ran out; export a smaller type")
+    if number in names:
+        raise ArtefactError(f"{name}: the engine ended by {names[number]}; see efficientllm doctor")
     if child.code != 0:
         message = child.last_error.removeprefix("error: ")
         raise ArtefactError(message if name in message else f"{name}: {message}")

@@ -16,13 +16,14 @@ from tiny import tiny_architecture
 
 from efficientllm.devices import board_environment, cli, run_table
 from efficientllm.devices.bench import GGUF_FILE_TYPES, GGUF_TENSOR_TYPES, bench, cool_down, describe_gguf
+from efficientllm.devices.local import parse_measurement
 from efficientllm.devices.measure import READ_PASSES, EngineTests
 from efficientllm.devices.profiling.random_models import make_artefacts
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Run, summarize
 from efficientllm.export import cli as export_cli
-from efficientllm.runtime.base.child import run_python
+from efficientllm.runtime.base.child import ProcessResult, run_python
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.base.errors import DeviceError
+from efficientllm.runtime.base.errors import ArtefactError, DeviceError
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.scheduling_policy import common_length
@@ -270,3 +271,12 @@ def test_no_timed_prefill_finds_its_tokens_in_the_cache(monkeypatch: pytest.Monk
         tests.repeat()
     assert len(recorded) == 500 * 6
     assert all(recorded)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(-11, "the engine ended by SIGSEGV"), (132, "the engine ended by SIGILL"), (-9, "memory ran out"), (1, "m: busy")],
+)
+def test_how_a_measurement_ended_is_named(code: int, message: str) -> None:
+    with pytest.raises(ArtefactError, match=message):
+        parse_measurement("m", ProcessResult(code, "", "busy\n"))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
+import platform
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -118,6 +121,69 @@ def test_another_release_is_refused(
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(UsageError, match=message):
         find_only("xllamacpp", tmp_path, monkeypatch)()
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        ("fpu sse4_2 avx", "", r"xllamacpp needs AVX2, which this CPU lacks; run: pip install .*\[gguf\]"),
+        (
+            "fpu avx2",
+            "libgomp.so.1: not found",
+            r"libgomp\.so\.1: not found; install libgomp, .*libgomp1, or run: pip ",
+        ),
+    ],
+)
+def test_what_the_wheel_needs_is_named(
+    flags: str, error: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "xllamacpp.abi3.so").touch()
+    (tmp_path / "cpuinfo").write_text(f"model name\t: Xeon\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(llama_library, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: llama_library.BINARY_VERSION)
+    monkeypatch.setattr(ctypes, "CDLL", mock.Mock(side_effect=OSError(error)))
+    with pytest.raises(UsageError, match=message):
+        find_only("xllamacpp", tmp_path, monkeypatch)()
+
+
+INTERRUPTED = """
+import signal, sys, time
+from pathlib import Path
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+
+class Interrupted(BaseException): ...
+
+def interrupt(*arguments):
+    global was_sent
+    was_sent = True
+    raise Interrupted
+
+options = EngineOptions(threads=1, tune=False, huge_pages=False)
+signal.signal(signal.SIGALRM, interrupt)
+load_engine(sys.argv[1], options).close()
+began = time.perf_counter()
+load_engine(sys.argv[1], options).close()
+seconds, lost = time.perf_counter() - began, 0
+for part in range(1, 40):
+    was_sent = is_raised = False
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds * part / 40)
+        load_engine(sys.argv[1], options).close()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Interrupted:
+        is_raised = True
+    lost += was_sent and not is_raised
+print("lost", lost)
+"""
+
+
+def test_a_signal_amid_loading_is_not_lost(artefact: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(artefact)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "lost 0\n", done.stdout + done.stderr[-2000:]
+    assert "Exception ignored" not in done.stderr
 
 
 def test_on_windows_the_extra_that_compiles_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,11 +53,15 @@ def context_length(wanted: int, trained: int) -> int:
     return wanted or min(DEFAULT_CONTEXT, trained or DEFAULT_CONTEXT)
 
 
+MAX_THREADS = 512
+"""GGML_MAX_N_THREADS of llama.cpp. More threads end the process."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Loading."""
 
-    threads: int = flags.number(0, at_least=0)
+    threads: int = flags.number(0, at_least=0, at_most=MAX_THREADS)
     """CPU threads; 0: all cores. llama.cpp on Linux then leaves out those that other programs use."""
     context: int = flags.number(0, at_least=0)
     """Context window in tokens, at most the model's own; 0: the model's own, at most 4096."""
@@ -172,6 +176,8 @@ def load_engine(
 def _load(artefact: Artefact, options: EngineOptions, probe: bool) -> Any:
     """Return the loaded engine of `artefact`, see `load_engine`."""
     engine_class: Callable[[Path, EngineOptions], Engine] = find_engine(artefact).load()
+    if artefact.engine == "llama.cpp":
+        load_llama()  # a missing package is named before the file is read
     artefact.verify()
     if probe and artefact.known_manifest is None:
         # the child only tells whether the file loads; it must not measure for half a minute or load a second model

@@ -38,12 +38,13 @@ _LOAD_MODE_NONE, _LOAD_MODE_MMAP = 0, 1
 _CONTROL_OR_UNKNOWN = 1 << 3 | 1 << 0
 """Bits of enum llama_token_attr"""
 
-_LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_DROP_LOG_LINE = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
+    ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value or 0
+)
+"""Keep llama.cpp's log off stderr by a C function that ignores its arguments. Failures are raised as errors.
 
-
-@_LOG_CALLBACK
-def _drop_log_line(level: int, text: bytes, data: object) -> None:
-    """Keep llama.cpp's log off stderr. Failures are raised as errors."""
+A signal that arrives in a function of Python that C calls would be lost, because its exception has nowhere to go.
+"""
 
 
 class LlamaCppEngine:
@@ -58,7 +59,7 @@ class LlamaCppEngine:
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         self._llama: Any = load_llama()
-        self._llama.llama_log_set(_drop_log_line, ctypes.c_void_p(0))
+        self._llama.llama_log_set(_DROP_LOG_LINE, ctypes.c_void_p(0))
         began = time.perf_counter()
         with huge_pages(options.huge_pages):
             self._model = _load(path, options.memory_map)

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
+import platform
 import sys
 from ctypes import POINTER
 from pathlib import Path
@@ -118,6 +119,14 @@ def llama_package() -> str:
     return next((PACKAGES[name] for name in PACKAGES if importlib.util.find_spec(name)), PACKAGES["llama_cpp"])
 
 
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def lacks_avx2(machine: str, cpuinfo: Path) -> bool:
+    """Return True on an x86 CPU on Linux without AVX2, which the wheel of xllamacpp is compiled for."""
+    return machine == "x86_64" and cpuinfo.is_file() and "avx2" not in cpuinfo.read_text(errors="replace").split()
+
+
 @functools.cache
 def load_llama() -> Any:
     """Return an object with llama.cpp's functions as attributes. Raise MissingExtraError if it is not installed."""
@@ -132,11 +141,14 @@ def load_llama() -> Any:
     if installed != BINARY_VERSION:  # another llama.cpp has other structures, which ctypes does not notice
         command = install_command("gguf-binary")
         raise UsageError(f"xllamacpp {installed} is installed, not {BINARY_VERSION}; run: {command}")
+    if lacks_avx2(platform.machine(), CPUINFO):
+        raise UsageError(f"xllamacpp needs AVX2, which this CPU lacks; run: {install_command('gguf')}")
     (path,) = Path(str(package.origin)).parent.glob("xllamacpp*.so")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise UsageError(f"xllamacpp cannot be loaded: {error}; run: {install_command('gguf')}") from error
+        system = "install libgomp, such as by apt install libgomp1, or " if "libgomp" in str(error) else ""
+        raise UsageError(f"xllamacpp cannot be loaded: {error}; {system}run: {install_command('gguf')}") from error
     types = c_types()
     functions = {}
     for signature, *names in (line.split() for line in FUNCTIONS.strip().splitlines()):
