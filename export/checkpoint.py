@@ -165,9 +165,10 @@ class Checkpoint:
     def sampling(self) -> dict[str, float]:
         """Return the sampling settings of generation_config.json as fields of SamplingOptions.
 
-        Invalid values are left out.
+        Invalid values are left out. A model of one job answers greedily, as its score is measured.
         """
-        settings, found = self.json_file("generation_config.json"), {}
+        is_job = self.json_file("training.json").get("functions") == "learned"
+        settings, found = self.json_file("generation_config.json"), dict(GREEDY if is_job else {})
         for name in LLAMA_CPP_DEFAULTS:
             with contextlib.suppress(ValueError):
                 if settings.get(name) is not None:
@@ -194,6 +195,9 @@ def _check_template(template: str, folder: Path) -> None:
     except Exception as error:  # a template raises what Python does
         reason = str(error) or type(error).__name__
         raise ModelError(f"{folder}: the chat template cannot be rendered: {reason}") from error
+
+
+GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}
 
 
 @contextlib.contextmanager

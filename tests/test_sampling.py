@@ -115,3 +115,11 @@ def test_the_model_s_own_sampling_travels_in_the_manifest(save_tiny: Callable[..
     with pytest.raises(UsageError, match="logit_bias: token 400 is outside the vocabulary of 400"):
         Generation(engine, [5], AnswerOptions(logit_bias={400: 1.0}))
     engine.close()
+
+
+def test_a_model_of_one_job_answers_greedily(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_tiny(tiny_architecture())
+    (folder / "training.json").write_text('{"functions": "learned"}')
+    assert export(folder, "gguf", tmp_path / "gguf", "--quantize", "f32", "--no-verify") == 0
+    assert Manifest.read(tmp_path / "gguf").sampling == {"temperature": 0.0, "repetition_penalty": 1.0}
+    assert "PARAMETER temperature 0\n" in (tmp_path / "gguf" / "Modelfile").read_text()
