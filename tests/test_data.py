@@ -300,8 +300,19 @@ def test_short_data_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="less than one sequence of 4096"):
         PackedStream([DataSpec(str(path))], tokenizer, 4096, 0.2, 0).check()
-    with pytest.raises(DataError, match="held-out part has"):
-        held_out_windows([DataSpec(str(path))], tokenizer, 4096, 0.2, 100)
+    with pytest.raises(DataError, match="holds back no text; give more"):
+        held_out_windows([DataSpec(str(path))], tokenizer, 4096, 1e-9, 100)
+
+
+def test_a_held_out_part_that_fills_no_window_ends_in_tokens_that_are_not_predicted(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    path = write(tmp_path / "a.jsonl")
+    (window,) = held_out_windows([DataSpec(str(path))], tokenizer, 4096, 0.2, 100)
+    held = "".join(text for text in open_documents(DataSpec(str(path))) if is_held_out(text, 0.2))
+    assert len(window) == 4097
+    assert set(window[window < 0]) == {~tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+    assert tokenizer.decode(window[window >= 0]).replace("<|endoftext|>", "") == held
 
 
 def test_a_hub_dataset_is_continued_without_the_files_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from ..runtime.base.errors import DataError
 from ..runtime.base.progress import ProgressDisplay
+from ..runtime.base.quantities import format_count
 from ..runtime.engines.contract_text import one_line
 from .compute.distributed import Parallel
 from .compute.loss import perplexity
@@ -85,6 +86,9 @@ class Measuring:
 
     def stage(self, name: str) -> None:
         """Measure held-out perplexity at a stage of the run: source, after_pruning or final."""
+        if name == "source":
+            num_tokens = self.text.held_out[:, 1:].size
+            self.display.say(f"measuring perplexity on {format_count(num_tokens)} held-out tokens")
         value = self.progress.perplexity[name] = self._held_out_perplexity()
         record, shown = {f"perplexity_{name}": value}, f"{value:.2f}"
         if self.prunes_vocabulary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import partial
@@ -212,9 +213,12 @@ def _check_removals(config: TrainConfig, compute: Compute) -> None:
     tokens_of_pruning = (settings.prune_end - settings.prune_start) * optimizer.tokens
     steps = tokens_of_pruning / (step * compute.parallel.world_size)
     if settings.prunes and settings.removals - 1 > steps:
+        share = settings.prune_end - settings.prune_start
+        needed = math.ceil((settings.removals - 1) * step * compute.parallel.world_size / share) if share else 0
+        remedy = f"give at least --tokens {needed}" if needed else "set --prune-end later"
         raise UsageError(
             f"--removals {settings.removals}: more than the steps between --prune-start and --prune-end "
-            f"({int(steps)}); use fewer, or more --tokens"
+            f"({int(steps)}); use fewer, or {remedy}"
         )
     removals = settings.removals or int(steps / settings.prune_every) + 1
     if config.run.compile and settings.prunes and removals > MANY_COMPILATIONS and compute.parallel.is_main:

@@ -383,7 +383,8 @@ def held_out_windows(
     """Return about `max_tokens` of held-out text as windows, int64 [n, S + 1], the same for every seed.
 
     Each corpus gives an equal share, from as many of its held-out documents as the share has windows. The first window
-    of each document comes before the second of any. Raises DataError for too little text.
+    of each document comes before the second of any. A corpus that holds back less than a window gives one that ends in
+    `~separator`, which is not predicted. Raises DataError if a corpus holds back nothing.
     """
     windows = []
     encoder = Encoder(tokenizer)
@@ -391,11 +392,13 @@ def held_out_windows(
         wanted = max(1, max_tokens // len(specs) // sequence_length)
         found = _spread_windows(_held_out_ids(spec, encoder, held_out_fraction), sequence_length, wanted)
         if not found:
-            num_tokens = sum(map(len, _held_out_ids(spec, encoder, held_out_fraction)))
-            raise DataError(
-                f"--data {spec.path}: its held-out part has {num_tokens} tokens, less than one sequence of "
-                f"{sequence_length}; give more text, a larger --held-out-fraction or a smaller --sequence-length"
-            )
+            ids = [token for document in _held_out_ids(spec, encoder, held_out_fraction) for token in document]
+            if not ids:
+                raise DataError(f"--data {spec.path}: holds back no text; give more or a larger --held-out-fraction")
+            _log.warning(f"--data {spec.path}: only {len(ids)} tokens are held out, so perplexities are imprecise")
+            window = np.full(sequence_length + 1, ~np.int64(encoder.separator))
+            window[: len(ids)] = ids
+            found = [window]
         windows += found
     stacked = np.stack(windows).astype(np.int64)
     if not (stacked[:, 1:] >= 0).any():
