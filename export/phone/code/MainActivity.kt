@@ -68,10 +68,11 @@ class MainActivity : Activity(), CoroutineScope by MainScope() {
     }
 
     private fun copied(): File {
+        val installed = packageManager.getPackageInfo(packageName, 0).lastUpdateTime
         for (name in listOf("model.gguf", "generation.json", "check.json")) {
             val file = File(filesDir, name)
             val length = assets.openFd(name).use { it.length } // none of them is compressed
-            if (file.length() == length) continue
+            if (file.length() == length && file.lastModified() >= installed) continue
             assets.open(name).use { input -> file.outputStream().use { input.copyTo(it) } }
         }
         return filesDir
