@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..runtime.base.gguf_header import READ_ERRORS, read_header
 from ..runtime.base.progress import PROGRESS_LOGGER
+from ..runtime.base.quantities import format_duration
 from ..runtime.base.user_cache import commit
 from ..runtime.engines.artefact import Artefact
 from ..runtime.engines.engine import find_engine
@@ -143,18 +144,22 @@ def bench(
     journal = open_journal(json_path, info, options, release, log)
     measurements: list[list[Measurement]] = [[] for _ in artefacts]
     hashes = [artefact.sha256 for artefact in artefacts]
+    began, num_measured = time.monotonic(), 0
     # in turn, so that a device that grows warm, or busy, slows all artefacts alike
     for turn in range(options.rounds):
         for index, artefact in enumerate(artefacts):
             # the count tells apart two artefacts with the same files
             key = (hashes[index], hashes[:index].count(hashes[index]), turn)
             measurement = journal.get(key)
-            label = f"round {turn + 1}/{options.rounds}: {artefact.path}"
+            label = f"round {turn + 1}/{options.rounds}, {index + 1}/{len(artefacts)}: {artefact.path}"
             if measurement is None:
                 cool_down(device, options, log)
-                log(label)
+                missing = len(artefacts) * (options.rounds - turn) - index
+                remaining = (time.monotonic() - began) / num_measured * missing if num_measured else 0
+                log(label + (f"  ETA {format_duration(remaining)}" if remaining else ""))
                 measurement = device.measure(artefact, options)
                 journal.add(key, measurement)
+                num_measured += 1
             else:
                 log(f"{label} (measured before the interruption)")
             measurements[index].append(measurement)
