@@ -18,8 +18,8 @@ def available_cores() -> int:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """What `-n auto` means."""
-    return min(available_cores(), MAX_WORKERS)
+    """Return what `-n auto` means: one worker more than cores, because tests also wait for servers and processes."""
+    return min(available_cores() + 1, MAX_WORKERS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
