@@ -127,6 +127,7 @@ def test_a_kit_with_a_gguf(kit: Path) -> None:
     text = (kit / "README.md").read_text()
     assert "| model.gguf | llama.cpp | f32 |" in text
     assert "The expected speed is unknown" in text
+    assert "\n\nBuild the app with Android Studio, or with Gradle 8.9 or later: `gradle assembleDebug`. " in text
     assert re.search(r"are at least \d\.\d\d nats \(llama\.cpp\) apart", text)
 
 
