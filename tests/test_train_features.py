@@ -24,6 +24,7 @@ from training import (
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.train.checkpoint import state as training_state
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.hardware import Hardware, choose_hardware
@@ -131,13 +132,15 @@ def test_explicit_architecture_is_reached(source_folder: Path, corpus: Path, tmp
 def test_target_bytes_are_those_of_the_exported_file(
     quantize: str, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
+    """The export takes the type in which the run counted."""
     target = {"q4_0": 85_000, "q8_0": 125_000, "f16": 230_000}[quantize]
     arguments = without(command(source_folder, corpus, tmp_path / "run", "--quantize", quantize), "--target-ratio")
     arguments += ["--prune", "attention,ffn", "--width-multiple", "32"]
     assert run([*arguments, "--target-bytes", str(target)]) == 0
     output = str(tmp_path / "gguf")
-    export = [str(tmp_path / "run"), "--target", "gguf", "--quantize", quantize, "--output", output, "--no-verify"]
+    export = [str(tmp_path / "run"), "--target", "gguf", "--output", output, "--no-verify"]
     assert run_command(export_cli.body, export) == 0
+    assert Manifest.read(tmp_path / "gguf").quantization == quantize
     size = (tmp_path / "gguf" / "model.gguf").stat().st_size
     assert 0.75 * target < size < 1.05 * target  # units are coarse here, and so is the header's share
 

@@ -290,7 +290,8 @@ def stored_weights(model: Any, dtype: torch.dtype, keeps: bool = True) -> dict[s
 def training_summary(trainer: Trainer) -> dict[str, Any]:
     """Return the contents of training.json, which exporters copy into their manifests."""
     measured = {name: Quality(**values) for name, values in trainer.progress.quality.items()}
-    source = display_name(trainer.config.source.source)
+    source, settings = display_name(trainer.config.source.source), trainer.config.pruning
+    is_counted = settings.target_bytes is not None and bool(settings.quantize) and trainer.rounding is None
     return {
         "source": source,
         "data": [display_name(each) for each in trainer.config.source.data],
@@ -302,6 +303,7 @@ def training_summary(trainer: Trainer) -> dict[str, Any]:
         **_latency(trainer),
         "held_out_tokens": int(trainer.text.held_out.shape[0] * trainer.config.source.sequence_length),
         "perplexity": trainer.progress.perplexity,
+        **({"counted_in": {"quantize": settings.quantize, "output_type": settings.output_type}} if is_counted else {}),
         **({"quantisation": trainer.config.quantisation.to_dict()} if trainer.rounding is not None else {}),
         **({"bits_per_byte": trainer.progress.bits_per_byte} if trainer.progress.bits_per_byte else {}),
         "quality": contract(measured["final"], measured["source"], source) if len(measured) == 2 else None,

@@ -60,7 +60,7 @@ class GgufOptions(PaddingOptions):
 
     quantize: str = flags.type_name()
     """Weight type: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0, iq4_nl, iq4_xs,
-    q3_k_m, q2_k; default: the trained type (--qat), else q8_0."""
+    q3_k_m, q2_k; default: the trained type (--qat), else that of --target-bytes, else q8_0."""
     output_type: str = flags.type_name()
     """Type of the LM head, a value of --quantize."""
     embedding_type: str = flags.type_name()
@@ -143,12 +143,13 @@ class _Types:
 
 
 def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions]) -> _Types:
-    """Return the requested types, or the trained ones, or the defaults."""
+    """Return the requested types, or the trained ones, or those that --target-bytes counted, or the defaults."""
     options, trained = request.options, TrainedType.of(checkpoint)
-    name = choose_type(checkpoint, request, "gguf", options.quantize, DEFAULT)
+    counted = {} if options.quantize else checkpoint.json_file("training.json").get("counted_in", {})
+    name = choose_type(checkpoint, request, "gguf", options.quantize, counted.get("quantize", DEFAULT))
     is_trained = trained is not None and (trained.target, trained.kind) == ("gguf", name)
     head = trained.head if trained is not None and is_trained else ""
-    output = options.output_type or head
+    output = options.output_type or head or counted.get("output_type", "")
     embedding = options.embedding_type or head
     return _Types(
         name,
