@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..runtime.base.child import ProcessResult, run_python
+from ..runtime.base.cpu_load import is_busy
 from ..runtime.base.errors import ArtefactError
 from ..runtime.engines.artefact import Artefact
 from . import measure
@@ -61,13 +62,14 @@ class LocalDevice:
     """The local machine. Each measurement is a child process of this Python."""
 
     def __init__(self, options: DeviceOptions, log: Callable[[str], None]) -> None:
-        pass
+        self._log = log
 
     def describe(self) -> DeviceInfo:
         return local_device_info("local")
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
-        pass
+        if is_busy():
+            self._log("other programs use this machine, so it seems slower than it is; stop them, or give --threads 1")
 
     def temperature_celsius(self) -> float | None:
         return temperature_celsius(LocalShell())

@@ -23,6 +23,7 @@ from shared import made_once
 from tiny import tiny_architecture, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from efficientllm.devices import local
 from efficientllm.export.gguf import probe, quantize
 from efficientllm.export.verification import sample_text
 from efficientllm.runtime.engines import engine as engine_module
@@ -100,6 +101,7 @@ def first_attention() -> Iterator[Callable[[LlamaContext, int], list[float]]]:
     with (
         mock.patch.object(tuning, "_attention_seconds", return_value=[1.0]),
         mock.patch.object(tuning, "is_busy", return_value=False),
+        mock.patch.object(local, "is_busy", return_value=False),
     ):
         yield timed
 

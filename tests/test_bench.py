@@ -14,9 +14,10 @@ import pytest
 from made_up import LAPTOP, FakeDevice, speed
 from tiny import tiny_architecture
 
-from efficientllm.devices import board_environment, cli, run_table
+from efficientllm.devices import board_environment, cli, local, run_table
 from efficientllm.devices.bench import GGUF_FILE_TYPES, GGUF_TENSOR_TYPES, bench, cool_down, describe_gguf
-from efficientllm.devices.local import parse_measurement
+from efficientllm.devices.device import DeviceOptions
+from efficientllm.devices.local import LocalDevice, parse_measurement
 from efficientllm.devices.measure import READ_PASSES, EngineTests
 from efficientllm.devices.profiling.random_models import make_artefacts
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Run, summarize
@@ -280,3 +281,12 @@ def test_no_timed_prefill_finds_its_tokens_in_the_cache(monkeypatch: pytest.Monk
 def test_how_a_measurement_ended_is_named(code: int, message: str) -> None:
     with pytest.raises(ArtefactError, match=message):
         parse_measurement("m", ProcessResult(code, "", "busy\n"))
+
+
+def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    LocalDevice(DeviceOptions(), lines.append).prepare([], BenchOptions())
+    assert not lines
+    monkeypatch.setattr(local, "is_busy", lambda: True)
+    LocalDevice(DeviceOptions(), lines.append).prepare([], BenchOptions())
+    assert lines == ["other programs use this machine, so it seems slower than it is; stop them, or give --threads 1"]
