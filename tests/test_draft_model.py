@@ -152,6 +152,12 @@ def test_sampled_answers_have_the_exact_distribution(artefact: Path, draft_of: D
 
 
 def test_a_wrong_draft_is_given_up(artefact: Path, draft_of: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes and proposals take fixed times here: measured ones are those of the machine's other work, too."""
+    length = Speculation.draft_length
+    monkeypatch.setattr(Speculation, "_pass_ms", lambda self, answers, longest: 10.0 + 2.0 * np.arange(longest + 1))
+    monkeypatch.setattr(
+        Speculation, "draft_length", lambda self, right, answers, longest, *ms: length(self, right, answers, longest, 1)
+    )
     monkeypatch.setattr(draft_model, "MIN_PROBABILITY", 0.0)
     engine = load(artefact, draft_of("other"))
     drafted = []
