@@ -173,9 +173,30 @@ UNSPACED_MARK = "{#- efficientllm: the model was trained on its functions -#}"
 
 
 def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of a function's arguments, which is an object. Without parameters it has no properties."""
-    nothing = {"properties": {}, "additionalProperties": False}
-    return {**(function.get("parameters") or nothing), "type": "object"}
+    """Return the JSON schema of a function's arguments, which is an object. Without parameters it has no properties.
+
+    Objects whose properties are listed have no others unless `additionalProperties` allows them. JSON Schema allows
+    them, and small models then write names such as "city: " after all properties.
+    """
+    return _without_others({**(function.get("parameters") or {"properties": {}}), "type": "object"})
+
+
+_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref", "if"}
+"""Keywords that say more about the properties of an object."""
+
+
+def _without_others(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    closed, properties, required = dict(schema), schema.get("properties"), schema.get("required", [])
+    if isinstance(properties, Mapping):
+        closed["properties"] = {name: _without_others(each) for name, each in properties.items()}
+        is_listed = isinstance(required, list) and all(each in [*properties] for each in required)
+        if is_listed and not _OPEN & schema.keys():
+            closed["additionalProperties"] = False
+    if "items" in schema:
+        closed["items"] = _without_others(schema["items"])
+    return closed
 
 
 def _text(engine: EngineScheduler, tokens: Iterable[int]) -> str:

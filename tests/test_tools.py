@@ -103,6 +103,29 @@ def call(name: str, arguments: str) -> str:
 
 ROME = call("weather", '{"city": "Rome"}')
 
+CITY = {"properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "arguments", "expected"),
+    [
+        (CITY, '{"city": "Rome"}', True),
+        (CITY, '{"city": "Rome", "city: ": 1}', False),
+        (CITY | {"additionalProperties": True}, '{"city": "Rome", "days": 1}', True),
+        (CITY | {"required": ["city", "days"]}, '{"city": "Rome", "days": 1}', True),
+        ({"properties": {"trip": CITY}}, '{"trip": {"city": "Rome", "days": 1}}', False),
+        ({"properties": {"trips": {"type": "array", "items": CITY}}}, '{"trips": [{"city": "Rome", "a": 1}]}', False),
+        ({"properties": {"trip": {"anyOf": [CITY]}}}, '{"trip": {"city": "Rome", "days": 1}}', True),
+        ({}, '{"days": 1}', False),
+        ({"type": "object"}, '{"days": 1}', True),
+    ],
+)
+def test_arguments_have_the_listed_properties_alone(
+    parameters: dict[str, Any], arguments: str, expected: bool, engine: EngineScheduler
+) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    assert accepts(engine, ToolUse(tools, must_call=True), call("weather", arguments)) == expected
+
 
 @pytest.mark.parametrize(
     ("text", "may", "must"),
