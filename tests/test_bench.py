@@ -61,8 +61,10 @@ def test_measures_artefacts_and_bare_files(
     assert run_command(cli.body, [str(output), str(bare), *QUICK, "--json", str(saved)]) == 0
     printed = capsys.readouterr()
     assert "held-out perplexity (64 tokens): source 10.00, after pruning 20.00, final 12.50" in printed.out
-    rounds = [line for line in printed.err.splitlines() if line.startswith("round")]
-    assert rounds == [f"round {turn}/2: {name}" for turn in (1, 2) for name in (output, bare)]  # they take turns
+    rounds = [line.partition("  ETA")[0] for line in printed.err.splitlines() if line.startswith("round")]
+    files = ((1, output), (2, bare))  # they take turns
+    assert rounds == [f"round {turn}/2, {index}/2: {name}" for turn in (1, 2) for index, name in files]
+    assert "ETA" in printed.err
     values = json.loads(saved.read_text())
     assert values["device"]["cores"] > 0
     assert values["device"]["ram_bytes"] > 1e9
