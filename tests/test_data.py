@@ -309,7 +309,7 @@ def test_a_held_out_part_that_fills_no_window_ends_in_tokens_that_are_not_predic
 ) -> None:
     path = write(tmp_path / "a.jsonl")
     (window,) = held_out_windows([DataSpec(str(path))], tokenizer, 4096, 0.2, 100)
-    held = "".join(text for text in open_documents(DataSpec(str(path))) if is_held_out(text, 0.2))
+    held = "".join(str(text) for text in open_documents(DataSpec(str(path))) if is_held_out(text, 0.2))
     assert len(window) == 4097
     assert set(window[window < 0]) == {~tokenizer.convert_tokens_to_ids("<|endoftext|>")}
     assert tokenizer.decode(window[window >= 0]).replace("<|endoftext|>", "") == held

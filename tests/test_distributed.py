@@ -128,7 +128,7 @@ def ended(folder: Path, source_folder: Path, corpus: Path) -> dict[str, tuple[st
     for mode in MODES:
         output, flags = folder / f"unreadable {mode}", ["--batch-size", "2", "--checkpoint-every", "0"]
         runs[f"unreadable {mode}"] = command(source_folder, corpus, output, *flags, "--data-parallel", mode)
-        text = shutil.copy(corpus, folder / f"changed {mode}.jsonl")
+        text = Path(shutil.copy(corpus, folder / f"changed {mode}.jsonl"))
         output, flags = folder / f"changed {mode}", resumable_flags(HARMED[mode])
         runs[f"stopped changed {mode}"] = command(source_folder, text, output, *flags)
         # a stem channel is in every tensor, so each is replaced where one goes
