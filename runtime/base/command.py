@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -101,14 +102,27 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as a shell shows it
-    except BrokenPipeError:
-        sys.stderr.close()  # Python would report there that it cannot flush stdout
-        return 141  # 128 + SIGPIPE
     except (EfficientLLMError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader():
+            sys.stderr.close()  # Python would report there that it cannot flush stdout
+            return 141  # 128 + SIGPIPE
         if debug:
             raise
         _print_once(f"error: {' '.join(_describe(error).split())}")
         return 2
+
+
+def _has_no_reader() -> bool:
+    """Return True if nobody reads stdout any more. A child process that ended breaks another pipe."""
+    if not hasattr(select, "poll"):
+        return True
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file of this process
+        return False
+    poller = select.poll()
+    poller.register(descriptor, 0)
+    return any(events & select.POLLERR for _, events in poller.poll(0))
 
 
 def _describe(error: Exception) -> str:
