@@ -90,8 +90,8 @@ def request_context(artefact: Artefact, options: BenchOptions) -> int:
 def parse_measurement(name: str, child: ProcessResult) -> Measurement:
     """Return the measurement that `child` printed. Raises ArtefactError with its last line if it failed."""
     number = -child.code if child.code < 0 else child.code - 128  # a shell reports a SIGKILL as 137
-    names = {each.value: each.name for each in signal.Signals} | {9: "SIGKILL"}  # Windows has fewer
-    if names.get(number) == "SIGKILL":
+    names = {each.value: each.name for each in signal.Signals}
+    if number == 9:  # SIGKILL, which Windows has no name for
         raise ArtefactError(f"{name}: the process was killed, probably because memory ran out; export a smaller type")
     if number in names:
         raise ArtefactError(f"{name}: the engine ended by {names[number]}; see efficientllm doctor")

@@ -209,16 +209,14 @@ def _check_removals(config: TrainConfig, compute: Compute) -> None:
     Warn of many removals with --compile.
     """
     settings, optimizer = config.pruning, config.optimizer
-    step = config.source.sequence_length * optimizer.batch_size * optimizer.gradient_accumulation
-    tokens_of_pruning = (settings.prune_end - settings.prune_start) * optimizer.tokens
-    steps = tokens_of_pruning / (step * compute.parallel.world_size)
+    batch_tokens = config.source.sequence_length * optimizer.batch_size * optimizer.gradient_accumulation
+    step_tokens, share = batch_tokens * compute.parallel.world_size, settings.prune_end - settings.prune_start
+    steps = share * optimizer.tokens / step_tokens
     if settings.prunes and settings.removals - 1 > steps:
-        share = settings.prune_end - settings.prune_start
-        needed = math.ceil((settings.removals - 1) * step * compute.parallel.world_size / share) if share else 0
-        remedy = f"give at least --tokens {needed}" if needed else "set --prune-end later"
+        needed = math.ceil((settings.removals - 1) * step_tokens / share)  # flags require a share above 0
         raise UsageError(
             f"--removals {settings.removals}: more than the steps between --prune-start and --prune-end "
-            f"({int(steps)}); use fewer, or {remedy}"
+            f"({int(steps)}); use fewer, or give at least --tokens {needed}"
         )
     removals = settings.removals or int(steps / settings.prune_every) + 1
     if config.run.compile and settings.prunes and removals > MANY_COMPILATIONS and compute.parallel.is_main:
