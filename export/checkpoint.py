@@ -22,6 +22,7 @@ from ..runtime.base.model_names import check_source
 from ..runtime.chat_template import render_chat
 from ..runtime.engines.hf_tokenizer import read_settings, special_token
 from ..runtime.sampling import LLAMA_CPP_DEFAULTS, SamplingOptions
+from ..runtime.tool_format import LEARNED_MARK, UNSPACED_MARK
 from ..train.model.architecture import Architecture
 from ..train.model.attention import LayerAttention, context_length, layer_attention, rope_parameters
 from ..train.model.folder_files import (
@@ -167,7 +168,7 @@ class Checkpoint:
 
         Invalid values are left out. A model of one job answers greedily, as its score is measured.
         """
-        is_job = self.json_file("training.json").get("functions") == "learned"
+        is_job = (self.chat_template or "").startswith((LEARNED_MARK, UNSPACED_MARK))
         settings, found = self.json_file("generation_config.json"), dict(GREEDY if is_job else {})
         for name in LLAMA_CPP_DEFAULTS:
             with contextlib.suppress(ValueError):

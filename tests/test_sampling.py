@@ -16,6 +16,7 @@ from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.sampling import LLAMA_CPP_DEFAULTS, Sampler, SamplingOptions
+from efficientllm.runtime.tool_format import LEARNED_MARK
 
 ALL: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 """Nothing is cut off."""
@@ -119,7 +120,7 @@ def test_the_model_s_own_sampling_travels_in_the_manifest(save_tiny: Callable[..
 
 def test_a_model_of_one_job_answers_greedily(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     folder = save_tiny(tiny_architecture())
-    (folder / "training.json").write_text('{"functions": "learned"}')
+    (folder / "chat_template.jinja").write_text(LEARNED_MARK + (folder / "chat_template.jinja").read_text())
     assert export(folder, "gguf", tmp_path / "gguf", "--quantize", "f32", "--no-verify") == 0
     assert Manifest.read(tmp_path / "gguf").sampling == {"temperature": 0.0, "repetition_penalty": 1.0}
     assert "PARAMETER temperature 0\n" in (tmp_path / "gguf" / "Modelfile").read_text()

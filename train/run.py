@@ -295,7 +295,6 @@ def training_summary(trainer: Trainer) -> dict[str, Any]:
     return {
         "source": source,
         "data": [display_name(each) for each in trainer.config.source.data],
-        "functions": trainer.config.source.functions,
         "tokens": trainer.progress.tokens,
         "seconds": round(trainer.progress.seconds, 1),
         "source_parameters": trainer.plan.architecture.num_parameters,
