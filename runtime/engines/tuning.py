@@ -93,7 +93,7 @@ def choose_attention(
     def measure() -> str:
         if is_busy():
             raise _BusyError
-        _announce(path, "attention kernels")
+        _announce(path, "attention")
         return str(fastest_attention(candidates, num_sequences, make_context))
 
     names = {str(candidate): candidate for candidate in candidates}
@@ -102,7 +102,7 @@ def choose_attention(
     try:
         return names[cached(key, [path], measure, names.__contains__)]
     except _BusyError:
-        text = "this machine is busy: the attention kernels of %s are timed at a later load, and it starts with %s"
+        text = "this machine is busy: %s starts with %s, and is timed on this CPU at a later load"
         logging.getLogger(PROGRESS_LOGGER).warning(text, path.name, unmeasured)
         return unmeasured
 
@@ -113,7 +113,7 @@ class _BusyError(Exception):
 
 def _announce(path: Path, subject: str) -> None:
     """Report a measurement, also in a program that configures no logging."""
-    text = "first load of %s here: timing its %s, usually 2 to 10 s; the result is stored (--no-tune skips it)"
+    text = "first load of %s here: timing %s on this CPU, usually 2 to 10 s; the result is stored (--no-tune skips it)"
     logging.getLogger(PROGRESS_LOGGER).warning(text, path.name, subject)
 
 
@@ -214,7 +214,7 @@ def measure_pass_times(path: Path, release: str, context: LlamaContext, num_sequ
     def measure() -> str:
         if is_busy():
             raise _BusyError
-        _announce(path, "passes over several answers")
+        _announce(path, "several answers at once")
         return PassTimes(tuple(_all_pass_ms(context, num_sequences))).to_text()
 
     def is_valid(text: str) -> bool:
