@@ -123,6 +123,12 @@ def test_another_release_is_refused(
         find_only("xllamacpp", tmp_path, monkeypatch)()
 
 
+def test_a_package_without_its_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: llama_library.BINARY_VERSION)
+    with pytest.raises(UsageError, match=r"without its library; run: pip install --force-reinstall .*\[gguf-binary\]"):
+        find_only("xllamacpp", tmp_path, monkeypatch)()
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [

@@ -143,7 +143,10 @@ def load_llama() -> Any:
         raise UsageError(f"xllamacpp {installed} is installed, not {BINARY_VERSION}; run: {command}")
     if lacks_avx2(platform.machine(), CPUINFO):
         raise UsageError(f"xllamacpp needs AVX2, which this CPU lacks; run: {install_command('gguf')}")
-    (path,) = Path(str(package.origin)).parent.glob("xllamacpp*.so")
+    path = next(Path(str(package.origin)).parent.glob("xllamacpp*.so"), None)
+    if path is None:
+        command = install_command("gguf-binary").replace("install", "install --force-reinstall", 1)
+        raise UsageError(f"xllamacpp is installed without its library; run: {command}")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
