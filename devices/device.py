@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from ..runtime.engines.artefact import Artefact
 from .results import BenchOptions, DeviceInfo, Measurement
@@ -55,6 +56,14 @@ class DeviceOptions:
     """OpenSSH client with its options, e.g. "ssh -F FILE -J JUMPHOST"."""
     clean_up: bool = False
     """Remove the copied files from the device afterwards."""
+
+    def __post_init__(self) -> None:
+        flags.check_fields(self)
+        prefix = self.device.partition(":")[0]
+        flags.require(self, "runner", not self.runner or prefix == "adb", "is for phones; add --device adb")
+        for name in ("wheel", "engine_wheels"):
+            is_used = not getattr(self, name) or prefix == "ssh"
+            flags.require(self, name, is_used, "is for boards; add --device ssh://USER@HOST")
 
 
 DEVICE_CLASSES = {

@@ -194,6 +194,8 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'x' is not a comma-separated list of whole numbers" in fails(str(bad), "--prompt-tokens", "x")
     assert "--prompt-tokens 8,0: must be positive" in fails(str(bad), "--prompt-tokens", "8,0")
     assert "give at least one artefact" in fails()
+    for flag, device in (("--runner", "adb"), ("--wheel", "ssh://"), ("--engine-wheels", "ssh://")):
+        assert re.search(rf"{flag} nothere: is for .* --device {device}", fails(str(bad), flag, "nothere"))
     assert "its folder does not exist" in fails(str(bad), "--json", str(tmp_path / "no/where.json"))
 
 
