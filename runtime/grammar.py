@@ -80,11 +80,6 @@ class Grammar:
     """Grammars that this one contains. If it is refused and one of them as well, the error names that one."""
 
     @classmethod
-    def json_object(cls) -> Grammar:
-        """Return the grammar of any JSON object."""
-        return cls.json_schema({"type": "object"})
-
-    @classmethod
     def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
         """Return the grammar of a JSON `schema`.
 
