@@ -73,6 +73,9 @@ def root(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
             if head == "untied":  # its norms and embeddings have scales that no stock class has
                 remove_groups(model, some_removal(architecture_of(model.config), ("stem",), units=2))
             save_checkpoint(model, tokenizer, folder / f"{family}-{head}")
+    model = tiny_model(tiny_architecture("llama", EVERY_KIND * 3))
+    save_checkpoint(model, tokenizer, folder / "many-layers")
+    assert '"02": {' in (folder / "many-layers" / "config.json").read_text()  # numbers of two digits
     model = tiny_model(tiny_architecture(), rope_parameters=dict(LLAMA3_ROPE))
     save_checkpoint(model, tokenizer, folder / "llama3")
     config = (folder / "llama3" / "config.json").read_text()
@@ -83,7 +86,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 
 
 @pytest.mark.parametrize(
-    "name", [*(f"{family}-{head}" for family in FAMILIES for head in ("tied", "untied")), "llama3"]
+    "name", [*(f"{family}-{head}" for family in FAMILIES for head in ("tied", "untied")), "many-layers", "llama3"]
 )
 def test_mlx_lm_gives_our_logits(name: str, root: Path) -> None:
     assert difference(root / name, root / name) < LARGEST

@@ -96,7 +96,9 @@ class ModelArgs:
 
     def of_layer(self, index: int) -> dict[str, Any]:
         """Return the settings of a layer, with its rope_parameters and its window (None without)."""
-        found = {**self.config, **(self.config.get("per_layer_config") or {}).get(str(index), {})}
+        # transformers writes "07" where a model has ten layers or more
+        overrides = {int(key): values for key, values in (self.config.get("per_layer_config") or {}).items()}
+        found = {**self.config, **overrides.get(index, {})}
         kind = (found.get("layer_types") or {index: ""})[index]
         if kind != "sliding_attention" and found["model_type"] != "efficientllm_mistral":
             found["sliding_window"] = None
