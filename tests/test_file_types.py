@@ -20,7 +20,7 @@ from efficientllm.export.gguf.writer import gguf_name, write_gguf
 from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.model.file_types import BODY, file_types, gguf_bytes, row_multiple
+from efficientllm.train.model.file_types import BODY, TENSOR_INFO_BYTES, file_types, gguf_bytes, row_multiple
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.pruning.measures import bytes_of_file
 from efficientllm.train.pruning.selection import SelectionRules, select_removal
@@ -70,7 +70,7 @@ def check_types_and_bytes(name: str, head: str, checkpoint: Checkpoint, folder: 
     stored = {tensor.name: tensor for tensor in read_header(folder / "out.gguf").tensors}
     expected = file_types(checkpoint.architecture, name, head, head)
     assert {each: NUMBERS[stored[gguf_name(each, plan)].kind] for each in expected} == expected
-    size = sum(-(-num_bytes(tensor) // 32) * 32 for tensor in stored.values())
+    size = sum(-(-num_bytes(tensor) // 32) * 32 + TENSOR_INFO_BYTES for tensor in stored.values())
     assert gguf_bytes(checkpoint.architecture, name, 0, head, head) == size
 
 

@@ -142,7 +142,7 @@ def test_target_bytes_are_those_of_the_exported_file(
     assert run_command(export_cli.body, export) == 0
     assert Manifest.read(tmp_path / "gguf").quantization == quantize
     size = (tmp_path / "gguf" / "model.gguf").stat().st_size
-    assert 0.75 * target < size < 1.05 * target  # units are coarse here, and so is the header's share
+    assert 0.75 * target < size <= target  # units are coarse here
 
 
 def test_from_scratch_starts_at_chance(source_folder: Path, corpus: Path, tmp_path: Path) -> None:

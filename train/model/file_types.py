@@ -194,6 +194,10 @@ def _with_more_bits(architecture: Architecture, name: str, file_type: str, place
 
 
 TENSOR_ALIGNMENT = 32
+TENSOR_INFO_BYTES = 66
+"""Bytes of a matrix's name, shape and place in the header, with a name such as blk.29.attn_output.weight."""
+SETTINGS_BYTES = 2048
+"""Bytes in the header for names and settings of the model, at most as seen."""
 
 
 def gguf_bytes(
@@ -212,7 +216,7 @@ def gguf_bytes(
     for name, kind in file_types(architecture, quantize, output_type, embedding_type).items():
         weights, size = TENSOR_BLOCKS[kind]
         num_bytes = math.prod(tensor_shape(padded, name)) // weights * size
-        total += round_up(num_bytes, TENSOR_ALIGNMENT)
+        total += round_up(num_bytes, TENSOR_ALIGNMENT) + TENSOR_INFO_BYTES
     return total
 
 
@@ -222,10 +226,11 @@ def has_known_size(quantize: str) -> bool:
 
 
 def tokenizer_bytes(tokenizer: Any) -> int:
-    """Return the bytes of a transformers tokenizer's vocabulary in an exported file."""
+    """Return the bytes of a transformers tokenizer, its chat template and the settings beside them in a GGUF."""
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
     texts = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    return vocabulary_bytes(list(tokenizer.get_vocab()), texts)
+    template = json.dumps(tokenizer.chat_template or "").encode()  # one text, or several by name
+    return vocabulary_bytes(list(tokenizer.get_vocab()), texts) + len(template) + SETTINGS_BYTES
 
 
 def vocabulary_bytes(vocabulary: list[str], merges: list[str]) -> int:
