@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from efficientllm.runtime.base.command import run_command
+from efficientllm.train.cli import set_environment
 
 
 def body(argv: Sequence[str]) -> int:
+    set_environment()
     from .cli import body  # imports transformers, whose own imports warn where a command has not begun
 
     return body(argv)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from efficientllm.runtime.base import flags
+from efficientllm.runtime.base.progress import ProgressDisplay
 from efficientllm.runtime.base.quantities import format_duration
 
 from .report import write_report
@@ -40,7 +41,12 @@ def body(argv: Sequence[str]) -> int:
             continue
         began = time.monotonic()
         print(f"[{number}/{len(todo)}] {job.name}", flush=True)
-        study.run(job)
+        try:
+            with ProgressDisplay() as display:
+                study.run(job, display.update)
+        except KeyboardInterrupt:
+            print("the same command continues the study", flush=True)
+            raise
         print(f"[{number}/{len(todo)}] {job.name} done in {format_duration(time.monotonic() - began)}", flush=True)
         if report:
             write_report(study, Path(report))

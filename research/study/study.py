@@ -21,6 +21,7 @@ from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.config.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from efficientllm.train.evaluation.evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
+from efficientllm.train.evaluation.quality.contract import Report
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_source
@@ -215,7 +216,7 @@ class Study:
     def result_path(self, job: Job) -> Path:
         return self.folder / job.name / "result.json"
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job, report: Report = lambda name, done, total: None) -> None:
         """Train and measure one job unless it is done."""
         if self.result_path(job).is_file():
             return
@@ -230,7 +231,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         answers = self.folder / "answers"  # not in the run's: a run that is repeated finds only its own files there
         answers.mkdir(exist_ok=True)
-        measured = evaluate(model, self.config.measures, self.config.compute, answers)
+        measured = evaluate(model, self.config.measures, self.config.compute, answers, report)
         write_json_atomically(self.result_path(job), self._result(job, arm, folder, measured).to_dict())
         needed = any(other.shape_of == job.arm for other in ARMS.values()) and job.seed == 0
         if arm.trains and not needed:  # 400 MB each
