@@ -60,6 +60,17 @@ def probe(model: Any) -> BlockProbe:
 # -- measuring
 
 
+def test_the_measurement_of_several_blocks_is_reported() -> None:
+    reports: list[tuple[int, int]] = []
+    loss = TrainingLoss(tiny_model(tiny_architecture(layers=LAYERS)), torch.float32)
+    report = lambda done, total: reports.append((done, total))  # noqa: E731
+    measuring = BlockProbe(loss, WINDOWS[:8], 4, Parallel("ddp", torch.device("cpu")), report=report)
+    measuring.losses([absence_of("ffn_block", 0)])
+    assert not reports
+    measuring.losses([absence_of("ffn_block", layer) for layer in (0, 1)])
+    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_is_worth_what_the_model_without_it_is_away(name: str, family: str) -> None:

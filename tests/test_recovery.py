@@ -134,6 +134,15 @@ def test_a_stop_signal_ends_the_fit_between_forward_passes() -> None:
     assert isinstance(model.model.layers[0].mlp.down_proj, torch.nn.Linear)
 
 
+def test_a_fit_reports_its_layers() -> None:
+    source = tiny_model(tiny_architecture()).eval()
+    model, stem = pruned(source, ("ffn",))
+    reports: list[tuple[int, int]] = []
+    fit = LeastSquares(model, source, stem, damping=0.03, dtype=torch.float32).fit
+    fit(WINDOWS[:8], ALONE, report=lambda done, total: reports.append((done, total)))
+    assert reports == [(1, 3), (2, 3), (3, 3)]
+
+
 def stream_error(source: Any, model: Any) -> float:
     """Mean square distance of the last hidden states on the tokens of the fit."""
     with torch.no_grad():

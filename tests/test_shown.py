@@ -16,8 +16,10 @@ import pytest
 from tiny import tiny_architecture
 from training import command, expect_equal_weights, metrics, run
 
+from efficientllm.runtime.base import progress
 from efficientllm.runtime.base.command import is_main_process, run_command
 from efficientllm.runtime.base.errors import ModelError
+from efficientllm.runtime.base.progress import PROGRESS_LOGGER, ProgressDisplay
 from efficientllm.train.config.sections import SourceConfig, TrainConfig
 from efficientllm.train.model import source
 from efficientllm.train.model.architecture import LayerShape
@@ -76,6 +78,20 @@ def test_the_first_line_comes_before_anything_is_loaded(tmp_path: Path) -> None:
         first = time.monotonic() - began
         process.communicate()
     assert time.monotonic() - began > 2 * first  # what follows takes longer, on a busy machine too
+
+
+def test_a_repeated_task_has_a_time_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, PROGRESS_LOGGER)
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    display = ProgressDisplay()
+    for began in (0, 1000):
+        for done in (1, 2, 4):
+            now[0] = began + 20 * done
+            display.update("fit", done, 5)
+    assert caplog.messages == ["fit: 1/5", "fit: 2/5  ETA 1:00", "fit: 4/5  ETA 0:20"] * 2
 
 
 def test_one_process_of_several_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

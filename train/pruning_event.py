@@ -7,8 +7,9 @@ After each round the next block is measured again, because its price from before
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,19 @@ class PruningEvent:
     """
 
     def __init__(
-        self, pruner: Pruner, trained: TrainedModel, text: RunText, batch_size: int, stop_signal: StopSignal
+        self,
+        pruner: Pruner,
+        trained: TrainedModel,
+        text: RunText,
+        batch_size: int,
+        stop_signal: StopSignal,
+        report: Callable[[str, int, int], None] = lambda name, done, total: None,
     ) -> None:
-        """Prepare an event on `trained`. `batch_size` is the number of windows of a rank in one forward pass."""
+        """Prepare an event on `trained`. `batch_size` is the number of windows of a rank in one forward pass.
+
+        `report` gets (name, amount done, total) of long parts.
+        """
+        self.report = report
         self.pruner, self.trained, self.text = pruner, trained, text
         self.batch_size, self.stop_signal = batch_size, stop_signal
         self.parallel, self.settings = trained.parallel, pruner.settings
@@ -220,7 +231,8 @@ class PruningEvent:
 
     def _block_probe(self) -> BlockProbe:
         windows = self._extra_windows(self.settings.block_tokens)
-        return BlockProbe(self.trained.loss, windows, self.batch_size, self.parallel, self.stop_signal.check)
+        report = partial(self.report, "measuring the blocks")
+        return BlockProbe(self.trained.loss, windows, self.batch_size, self.parallel, self.stop_signal.check, report)
 
     def _extra_windows(self, num_tokens: int) -> np.ndarray:
         """Return windows [n, S + 1] apart from training, for all ranks."""
@@ -255,4 +267,5 @@ class PruningEvent:
         windows = self._extra_windows(self.settings.recover_tokens)
         inputs = fit_inputs(self.parallel.own_rows(windows)).to(self.parallel.device)
         with gathered(self.trained.loss, former):
-            refit.fit(inputs, self.parallel, self.stop_signal.check)
+            report = partial(self.report, "refitting the layers after a removal")
+            refit.fit(inputs, self.parallel, self.stop_signal.check, report)

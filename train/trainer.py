@@ -321,7 +321,8 @@ class Trainer:
             self._check_score()
             if self.config.optimizer.teacher == "self" and self.trained.loss.teacher is None:
                 self._take_teacher()
-        event = PruningEvent(pruner, self.trained, self.text, self.config.optimizer.batch_size, self.stop_signal)
+        batch_size, report = self.config.optimizer.batch_size, self.display.update
+        event = PruningEvent(pruner, self.trained, self.text, batch_size, self.stop_signal, report)
         if event.needs_restart:
             if self.saved_step != progress.step and self._is_sound():
                 self._save_if_there_is_room()

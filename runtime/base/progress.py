@@ -29,6 +29,8 @@ class _Task:
     """Time of the first update, as time.monotonic."""
     first_done: int
     """Amount done at the first update."""
+    done: int
+    """Amount done at the last update."""
     bar: TaskID | None = None
 
 
@@ -67,7 +69,12 @@ class ProgressDisplay:
     def update(self, name: str, done: int, total: int, text: str = "") -> None:
         """Show `done` of `total` of the task `name`. `text` replaces the name and the count."""
         now = time.monotonic()
-        task = self._tasks.setdefault(name, _Task(now, done))
+        task = self._tasks.get(name)
+        if task is None or done < task.done:  # a task that is repeated
+            if self._bars is not None and task is not None and task.bar is not None:
+                self._bars.remove_task(task.bar)
+            task = self._tasks[name] = _Task(now, done, done)
+        task.done = done
         if self._bars is not None:
             if task.bar is None:
                 task.bar = self._bars.add_task(name, total=total)

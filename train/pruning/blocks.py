@@ -79,11 +79,14 @@ class BlockProbe:
         batch_size: int,
         parallel: Parallel,
         check: Callable[[], None] = lambda: None,
+        report: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Use `windows` [n, S + 1], the same on every rank. Each rank takes its share, `batch_size` at a time.
 
-        `check` is called before every forward pass without blocks, equally often on every rank, and may raise.
+        `check` is called before every forward pass without blocks, equally often on every rank, and may raise. `report`
+        gets the passes done and their number where several blocks are measured.
         """
+        self._report = report
         self._loss, self._parallel, self._check = loss, parallel, check
         rows = torch.from_numpy(parallel.own_rows(windows)).to(parallel.device)
         self._batches = rows.split(batch_size)
@@ -93,15 +96,15 @@ class BlockProbe:
         """Return the nats per token that each absence costs (a collective call)."""
         total = torch.zeros(len(absences), dtype=torch.float64)
         with evaluating(self._loss):
-            for batch in self._batches:
-                total += self._of_batch(batch, absences)
+            for number, batch in enumerate(self._batches):
+                total += self._of_batch(batch, absences, number)
         num_predicted = sum(count_predicted(batch) for batch in self._batches)
         mean = (total / max(1, num_predicted)).to(self._parallel.device)
         self._parallel.mean_tensors([mean])
         return mean.clamp(min=0).tolist()  # rounding may leave a little less
 
-    def _of_batch(self, batch: Tensor, absences: Sequence[Absence]) -> Tensor:
-        """Return the nats of all predicted tokens of one batch, fp64 [absences]."""
+    def _of_batch(self, batch: Tensor, absences: Sequence[Absence], number: int) -> Tensor:
+        """Return the nats of all predicted tokens of the batch `number`, fp64 [absences]."""
         decoder = self._loss.model.model
         streams, whole = self._whole(batch)
         found = []
@@ -111,6 +114,8 @@ class BlockProbe:
             first = min(layer for layer, _ in absence)
             with _without(decoder, absence), _from_layer(decoder, first, streams[first]):
                 found.append(self._loss(batch, read=whole.divergence))
+            if len(absences) > 1:
+                self._report(number * len(absences) + len(found), len(self._batches) * len(absences))
         return torch.tensor(found, dtype=torch.float64)
 
     def _whole(self, batch: Tensor) -> tuple[list[Tensor], WholeModel]:

@@ -67,17 +67,25 @@ class LeastSquares:
         self.stem, self.rows = stem, rows
 
     @torch.no_grad()
-    def fit(self, windows: Tensor, parallel: Parallel, check: Callable[[], None] = lambda: None) -> None:
+    def fit(
+        self,
+        windows: Tensor,
+        parallel: Parallel,
+        check: Callable[[], None] = lambda: None,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
         """Fit every layer on windows [n, S] of token ids, this rank's share.
 
-        `check` is called before every forward pass of a part and may raise.
+        `check` is called before every forward pass of a part and may raise. `report` gets the layers done and their
+        number.
         """
         self.stem = self.stem.to(windows.device)
         # the windows count tokens of the pruned vocabulary, and the former model still has the whole one
         former_windows = windows if self.rows is None else self.rows.to(windows.device)[windows]
         stream = self.model.embed_tokens(windows).float()
         former_stream = self.former.embed_tokens(former_windows).float()
-        for layer, former_layer in zip(self.model.layers, self.former.layers, strict=True):
+        layers = list(zip(self.model.layers, self.former.layers, strict=True))
+        for number, (layer, former_layer) in enumerate(layers, 1):
             matrices = [getattr(getattr(layer, part.block), part.matrix, None) for part in PARTS]
             fitted = {matrix: _whole(matrix, stream.device) for matrix in matrices if matrix is not None}
             with gathered(layer, former_layer):
@@ -99,6 +107,7 @@ class LeastSquares:
             for matrix, whole in fitted.items():
                 if whole is not matrix:
                     scatter(matrix.weight, whole.weight)
+            report(number, len(layers))
 
     def _without_stem_channels(self, former_stream: Tensor) -> Tensor:
         """Return the surviving channels of the former model's stream."""
