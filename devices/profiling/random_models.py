@@ -51,17 +51,18 @@ def make_artefacts(
     Raises DeviceError with the exporter's message if an export fails.
     """
 
-    def make(shape: DecoderShape) -> Artefact:
+    def make(numbered: tuple[int, DecoderShape]) -> Artefact:
+        number, shape = numbered
         text = json_text({"shape": asdict(shape), "engine": engine, "type": quantization, "context": context})
         path = folder / f"{quantization}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         if not path.exists():
-            log(f"exporting {_describe(shape)}")
+            log(f"exporting {number}/{len(shapes)}, {_describe(shape)}")
             _export(shape, TARGETS[engine], quantization, context, path)
         return Artefact.open(path)
 
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(PARALLEL_EXPORTS) as pool:
-        return list(pool.map(make, shapes))
+        return list(pool.map(make, enumerate(shapes, 1)))
 
 
 def _export(shape: DecoderShape, target: str, quantization: str, context: int, path: Path) -> None:
