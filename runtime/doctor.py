@@ -33,8 +33,8 @@ ENGINES = {
 """Engine -> its distribution and the module that loads its library."""
 
 USES = {
-    "train, fit, plan": ("train",),
-    "train --source demo": ("demo",),
+    "train, fit, plan, data": ("train",),
+    "train --source demo --data demo": ("demo",),
     "train --data FILE.parquet or a hub dataset": ("datasets",),
     "train, export --adapter": ("adapters",),
     "train --tensorboard": ("tensorboard",),
@@ -42,6 +42,7 @@ USES = {
     "eval --tasks": ("eval",),
     "export --target gguf, web": ("export", "gguf"),
     "export --target android, ios": ("export", "gguf", "executorch"),
+    "export --target android, ios --formats gguf": ("export", "gguf"),
     "export --target onnx": ("export", "onnx"),
     "export --target onnx --portable": ("onnx-portable",),
     "export --target executorch": ("export", "executorch"),
