@@ -146,7 +146,8 @@ def check_file(spec: DataSpec, encoder: Encoder, sequence_length: int) -> FileRe
 
 
 def _first_by_hash(examples: Iterable[Encoded]) -> list[Encoded]:
-    return heapq.nsmallest(SHOWN_EXAMPLES, examples, key=lambda example: example[0])
+    """Return different examples, the first by their digests."""
+    return heapq.nsmallest(SHOWN_EXAMPLES, dict(examples).items(), key=lambda example: example[0])
 
 
 def _lengths(tokens: Sequence[int]) -> str:
@@ -231,7 +232,7 @@ def body(argv: Sequence[str]) -> int:
     reports: list[FileReport] = []
     with ProgressDisplay() as display:
         for (name, _), spec in zip(named, specs, strict=True):
-            display.update(f"reading {name}", len(reports), len(specs))
+            display.say(f"reading {name}")
             reports.append(check_file(spec, encoder, config.sequence_length))
     files, tests = reports[: len(names)], reports[len(names) :]
     print(markdown_table(rows(files, tests, config.sequence_length)))
