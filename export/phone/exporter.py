@@ -52,6 +52,8 @@ class Kit:
     """Files for the phone."""
     executorch: str
     """ExecuTorch release of the program, which its runtime on the phone should match; empty without a program."""
+    has_functions: bool = False
+    """Whether the kit was exported with functions that the app's `call` may call."""
 
     @property
     def name(self) -> str:
@@ -263,7 +265,7 @@ def export_kit(platform: Platform, checkpoint: Checkpoint, request: ExportReques
     # two formats may have the same tokenizer's files
     pushed = list(dict.fromkeys([*model_files, DEFAULTS_FILE, CHECK_FILE]))
     release = importlib.metadata.version("executorch").partition("+")[0] if "pte" in options.formats else ""
-    kit = Kit(platform, checkpoint, models, checks, context, snippets, pushed, release)
+    kit = Kit(platform, checkpoint, models, checks, context, snippets, pushed, release, bool(tools))
     write_snippets(kit, folder)
     write_text_atomically(folder / CARD_FILE, card(kit, folder, speed))
     # a manifest describes one engine: the first format's
