@@ -200,8 +200,9 @@ def test_printed_commands_run_as_they_are(
     output = tmp_path / "a b"
     assert exporting.export(save_tiny(tiny_architecture()), "gguf", output, "--quantize", "f32", "--no-verify") == 0
     hints = [line.removeprefix("run it with: ") for line in capsys.readouterr().out.splitlines() if "run it" in line]
-    assert shlex.split(hints[0])[:3] == ["llama-server", "-m", str(output / "model.gguf")]
-    assert shlex.split(hints[1]) == ["ollama", "create", "a b", "-f", str(output / "Modelfile")]
+    assert shlex.split(hints[0]) == ["efficientllm", "serve", str(output)]
+    assert shlex.split(hints[1])[:3] == ["llama-server", "-m", str(output / "model.gguf")]
+    assert shlex.split(hints[2]) == ["ollama", "create", "a b", "-f", str(output / "Modelfile")]
 
 
 SLOW_EXPORT = """

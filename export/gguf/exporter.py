@@ -193,11 +193,12 @@ def _importance(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], pla
 
 
 def run_hints(folder: Path, context_length: int, head_dim: int) -> list[str]:
-    """Return commands that run the file in llama.cpp's server and Ollama."""
+    """Return commands that run the file in our server, llama.cpp's and Ollama."""
     context = min(context_length, MAX_CONTEXT)
     # flash attention over fp16 is slow on many CPUs; Q8_0 has blocks of 32
     attention = "-fa off" if head_dim % 32 else "-fa on -ctk q8_0 -ctv q8_0"
     return [
+        f"efficientllm serve {shlex.quote(str(folder))}",
         f"llama-server -m {shlex.quote(str(folder / MODEL_FILE))} -c {context} {attention}",
         f"ollama create {shlex.quote(folder.absolute().name)} -f {shlex.quote(str(folder / OLLAMA_FILE))}",
     ]
