@@ -226,11 +226,11 @@ def has_known_size(quantize: str) -> bool:
 
 
 def tokenizer_bytes(tokenizer: Any) -> int:
-    """Return the bytes of a transformers tokenizer, its chat template and the settings beside them in a GGUF."""
+    """Return the bytes of a transformers tokenizer's vocabulary and chat template in an exported file."""
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
     texts = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     template = json.dumps(tokenizer.chat_template or "").encode()  # one text, or several by name
-    return vocabulary_bytes(list(tokenizer.get_vocab()), texts) + len(template) + SETTINGS_BYTES
+    return vocabulary_bytes(list(tokenizer.get_vocab()), texts) + len(template)
 
 
 def vocabulary_bytes(vocabulary: list[str], merges: list[str]) -> int:

@@ -14,7 +14,7 @@ from ...runtime.base.quantities import format_bytes, format_count
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape, Workload
 from ..model.architecture import Architecture, LayerShape
-from ..model.file_types import depends_on_place, gguf_bytes
+from ..model.file_types import SETTINGS_BYTES, depends_on_place, gguf_bytes
 from ..model.irregular import packed
 
 RUN_UNITS = 8
@@ -78,7 +78,7 @@ def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = N
 
     def size(architecture: Architecture) -> int:
         share = 1.0 if num_rows is None else architecture.vocab_size / num_rows
-        return of_layers(architecture) + round(share * vocabulary_bytes)
+        return of_layers(architecture) + round(share * vocabulary_bytes) + SETTINGS_BYTES
 
     return Measure("bytes", size, RUN_UNITS)
 
