@@ -44,6 +44,12 @@ def best_of_ours(results: Results, keep: float) -> str | None:
     return min(_ours(nats), key=lambda arm: statistics.fmean(nats[arm]), default=None)
 
 
+def _best_shape(results: Results, keep: float) -> Architecture | None:
+    """Return the architecture of the first seed of our best arm."""
+    best = best_of_ours(results, keep)
+    return of_arm(results, best, keep)[0].architecture if best is not None else None
+
+
 def _over_seeds(values: Sequence[float], digits: int) -> str:
     """Return the mean, and the range if there are several: "2.29 (2.23-2.34)", "-0.10 (-0.20 to 0.00)"."""
     mean, low, high = (f"{of(values):.{digits}f}" for of in (statistics.fmean, min, max))
@@ -212,8 +218,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         "",
     ]
     for keep in map(float, config.keep):
-        reference = best_of_ours(results, keep)
-        if reference is None:
+        if not nats_of_arms(results, keep):
             continue
         of = f"the time of {config.workload}" if config.device_profile else "the non-embedding parameters"
         parts += [f"## {keep - 1:+.0%} of {of}", "", table(results, keep, study.source), ""]
@@ -223,7 +228,8 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         if transfer := transfer_table(results, keep, study.source):
             parts += ["Groups ranked for another device, with the same time on this one:", "", transfer, ""]
         parts += [f"![Perplexity of every arm]({folder_name}/perplexity-{keep:g}.png)", ""]
-        parts += [f"![Shape of our best arm]({folder_name}/architecture-{keep:g}.png)", ""]
+        if _best_shape(results, keep) is not None:
+            parts += [f"![Shape of our best arm]({folder_name}/architecture-{keep:g}.png)", ""]
     return "\n".join(parts)
 
 
@@ -257,10 +263,9 @@ def write_report(study: Study, path: Path) -> None:
         },
     )
     for keep in map(float, study.config.keep):
-        reference = best_of_ours(results, keep)
-        shape = of_arm(results, reference, keep)[0].architecture if reference is not None else None
-        if shape is not None:
+        if nats_of_arms(results, keep):
             plot_perplexities(results, keep, folder / f"perplexity-{keep:g}.png")
+        if (shape := _best_shape(results, keep)) is not None:
             plot_architecture(study.source, shape, folder / f"architecture-{keep:g}.png")
     write_text_atomically(path, markdown(study, results, folder.name))
 

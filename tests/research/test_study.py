@@ -110,6 +110,16 @@ def test_page_names_commit_tokens_seeds_and_shows_its_figures(page: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_page_compares_baselines_without_an_arm_of_ours(page: Path, arguments: list[str], tmp_path: Path) -> None:
+    report = tmp_path / "criteria.md"
+    only = ["--arms", "source,random", "--keep", "0.8", "--report", str(report), "--report-only"]
+    assert run_command(body, [*arguments[:-2], *only]) == 0
+    rows = [line for line in report.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {ARMS[arm].title}" for arm in ("source", "random")]
+    assert {file.name for file in (tmp_path / "criteria").iterdir()} == {"results.json", "perplexity-0.8.png"}
+
+
+@pytest.mark.slow
 def test_a_second_call_repeats_only_what_is_missing(
     page: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
