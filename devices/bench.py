@@ -14,13 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
+from ..runtime.base.errors import UsageError
 from ..runtime.base.gguf_header import READ_ERRORS, read_header
 from ..runtime.base.progress import PROGRESS_LOGGER
 from ..runtime.base.quantities import format_duration
 from ..runtime.base.user_cache import commit
 from ..runtime.engines.artefact import Artefact
-from ..runtime.engines.engine import find_engine
+from ..runtime.engines.engine import CacheChoice, find_engine
+from ..runtime.latency.profile import DeviceProfile
 from .device import Device, DeviceOptions, open_device
 from .results import BenchOptions, DeviceInfo, Measurement, Result, Run, summarize
 
@@ -171,6 +174,20 @@ def bench(
         run.write(json_path)
     journal.remove()
     return run
+
+
+def as_profiled(options: BenchOptions, profile: DeviceProfile, artefacts: Sequence[Artefact]) -> BenchOptions:
+    """Return the options with the cache type of a profile, whose predictions are compared with the measurements.
+
+    Raises UsageError if the profile has another engine, weight type or number of threads.
+    """
+    for artefact in artefacts:
+        if not (artefact.manifest and artefact.manifest.architecture):
+            raise UsageError(f"--predict: {artefact.path} has no widths; give a folder of efficientllm-export")
+        quantization = artefact.manifest.quantization
+        profile.check(engine=artefact.engine, quantization=quantization, threads=options.threads or None)
+    kv_cache = cast(CacheChoice, profile.measured_on.kv_cache)
+    return replace(options, kv_cache=kv_cache) if options.kv_cache == "auto" else options
 
 
 def results_of(artefact: Artefact, measurements: Sequence[Measurement]) -> list[Result]:

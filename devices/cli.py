@@ -13,10 +13,10 @@ from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_file
 from ..runtime.base.quantities import print_rows
-from ..runtime.engines.artefact import ARTEFACT_HELP
+from ..runtime.engines.artefact import ARTEFACT_HELP, Artefact
 from ..runtime.latency.profile import DeviceProfile
 from . import run_table
-from .bench import benchmark, journal_path, log_progress
+from .bench import as_profiled, benchmark, journal_path, log_progress
 from .device import DeviceOptions, open_device
 from .profiler import ProfileOptions, profile, summary
 from .results import BenchOptions
@@ -62,8 +62,11 @@ def body(argv: Sequence[str]) -> int:
         raise UsageError("give at least one artefact (see efficientllm-bench --help)")
     # Loaded before the measurement, so that a damaged profile is reported at once.
     prediction = DeviceProfile.load(Path(predict_path)) if predict_path else None
-    if paths:
-        run = benchmark(paths, options, device_options, json_path)
+    artefacts = [Artefact.open(path) for path in paths]
+    if prediction is not None:
+        options = as_profiled(options, prediction, artefacts)
+    if artefacts:
+        run = benchmark(artefacts, options, device_options, json_path)
         if as_markdown:
             print(run_table.markdown(run), end="")
         else:

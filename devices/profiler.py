@@ -129,6 +129,7 @@ def _measured_on(run: Run, options: BenchOptions, settings: ProfileOptions) -> M
         clock="cpu" if threads == 1 and first.cpu_ms_per_token else "wall",
         measured_at=run.measured_at,
         engine_settings=first.engine_settings,
+        kv_cache=options.kv_cache,
         efficientllm_version=run.efficientllm_version,
         emulated=run.device.emulated,
     )

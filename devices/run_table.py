@@ -148,7 +148,7 @@ def markdown(run: Run) -> str:
 def prediction_rows(run: Run, profile: DeviceProfile) -> list[list[str]]:
     """Return the header and one row per test of each artefact, in milliseconds per token by the profile's clock.
 
-    Raises UsageError if the profile has another engine, weight type, number of threads or engine settings.
+    Raises UsageError if the profile has another number of threads or other engine settings.
     """
     clock = profile.measured_on.clock
     table = [["artefact", "test", f"predicted ms ({clock})", "measured ms", "measured / predicted"]]
@@ -163,9 +163,7 @@ def prediction_rows(run: Run, profile: DeviceProfile) -> list[list[str]]:
 
 
 def _check_profile(profile: DeviceProfile, result: Result, name: str) -> None:
-    if not result.manifest.get("architecture"):
-        raise UsageError(f"--predict: {name} has no manifest with its widths; give a folder of efficientllm-export")
-    profile.check(engine=result.engine, quantization=result.quantization, threads=result.threads or None)
+    profile.check(threads=result.threads or None)
     measured_with = profile.measured_on.engine_settings
     if measured_with and result.engine_settings and measured_with != result.engine_settings:
         raise UsageError(

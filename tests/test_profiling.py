@@ -237,14 +237,18 @@ def test_a_bench_shows_what_a_profile_predicts(
     artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile = tiny_profile()
+    measured = tmp_path / "run.json"
     quick = ["--prompt-tokens", "16", "--decode-tokens", "8", "--depths", "32", "--rounds", "1", "--repetitions", "1"]
-    command = [str(artefact), *quick, "--threads", "1", "--predict", str(tmp_path / "profile.json")]
+    files = ["--json", str(measured), "--predict", str(tmp_path / "profile.json")]
+    command = [str(artefact), *quick, "--threads", "1", *files]
     profile.save(tmp_path / "profile.json")
     assert run_command(cli.body, command) == 2
     assert "the device profile was measured with quantization q4_0, not f32" in capsys.readouterr().err
-    same = replace(profile.measured_on, quantization="f32", engine_settings="")
+    assert not measured.exists()
+    same = replace(profile.measured_on, quantization="f32", engine_settings="", kv_cache="f16")
     replace(profile, measured_on=same).save(tmp_path / "profile.json")
     assert run_command(cli.body, command) == 0
+    assert json.loads(measured.read_text())["options"]["kv_cache"] == "f16"
     lines = capsys.readouterr().out.splitlines()
     tests = {line.split()[1]: float(line.split()[2]) for line in lines if line.split()[1:2] in (["pp16"], ["tg8"])}
     shape = tiny_architecture()

@@ -57,6 +57,8 @@ class MeasuredOn:
     """UTC time in ISO 8601."""
     engine_settings: str = ""
     """Settings of the engine, such as the attention kernel and the cache type."""
+    kv_cache: str = "auto"
+    """Value of --kv-cache."""
     efficientllm_version: str = ""
     emulated: bool = False
     """Whether instructions were translated. Figures then say nothing about the device."""
