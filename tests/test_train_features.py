@@ -283,12 +283,15 @@ def test_the_budget_falls_linearly_or_in_equal_steps(removals: int, sizes: dict[
 
 
 @pytest.mark.slow
-def test_as_many_removals_as_asked_for(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+def test_as_many_removals_as_asked_for(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = ["--prune-start", "0.2", "--prune-end", "0.8", "--removals", "3", "--prune", "ffn", "--target-ratio", "0.8"]
     assert run(command(source_folder, corpus, tmp_path / "run", *more, "--recover", "least-squares")) == 0
     steps = [record for record in metrics(tmp_path / "run") if "loss" in record]
     events = [record["tokens"] / steps[-1]["tokens"] for record in steps if "removed" in record]
     assert events == pytest.approx([0.2, 0.5, 0.8], abs=0.1)
+    assert capsys.readouterr().err.count("removal from ") == 3
 
 
 @pytest.mark.parametrize("name", ["gpu24-1b", "node8-8b"])

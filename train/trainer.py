@@ -208,8 +208,9 @@ class Trainer:
         self.metrics.write(record)
         done, total = self.progress.tokens, self.config.optimizer.tokens
         self.throughput.add(self.training_step.tokens, record["seconds"])
+        predicted = f"{record['ms']:.3f} ms  " if "ms" in record else ""
         text = (
-            f"{format_count(done)}/{format_count(total)} tokens  loss {record['loss']:.3f}  "
+            f"{format_count(done)}/{format_count(total)} tokens  loss {record['loss']:.3f}  {predicted}"
             f"{format_count(record['parameters'])} parameters  {self.throughput.tokens_per_second:.0f} tokens/s"
         )
         self.display.update("training", done, total, text)
@@ -321,6 +322,10 @@ class Trainer:
             self._check_score()
             if self.config.optimizer.teacher == "self" and self.trained.loss.teacher is None:
                 self._take_teacher()
+            if pruner.settings.removals:
+                describe = pruner.budget.measure.describe
+                sizes = (pruner.size, target, pruner.budget.target)
+                self.display.say("removal from {} to {}, of the target {}".format(*map(describe, sizes)))
         batch_size, report = self.config.optimizer.batch_size, self.display.update
         event = PruningEvent(pruner, self.trained, self.text, batch_size, self.stop_signal, report)
         if event.needs_restart:
