@@ -89,6 +89,17 @@ def shape_of_folder(source: str) -> Architecture | None:
         return None
 
 
+def shape_of_gguf(source: str) -> Architecture | None:
+    """Return the shape of a GGUF source by its metadata; None for other sources and where the weights must be read."""
+    path = check_source(source, source)
+    if path.suffix != ".gguf" or is_foreign(path):
+        return None
+    with loading(source), quiet_loading():
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        # whether a head of its own repeats the embedding is known from the weights
+        return architecture_of(config) if config.tie_word_embeddings else None
+
+
 def stored_dtype(source: str) -> torch.dtype:
     """Return the stored dtype of a source that `load_source` has loaded. A quantised GGUF file counts as bf16."""
     path = source_path(source)

@@ -84,8 +84,8 @@ def source_shape(source: str) -> Architecture:
         from transformers import AutoConfig
 
         from ..model.irregular import architecture_of
-        from ..model.source import load_source, loading, shape_of_folder
-    shape = shape_of_folder(source) or shape_of_folder(str(Path(source) / "model"))
+        from ..model.source import load_source, loading, shape_of_folder, shape_of_gguf
+    shape = shape_of_folder(source) or shape_of_folder(str(Path(source) / "model")) or shape_of_gguf(source)
     if shape is not None:
         return shape
     if source == "demo" or source.endswith(".gguf") or Path(source).exists():

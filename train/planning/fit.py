@@ -360,7 +360,9 @@ def _read(source: str) -> tuple[Architecture, int]:
     """Return (shape, bytes of the tokenizer in a file) of a source."""
     with extra("train"):
         from ..model.irregular import architecture_of
-        from ..model.source import load_source
+        from ..model.source import load_source, load_tokenizer, shape_of_gguf
+    if (shape := shape_of_gguf(source)) is not None:
+        return shape, tokenizer_bytes(load_tokenizer(source, "source"))
     model, tokenizer = load_source(source, source)
     return architecture_of(model.config), tokenizer_bytes(tokenizer)
 
