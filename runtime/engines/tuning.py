@@ -98,7 +98,7 @@ def choose_attention(
 
     names = {str(candidate): candidate for candidate in candidates}
     beside = f" beside {num_sequences - 1} others" if num_sequences > 1 else ""
-    key = f"attention of {', '.join(names)}{beside} on {platform.node()} ({release})"
+    key = f"attention and prompts of {', '.join(names)}{beside} on {platform.node()} ({release})"
     try:
         return names[cached(key, [path], measure, names.__contains__)]
     except _BusyError:
@@ -126,7 +126,7 @@ def fastest_attention(
     with contextlib.ExitStack() as stack:
         contexts: dict[AttentionSettings, LlamaContext] = {}
         other_slots = num_sequences * (OTHER_CHAT_TOKENS + 2 * ATTENTION_REPETITIONS)
-        slots = DEEP_TOKENS + SUFFIX_TOKENS + 4 * ATTENTION_REPETITIONS + other_slots
+        slots = DEEP_TOKENS + SUFFIX_TOKENS + 4 * ATTENTION_REPETITIONS + other_slots + EVALUATED_TOKENS
         for candidate in candidates:
             with contextlib.suppress(ArtefactError):  # heads without whole Q8_0 blocks
                 # a second sequence in any case, see `_deepen`
@@ -159,8 +159,9 @@ def _close_candidates(times: dict[AttentionSettings, np.ndarray]) -> list[Attent
 def _attention_seconds(context: LlamaContext, num_sequences: int) -> list[float]:
     """Return the seconds of all tests of one candidate.
 
-    The tests are: a token on an empty cache, on a deep one and on FAR_TOKENS, and a short suffix on a deep cache. With
-    several sequences also: a token of each in one pass, and a token of one while the others' past fills the cache.
+    The tests are: a prompt, a token on an empty cache, on a deep one and on FAR_TOKENS, and a short suffix on a deep
+    cache. With several sequences also: a token of each in one pass, and a token and a prompt of one while the others'
+    past fills the cache.
     """
 
     def fastest(sequences: Sequence[int]) -> float:
@@ -171,13 +172,13 @@ def _attention_seconds(context: LlamaContext, num_sequences: int) -> list[float]
 
     for sequence in range(num_sequences):
         context.truncate(sequence, 0)
-    _pass_seconds(context, [0], EVALUATED_TOKENS)
+    prompt = _pass_seconds(context, [0], EVALUATED_TOKENS)
     empty = fastest([0])
     context.truncate(0, EVALUATED_TOKENS)
     _deepen(context, EVALUATED_TOKENS, DEEP_TOKENS)
     deep = fastest([0])
     suffix = _pass_seconds(context, [0], SUFFIX_TOKENS)
-    seconds = [empty, deep, far(deep), suffix]
+    seconds = [prompt, empty, deep, far(deep), suffix]
     if num_sequences > 1:
         _pass_seconds(context, [1], OTHER_CHAT_TOKENS)
         state = context.sequence_state(1)
@@ -186,6 +187,7 @@ def _attention_seconds(context: LlamaContext, num_sequences: int) -> list[float]
         seconds.append(fastest(range(num_sequences)))
         # The kernel also reads the slots of other chats, so their past costs time.
         seconds.append(far(fastest([1])))
+        seconds.append(_pass_seconds(context, [1], EVALUATED_TOKENS))
     return seconds
 
 
