@@ -23,6 +23,9 @@ RESERVED_TOKENS = 64
 MIN_SHARED_PREFIX = 128
 """Tokens of a prefix that another prompt is evaluating, from which a new prompt waits and then copies them."""
 
+LONG_CHAT = 256
+"""Tokens of a chat from which it waits for other long ones where the cache is crowded."""
+
 OTHER_OWNERS_SHARE = 8
 """One of so many sequences stays free for other owners if one owner asks for all of them."""
 
@@ -115,7 +118,7 @@ class Batch:
             # The first answer starts in any case, because it cannot wait for slots that nothing will free.
             if self._active and self._needed_slots([*self._active, generation]) > self._engine.cache_slots:
                 return
-            if self._shares_running_prefill(generation):
+            if self._shares_running_prefill(generation) or self._is_crowded_for(generation):
                 passed_over.append(generation)
                 continue
             self._waiting.remove(generation)
@@ -164,6 +167,16 @@ class Batch:
             for other in self._active
             if other.lease.num_pending > 1
         )
+
+    def _is_crowded_for(self, generation: Generation) -> bool:
+        """Return True if a long chat is answered sooner after others, because each slows all of them.
+
+        Two long chats are answered at once in any case, and short ones wait for none.
+        """
+        if len(generation.tokens) < LONG_CHAT:
+            return False
+        long = [one for one in self._active if len(one.tokens) >= LONG_CHAT]
+        return len(long) >= 2 and self._needed_slots([*long, generation]) > self._engine.crowded_slots
 
     def _preempt_youngest(self) -> list[AnswerProgress]:
         """Put the youngest answer back into the queue. Its tokens are evaluated again later."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from exporting import export
 
-from efficientllm.runtime.batch import RESERVED_TOKENS, Batch
+from efficientllm.runtime.batch import LONG_CHAT, RESERVED_TOKENS, Batch
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.llama_cpp import MIN_CROWDED_SLOTS
 from efficientllm.runtime.engines.protocol import Chunk
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.engines.scheduling_policy import PREFILL_BESIDE_DECODES, split_pass
@@ -192,6 +194,27 @@ def test_a_shared_prefix_takes_room_once(engine: EngineScheduler, monkeypatch: p
     assert max(passes) == 4
     assert sum(one.stats.prefilled_tokens for one in generations) == 202 + 3 * 2
     assert engine.used_slots == 0
+
+
+def test_long_chats_wait_for_long_ones_in_a_crowded_cache(artefact: Path) -> None:
+    """Two of four long chats are answered at once. Short ones wait for none."""
+    engine = load_engine(artefact, replace(EXACT, context=512, parallel=6, cache_memory=10_000_000))
+    assert engine.crowded_slots == MIN_CROWDED_SLOTS
+    engine.crowded_slots = 2 * (LONG_CHAT + RESERVED_TOKENS)
+    prompts = [[5 + (11 * index + step) % 290 for step in range(LONG_CHAT)] for index in range(4)] + PROMPTS[:2]
+    alone = ["".join(generation) for generation in answers(engine, prompts)]
+    together, at_once = answers(engine, prompts), []
+    texts, batch = dict.fromkeys(map(id, together), ""), Batch(engine)
+    for generation in together:
+        batch.add(generation)
+    while len(batch):
+        for progress in batch.step():
+            texts[id(progress.generation)] += progress.text
+        is_long = [len(generation.tokens) >= LONG_CHAT for generation in batch._active]
+        at_once.append((is_long.count(True), is_long.count(False)))
+    assert [texts[id(generation)] for generation in together] == alone
+    assert max(at_once) == (2, 2)
+    engine.close()
 
 
 def test_a_cancelled_answer_leaves_the_others_alone(engine: EngineScheduler) -> None:

@@ -32,6 +32,9 @@ LOGITS_PASS_TOKENS = 64
 SHARED_CONTEXTS = 2
 """Number of whole context windows that the caches of several chats share by default."""
 
+MIN_CROWDED_SLOTS = 1024
+"""Least number of cached tokens that count as a crowd. In small models other costs than attention decide."""
+
 _LOAD_MODE_NONE, _LOAD_MODE_MMAP = 0, 1
 """enum llama_load_mode"""
 
@@ -97,6 +100,7 @@ class LlamaCppEngine:
         self.cuts_sequences = self._context.cuts_sequences
         self.settings = str(attention)
         self.cache_slots, self.max_batch = self._context.slots, self._context.max_batch
+        self.crowded_slots = max(MIN_CROWDED_SLOTS, self._crowded_slots()) if self.cuts_sequences else self.cache_slots
         if self.num_sequences > 1 and options.tune:
             times = measure_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
             if times is not None:
@@ -107,6 +111,15 @@ class LlamaCppEngine:
         if not options.threads:  # after the measurements, which need all threads
             self._context.free_cores = FreeCores.where_known(threads)
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
+
+    def _crowded_slots(self) -> int:
+        """Return the number of cached tokens at which attention to them takes half the products of the weights.
+
+        llama.cpp computes the attention of a token over the slots of all sequences.
+        """
+        model = self._model
+        products_per_slot = 2 * self._llama.llama_model_n_layer(model) * self._llama.llama_model_n_embd(model)
+        return self._llama.llama_model_n_params(model) // (2 * products_per_slot)
 
     def _read_vocabulary(self) -> None:
         llama, vocab = self._llama, self._vocab

@@ -68,7 +68,8 @@ void(address,int,int) llama_set_n_threads
 void(address,abort_callback,address) llama_set_abort_callback
 address(address) llama_get_memory llama_model_get_vocab
 bool(address) llama_model_is_hybrid llama_model_is_recurrent llama_vocab_get_add_bos
-int(address) llama_model_n_ctx_train llama_model_n_embd llama_vocab_bos llama_vocab_eos llama_vocab_n_tokens
+int(address) llama_model_n_ctx_train llama_model_n_embd llama_model_n_layer
+int(address) llama_vocab_bos llama_vocab_eos llama_vocab_n_tokens
 uint(address) llama_n_ctx
 text(address,text) llama_model_chat_template
 int(address,text,text,size) llama_model_meta_val_str
@@ -78,6 +79,7 @@ int(address,int) llama_vocab_get_attr llama_memory_seq_pos_max
 bool(address,int) llama_vocab_is_eog
 bool(address,int,int,int) llama_memory_seq_rm
 void(address,int,int,int,int) llama_memory_seq_cp
+size(address) llama_model_n_params
 size(address,int) llama_state_seq_get_size
 size(address,address,size,int) llama_state_seq_get_data llama_state_seq_set_data
 batch(int,int,int) llama_batch_init

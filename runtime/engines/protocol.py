@@ -37,6 +37,7 @@ class Engine(Protocol):
 
     An engine with a `pass_times: PassTimes` attribute decodes as many sequences in a pass as are fastest, others all.
     The sequences of an engine with a false `cuts_sequences` attribute, a recurrent model, are emptied or kept whole.
+    An engine whose sequences share one cache has `crowded_slots`: with more tokens in it, long chats start in turn.
     Only an engine with a `speculation: Speculation` attribute gets chunks with drafted tokens.
     """
 

@@ -85,6 +85,7 @@ class EngineScheduler:
         self.bos_token, self.eos_token, self.control_texts = engine.bos_token, engine.eos_token, engine.control_texts
         self.load_ms, self.kv_cache_bytes, self.settings = engine.load_ms, engine.kv_cache_bytes, engine.settings
         self.num_sequences, self.cache_slots = engine.num_sequences, engine.cache_slots
+        self.crowded_slots: int = getattr(engine, "crowded_slots", engine.cache_slots)
         self.parked_bytes = self._caches.max_parked * self.kv_cache_bytes // self.cache_slots
         """Memory that parked caches may take beside those of the engine."""
         self.cuts_sequences: bool = getattr(engine, "cuts_sequences", True)
