@@ -109,6 +109,23 @@ def test_idle_chats_take_no_slots_from_a_new_one_and_come_back(engine: EngineSch
         again.release()
 
 
+def test_idle_chats_are_parked_before_the_next_prompt(engine: EngineScheduler) -> None:
+    prompts = [[11 * index + step for step in range(2, 80)] for index in range(4)]
+    leases = [engine.lease() for _ in prompts]
+    for lease, prompt in zip(leases, prompts, strict=True):
+        lease.begin(prompt)
+        lease.evaluate()
+    for lease in leases:
+        lease.release()
+    engine.park_in_advance()  # all but the last, and no more than fit into a window of 256 tokens
+    assert [each.tokens for each in engine._caches._parked] == prompts[:3]
+    assert engine._caches.used == len(prompts[3])
+    lease = engine.lease()
+    lease.begin([*prompts[0], 7])
+    lease.evaluate()
+    assert lease.cached_tokens == len(prompts[0])
+
+
 def test_parked_chats_are_dropped_beyond_a_window(engine: EngineScheduler) -> None:
     prompts = [[11 * index + step for step in range(2, 80)] for index in range(5)]
     for prompt in prompts:

@@ -386,6 +386,11 @@ class EngineScheduler:
         lease.release()
         self.num_sequences, self.cache_slots = self.num_sequences - 1, self.cache_slots - len(tokens)
 
+    def park_in_advance(self) -> None:
+        """Park idle caches while no prompt waits for it, see `CachePool.park_in_advance`."""
+        with self._open(), self._turn:
+            self._caches.park_in_advance()
+
     @property
     def used_slots(self) -> int:
         """Return the number of tokens in the caches of answers in progress. Shared prefixes count once."""

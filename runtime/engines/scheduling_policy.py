@@ -109,6 +109,13 @@ class CachePool:
                 self._evict(cache)
         return chosen
 
+    def park_in_advance(self) -> None:
+        """Park the idle caches that fit beside the parked ones, but the last used one, whose chat may go on."""
+        for cache in sorted(self._caches, key=lambda cache: cache.last_used)[:-1]:
+            room = self.max_parked - sum(len(each.tokens) for each in self._parked)
+            if self._can_park(cache) and len(cache.tokens) <= room:
+                self._evict(cache)
+
     def _unpark(self, tokens: Sequence[int], limit: int) -> None:
         """Bring a parked cache back if it has a longer prefix of `tokens` than the sequences have."""
         held = max(self._common_length(cache.tokens, tokens, limit) for cache in self._caches)

@@ -250,6 +250,8 @@ class EngineWorker:
             # the lock is free during a pass, so that requests can arrive while the engine computes
             done = batch.abandon(UsageError(MODEL_CLOSED)) if self._is_closing else []
             self._deliver(owners, done + batch.step())
+            if not len(batch):
+                self.engine.park_in_advance()
 
     def _deliver(self, owners: dict[int, _Request], progress: Sequence[AnswerProgress]) -> None:
         """Send the results of a pass to the readers. The event loop is woken once for all of them."""
