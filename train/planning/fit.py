@@ -312,8 +312,8 @@ def body(argv: Sequence[str]) -> int:
     trained = ", trained on its grid" if found.point.training == "qat" else ""
     weighed = ", rounded by an importance matrix" if found.point.importance else ""
     time = f", {found.ms:.2f} ms predicted" if found.ms is not None else ""
-    print(f"{found.point}: {pruned}{trained}{weighed}, {format_bytes(found.file_bytes)}{time}")
-    where = "the front" if config.front else "SmolLM2-135M's front"
+    print(f"{pruned}, {found.point.kind}{trained}{weighed}: {format_bytes(found.file_bytes)}{time}")
+    where = f"{found.point} of " + ("the front" if config.front else "SmolLM2-135M's front")
     print(f"KL from the source by {where}: {found.kl:.3f} nats per token\n")
     print("\n".join(commands(source, config, found.point)))
     return 0
