@@ -113,8 +113,8 @@ def describe_fallbacks(fallbacks: list[Fallback], is_padded: bool) -> list[str]:
         names = ", ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in kinds.items())
         hint = " (--pad auto avoids that)" if multiple == 32 and not is_padded else ""
         reason = f"their rows are not multiples of {multiple}{hint}"
-        plural = "s" * (len(tensors) > 1)
-        sentences.append(f"{len(tensors)} tensor{plural} became {got}, not {wanted}: {reason}: {names}")
+        tensor = "1 tensor" if len(tensors) == 1 else f"{len(tensors)} tensors"
+        sentences.append(f"{tensor} became {got}, not {wanted}: {reason}: {names}")
     return sentences
 
 
