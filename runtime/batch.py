@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .base.errors import ContextOverflowError, UsageError
+from .engines.lease import SEQUENCE_LOST
 from .engines.protocol import CacheFullError
-from .engines.scheduler import SEQUENCE_LOST, EngineScheduler
+from .engines.scheduler import EngineScheduler
 from .engines.scheduling_policy import common_length
 from .generation import Generation
 
