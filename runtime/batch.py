@@ -6,7 +6,7 @@ A `Batch` decides which answers take part. `EngineScheduler` decides which token
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +111,8 @@ class Batch:
 
     def _admit(self) -> None:
         """Start waiting answers while sequences and slots are free."""
-        passed_over: list[Generation] = []
+        passed_over: set[int] = set()
+        is_crowded = False
         while self._waiting and len(self._active) < self._engine.num_sequences:
             generation = self._next_waiting(passed_over)
             if generation is None:
@@ -119,15 +120,21 @@ class Batch:
             # The first answer starts in any case, because it cannot wait for slots that nothing will free.
             if self._active and self._needed_slots([*self._active, generation]) > self._engine.cache_slots:
                 return
-            if self._shares_running_prefill(generation) or self._is_crowded_for(generation):
-                passed_over.append(generation)
+            # Later long chats wait behind the first one that waits, which they would overtake for ever.
+            is_late = self._is_long(generation) and (is_crowded or self._is_crowded_for(generation))
+            is_crowded = is_crowded or is_late
+            if is_late or self._shares_running_prefill(generation):
+                passed_over.add(id(generation))
                 continue
             self._waiting.remove(generation)
             self._active.append(generation)
             generation.begin()
 
-    def _next_waiting(self, passed_over: Sequence[Generation]) -> Generation | None:
-        """Return the waiting answer whose owner has the fewest answers in progress, or None if none may start."""
+    def _next_waiting(self, passed_over: Container[int]) -> Generation | None:
+        """Return the waiting answer whose owner has the fewest answers in progress, or None if none may start.
+
+        `passed_over`: ids of those that wait for something else.
+        """
         active = Counter(self._owners[id(generation)] for generation in self._active)
         # no owner takes all sequences of a large batch: a new one would wait for the end of somebody's long answers
         limit = self._engine.num_sequences - self._engine.num_sequences // OTHER_OWNERS_SHARE
@@ -136,7 +143,7 @@ class Batch:
             return active[self._owners[id(generation)]]
 
         # owners take turns: fifty answers of one do not delay the only answer of another one
-        candidates = [one for one in self._waiting if not any(one is other for other in passed_over)]
+        candidates = [one for one in self._waiting if id(one) not in passed_over]
         chosen = min(candidates, key=num_active, default=None)
         return chosen if chosen is not None and num_active(chosen) < limit else None
 
@@ -169,13 +176,16 @@ class Batch:
             if other.lease.num_pending > 1
         )
 
+    def _is_long(self, generation: Generation) -> bool:
+        """Return True if a chat takes the slots of a long one, beside a prefix that it shares."""
+        shared = max((self._shared_tokens(other, generation) for other in self._active), default=0)
+        return len(generation.tokens) - shared >= LONG_CHAT
+
     def _is_crowded_for(self, generation: Generation) -> bool:
         """Return True if a long chat is answered sooner after others, because each slows all of them.
 
         Two long chats are answered at once in any case, and short ones wait for none.
         """
-        if len(generation.tokens) < LONG_CHAT:
-            return False
         long = [one for one in self._active if len(one.tokens) >= LONG_CHAT]
         return len(long) >= 2 and self._needed_slots([*long, generation]) > self._engine.crowded_slots
 

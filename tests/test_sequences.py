@@ -110,16 +110,16 @@ def test_idle_chats_take_no_slots_from_a_new_one_and_come_back(engine: EngineSch
 
 
 def test_idle_chats_are_parked_before_the_next_prompt(engine: EngineScheduler) -> None:
-    prompts = [[11 * index + step for step in range(2, 80)] for index in range(4)]
+    prompts = [[60 * index + step for step in range(2, 2 + length)] for index, length in enumerate((100, 100, 100, 40))]
     leases = [engine.lease() for _ in prompts]
     for lease, prompt in zip(leases, prompts, strict=True):
         lease.begin(prompt)
         lease.evaluate()
     for lease in leases:
         lease.release()
-    engine.park_in_advance()  # all but the last, and no more than fit into a window of 256 tokens
-    assert [each.tokens for each in engine._caches._parked] == prompts[:3]
-    assert engine._caches.used == len(prompts[3])
+    engine.park_in_advance()  # as many as fit into a window of 256 tokens, and not the last one
+    assert [each.tokens for each in engine._caches._parked] == prompts[:2]
+    assert engine._caches.used == 140
     lease = engine.lease()
     lease.begin([*prompts[0], 7])
     lease.evaluate()
@@ -231,6 +231,38 @@ def test_long_chats_wait_for_long_ones_in_a_crowded_cache(artefact: Path) -> Non
         at_once.append((is_long.count(True), is_long.count(False)))
     assert [texts[id(generation)] for generation in together] == alone
     assert max(at_once) == (2, 2)
+    engine.close()
+
+
+@pytest.mark.parametrize(("last", "expected"), [(300, [0, 1, 2, 3]), (60, [0, 1, 3, 2])])
+def test_a_long_chat_is_overtaken_by_short_ones_only(last: int, expected: list[int], artefact: Path) -> None:
+    """Three chats of 300 tokens would be no crowd, so the last one could start before the one of 500."""
+    engine = load_engine(artefact, replace(EXACT, context=600, parallel=6, cache_memory=10_000_000))
+    engine.crowded_slots = 3 * (300 + RESERVED_TOKENS)
+    lengths = (300, 300, 500, last)
+    prompts = [[5 + (11 * index + step) % 290 for step in range(length)] for index, length in enumerate(lengths)]
+    together, started, batch = answers(engine, prompts), list[int](), Batch(engine)
+    for generation in together:
+        batch.add(generation)
+    while len(batch):
+        batch.step()
+        active = [together.index(generation) for generation in batch._active]
+        started += [index for index in active if index not in started]
+    assert started == expected
+    engine.close()
+
+
+def test_chats_with_a_long_prefix_in_common_are_no_crowd(artefact: Path) -> None:
+    engine = load_engine(artefact, replace(EXACT, context=512, parallel=6, cache_memory=10_000_000))
+    engine.crowded_slots = 400
+    prompts = [[*(5 + step % 290 for step in range(400)), 300 + index, 310] for index in range(5)]
+    together, at_once, batch = answers(engine, prompts), [], Batch(engine)
+    for generation in together:
+        batch.add(generation)
+    while len(batch):
+        batch.step()
+        at_once.append(len(batch._active))
+    assert max(at_once) > 2
     engine.close()
 
 
