@@ -385,7 +385,7 @@ class EngineScheduler:
 
     def park_in_advance(self) -> None:
         """Park idle caches while no prompt waits for it, see `CachePool.park_in_advance`."""
-        with self._open(), self._turn:
+        with self._open(), self._turn, contextlib.suppress(MemoryError):  # parking is a precaution
             self._caches.park_in_advance()
 
     @property

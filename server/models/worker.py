@@ -250,7 +250,7 @@ class EngineWorker:
             # the lock is free during a pass, so that requests can arrive while the engine computes
             done = batch.abandon(UsageError(MODEL_CLOSED)) if self._is_closing else []
             self._deliver(owners, done + batch.step())
-            if not len(batch):
+            if not (len(batch) or self._arrived or self._is_closing):
                 self.engine.park_in_advance()
 
     def _deliver(self, owners: dict[int, _Request], progress: Sequence[AnswerProgress]) -> None:
