@@ -179,7 +179,7 @@ def bench(
 def as_profiled(options: BenchOptions, profile: DeviceProfile, artefacts: Sequence[Artefact]) -> BenchOptions:
     """Return the options with the cache type of a profile, whose predictions are compared with the measurements.
 
-    Raises UsageError if the profile has another engine, weight type or number of threads.
+    Raises UsageError if the profile has another engine, weight type, number of threads or cache type.
     """
     for artefact in artefacts:
         if not (artefact.manifest and artefact.manifest.architecture):
@@ -187,6 +187,8 @@ def as_profiled(options: BenchOptions, profile: DeviceProfile, artefacts: Sequen
         quantization = artefact.manifest.quantization
         profile.check(engine=artefact.engine, quantization=quantization, threads=options.threads or None)
     kv_cache = cast(CacheChoice, profile.measured_on.kv_cache)
+    if "auto" not in (kv_cache, options.kv_cache) and kv_cache != options.kv_cache:
+        raise UsageError(f"--kv-cache {options.kv_cache}: the profile of --predict was measured with {kv_cache}")
     return replace(options, kv_cache=kv_cache) if options.kv_cache == "auto" else options
 
 

@@ -63,10 +63,9 @@ def body(argv: Sequence[str]) -> int:
     # Loaded before the measurement, so that a damaged profile is reported at once.
     prediction = DeviceProfile.load(Path(predict_path)) if predict_path else None
     artefacts = [Artefact.open(path) for path in paths]
-    if prediction is not None:
-        options = as_profiled(options, prediction, artefacts)
     if artefacts:
-        run = benchmark(artefacts, options, device_options, json_path)
+        measured = options if prediction is None else as_profiled(options, prediction, artefacts)
+        run = benchmark(artefacts, measured, device_options, json_path)
         if as_markdown:
             print(run_table.markdown(run), end="")
         else:
