@@ -112,8 +112,8 @@ def describe_fallbacks(fallbacks: list[Fallback], is_padded: bool) -> list[str]:
         kinds = Counter(tensor.split(".")[-2] for tensor in tensors)
         names = ", ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in kinds.items())
         hint = " (--pad auto avoids that)" if multiple == 32 and not is_padded else ""
-        reason = f"their rows are not multiples of {multiple}{hint}"
-        tensor = "1 tensor" if len(tensors) == 1 else f"{len(tensors)} tensors"
+        tensor, its = ("1 tensor", "its") if len(tensors) == 1 else (f"{len(tensors)} tensors", "their")
+        reason = f"{its} rows are not multiples of {multiple}{hint}"
         sentences.append(f"{tensor} became {got}, not {wanted}: {reason}: {names}")
     return sentences
 
