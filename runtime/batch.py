@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .base.errors import ContextOverflowError, UsageError
-from .engines.lease import SEQUENCE_LOST
 from .engines.protocol import CacheFullError
 from .engines.scheduler import EngineScheduler
-from .engines.scheduling_policy import common_length
+from .engines.scheduling_policy import SEQUENCE_LOST, common_length
 from .generation import Generation
 
 RESERVED_TOKENS = 64

@@ -16,8 +16,8 @@ from exporting import export
 from efficientllm.runtime import EfficientLLMError, EngineOptions, Model, load
 from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.engines.engine import load_engine
-from efficientllm.runtime.engines.lease import Lease
 from efficientllm.runtime.engines.llama_context import MAX_PASS_TOKENS
+from efficientllm.runtime.engines.scheduler import Lease
 from efficientllm.runtime.generation import AnswerOptions, Generation
 
 OPTIONS = EngineOptions(threads=1, context=1024)

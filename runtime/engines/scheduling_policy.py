@@ -13,6 +13,11 @@ from dataclasses import dataclass, field
 
 from .protocol import Engine, StateKeeper
 
+SEQUENCE_LOST = (
+    "another answer started on this model; read one to its end first, load the model twice, or load it with "
+    "--parallel for several answers"
+)
+
 MIN_REUSED_SHARE = 0.5
 """Least share of a cache that a new prompt must begin with to take the cache over. Below it, the prefix is copied."""
 
