@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from efficientllm.runtime.engines.protocol import Chunk
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.engines.scheduling_policy import PassTimes
 from efficientllm.runtime.generation import AnswerOptions, Generation
+from efficientllm.server.models import worker as worker_module
+from efficientllm.server.models.worker import EngineWorker
 
 PROMPTS = [[5 + (7 * index + step) % 300 for step in range(12)] for index in range(4)]
 
@@ -148,6 +152,62 @@ def test_passes_are_timed_when_several_chats_are_first_loaded(
         assert engine.prefill([5, 6, 7]).shape == (engine.vocab_size,)  # the measured tokens are gone
         engine.close()
     assert min(found, default=1) > 0
+
+
+def test_passes_are_timed_later_for_a_server(unseen: Path) -> None:
+    options = EngineOptions(threads=1, context=64, parallel=3)
+    for should_stop, text in ((True, "attention"), (False, "a pass")):
+        engine = load_engine(unseen, options, times_passes=False)
+        assert "a pass" not in engine.settings
+        logits = engine.prefill([5, 6, 7])
+        engine.time_passes(lambda stop=should_stop: stop)
+        assert engine.settings.endswith(text)
+        with engine.caches() as caches:
+            assert caches.used == 3  # the chats keep their caches
+        np.testing.assert_allclose(engine.prefill([5, 6, 7]), logits, atol=1e-5)
+        engine.close()
+    engine = load_engine(unseen, options, times_passes=False)
+    assert engine.settings.endswith("a pass")  # as measured before
+    engine.close()
+
+
+def start_worker(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> EngineWorker:
+    monkeypatch.setattr(worker_module, "QUIET_SECONDS", 0.01)
+    engine = load_engine(unseen, EngineOptions(threads=1, context=64, parallel=3), times_passes=False)
+    return EngineWorker(engine, waiting=4, on_idle=lambda: None)
+
+
+def test_a_server_times_passes_while_no_request_waits(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = start_worker(unseen, monkeypatch)
+    for _ in range(1000):
+        if worker.engine.settings.endswith("a pass"):
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the passes were not timed")
+    worker.close()
+
+
+def test_a_server_stops_the_timing_when_it_is_wanted(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, may_go_on, passes = threading.Event(), threading.Event(), list[int]()
+
+    def measure(context: LlamaContext, size: int, depth: int) -> float:
+        passes.append(size)
+        began.set()
+        may_go_on.wait(10)
+        return 1.0
+
+    monkeypatch.setattr(tuning, "_pass_ms", measure)
+    worker = start_worker(unseen, monkeypatch)
+    assert began.wait(10)
+    closing = threading.Thread(target=worker.close)
+    closing.start()
+    while not worker._is_closing:
+        time.sleep(0.01)
+    may_go_on.set()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert len(passes) == 1
 
 
 def test_a_slow_machine_times_the_most_telling_passes(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> None:

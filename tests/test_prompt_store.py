@@ -33,6 +33,16 @@ def store_of(engine: EngineScheduler, folder: Path, max_bytes: int = 10**9) -> P
     return store
 
 
+def save(engine: EngineScheduler, store: PromptStore) -> None:
+    with engine.caches() as caches:
+        store.save(caches)
+
+
+def restore(engine: EngineScheduler, store: PromptStore) -> int:
+    with engine.caches() as caches:
+        return store.restore(caches)
+
+
 @pytest.mark.parametrize("model", ["f32", "q8_0", "recurrent"])
 def test_a_prompt_continues_after_a_restart(artefact: Path, tmp_path: Path, model: str) -> None:
     path = artefact
@@ -43,12 +53,12 @@ def test_a_prompt_continues_after_a_restart(artefact: Path, tmp_path: Path, mode
     with_state = load(path, kv_cache)
     with_state.prefill(OTHER)
     with_state.prefill(PROMPT)
-    with_state.save_prompts(store_of(with_state, tmp_path / "kept"))
+    save(with_state, store_of(with_state, tmp_path / "kept"))
     expected = with_state.prefill(longer)
     with_state.close()
     restarted = load(path, kv_cache)
     store = store_of(restarted, tmp_path / "kept")
-    assert restarted.restore_prompts(store) == 200
+    assert restore(restarted, store) == 200
     generation = Generation(restarted, longer, AnswerOptions(1))
     generation.begin()
     np.testing.assert_allclose(generation.lease.evaluate(), expected, atol=1e-4)
@@ -62,7 +72,7 @@ def test_much_alike_prompts_are_stored_once(artefact: Path, tmp_path: Path) -> N
         engine.prefill([*PROMPT, 310 + end, 320, 330])
     engine.prefill([5, 6, 7])
     store = store_of(engine, tmp_path)
-    engine.save_prompts(store)
+    save(engine, store)
     assert len(list(tmp_path.iterdir())) == 1
     ((tokens, _),) = store.read()
     assert tokens[:101] == [*PROMPT, 312]
@@ -76,7 +86,7 @@ def test_a_damaged_file_is_removed_with_one_line(
     engine = load(artefact)
     store = store_of(engine, tmp_path)
     engine.prefill(PROMPT)
-    engine.save_prompts(store)
+    save(engine, store)
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
     if damage == "byte":
@@ -84,7 +94,7 @@ def test_a_damaged_file_is_removed_with_one_line(
     path.write_bytes({"cut": content[:-7], "header": b"{}" + content, "empty": b""}.get(damage, bytes(content)))
     fresh = load(artefact)
     with caplog.at_level(logging.WARNING):
-        assert fresh.restore_prompts(store) == 0
+        assert restore(fresh, store) == 0
     (line,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
     assert line.startswith(f"stored prompt {path} is damaged (")
     assert "\n" not in line
@@ -96,8 +106,8 @@ def test_a_damaged_file_is_removed_with_one_line(
 def test_files_of_other_models_and_settings_are_left_alone(artefact: Path, tmp_path: Path) -> None:
     one, other = load(artefact, "f32"), load(artefact, "f16")
     one.prefill(PROMPT)
-    one.save_prompts(store_of(one, tmp_path))
-    assert other.restore_prompts(store_of(other, tmp_path)) == 0
+    save(one, store_of(one, tmp_path))
+    assert restore(other, store_of(other, tmp_path)) == 0
     foreign = one.prompt_store(tmp_path, "another model", 10**9)
     assert foreign is not None
     assert not list(foreign.read())
@@ -122,7 +132,7 @@ def test_a_prompt_whose_state_llama_cpp_refuses_is_evaluated(artefact: Path, tmp
     engine = load(artefact)
     store = store_of(engine, tmp_path)
     store.write(PROMPT, b"nonsense" * 100)
-    engine.restore_prompts(store)
+    restore(engine, store)
     expected = load(artefact)
     np.testing.assert_allclose(engine.prefill(PROMPT), expected.prefill(PROMPT), atol=1e-4)
     assert engine._own_lease.cached_tokens == 0

@@ -117,7 +117,8 @@ def test_idle_chats_are_parked_before_the_next_prompt(engine: EngineScheduler) -
         lease.evaluate()
     for lease in leases:
         lease.release()
-    engine.park_in_advance()  # as many as fit into a window of 256 tokens, and not the last one
+    with engine.caches() as caches:
+        caches.park_in_advance()  # as many as fit into a window of 256 tokens, and not the last one
     assert [each.tokens for each in engine._caches._parked] == prompts[:2]
     assert engine._caches.used == 140
     lease = engine.lease()

@@ -73,7 +73,7 @@ class EngineOptions:
     kv_cache: CacheChoice = "auto"
     """gguf: type of keys and values in the KV cache. auto: the fastest type and attention kernel, see --tune."""
     tune: bool = True
-    """gguf: time attention kernels and passes when a model is first loaded on a machine, in 2 to 10 seconds. The result
+    """gguf: time attention kernels and passes when a model is new to a machine, usually in 1 to 8 seconds. The result
     is stored. --no-tune takes plain attention over an f16 cache, and so does a busy machine until a later load."""
     parallel: int = flags.number(0, at_least=0, at_most=64)
     """Number of chats with a KV cache, which a server answers together. 0: one, or the server's default."""
@@ -136,14 +136,19 @@ def engine_build(name: str) -> str:
 
 
 def load_engine(
-    model: str | Path | Artefact, options: EngineOptions | None = None, *, probe: bool = True
+    model: str | Path | Artefact,
+    options: EngineOptions | None = None,
+    *,
+    probe: bool = True,
+    times_passes: bool = True,
 ) -> EngineScheduler:
     """Load an artefact, or the one at a path, in the engine that its manifest or file type names.
 
     Files in a manifest are compared with its hashes. Without a manifest a child process loads the file first, because
     a damaged file can end the process (not with `probe=False`). Both results are cached. On Linux the weights
     move into huge pages, and malloc keeps larger blocks in its heap in the whole process from then on (see
-    `huge_pages`). EngineOptions(huge_pages=False) leaves both out.
+    `huge_pages`). EngineOptions(huge_pages=False) leaves both out. With `times_passes=False`, passes of several chats
+    are timed only by a later `EngineScheduler.time_passes`.
 
     Raise ArtefactError for a missing, damaged or foreign artefact, MissingExtraError for a missing engine package.
     """
@@ -167,6 +172,8 @@ def load_engine(
             loaded.close()
             raise
     engine = EngineScheduler(loaded, manifest.sampling if manifest else {})
+    if times_passes:
+        engine.time_passes(lambda: False)
     if options.warm_up:
         engine.prefill([0])
     trim_heap()

@@ -55,6 +55,8 @@ class LlamaCppEngine:
 
     pass_times: PassTimes | None = None
     """Measured times of passes, with several sequences."""
+    _measure_pass_times: Callable[[Callable[[], bool]], PassTimes | None] | None = None
+    """None if there is nothing to measure."""
     speculation: Speculation | None = None
     """None if no tokens are proposed."""
     draft_bytes = 0
@@ -101,16 +103,26 @@ class LlamaCppEngine:
         self.settings = str(attention)
         self.cache_slots, self.max_batch = self._context.slots, self._context.max_batch
         self.crowded_slots = max(MIN_CROWDED_SLOTS, self._crowded_slots()) if self.cuts_sequences else self.cache_slots
-        if self.num_sequences > 1 and options.tune:
-            times = measure_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
-            if times is not None:
-                self.pass_times, self.settings = times, f"{attention}; {times}"
         # wrong proposals must be removed from the cache again, which the state of a recurrent model does not allow
         if self.cuts_sequences and (options.lookup or options.draft):
-            self.speculation = Speculation(self.pass_times, options.lookup)
-        if not options.threads:  # after the measurements, which need all threads
+            self.speculation = Speculation(None, options.lookup)
+        if self.num_sequences > 1 and options.tune:
+            release = f"{release}, {attention}"
+            self._measure_pass_times = partial(
+                measure_pass_times, path, release, partial(make, attention), self.num_sequences
+            )
+            self.time_passes(lambda: True)  # as measured earlier
+        if not options.threads:
             self._context.free_cores = FreeCores.where_known(threads)
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
+
+    def time_passes(self, should_stop: Callable[[], bool]) -> None:
+        """Time passes, see `PassTimer`."""
+        times = self._measure_pass_times(should_stop) if self._measure_pass_times else None
+        if times is not None:
+            self.pass_times, self.settings = times, f"{self.settings}; {times}"
+            if self.speculation is not None:
+                self.speculation.add_times(times)
 
     def _crowded_slots(self) -> int:
         """Return the number of cached tokens at which attention to them takes half the products of the weights.

@@ -35,7 +35,7 @@ class Engine(Protocol):
     after `close`. Only `tokenize`, `token_bytes`, `interrupt` and `Embedder.embed` are called while another thread
     evaluates.
 
-    An engine with a `pass_times: PassTimes` attribute decodes as many sequences in a pass as are fastest, others all.
+    A `PassTimer` (`scheduling_policy`) decodes as many sequences in a pass as are fastest, other engines all.
     The sequences of an engine with a false `cuts_sequences` attribute, a recurrent model, are emptied or kept whole.
     An engine whose sequences share one cache has `crowded_slots`: with more tokens in it, long chats start in turn.
     Only an engine with a `speculation: Speculation` attribute gets chunks with drafted tokens.

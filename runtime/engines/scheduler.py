@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ import numpy as np
 from ..base.errors import ContextOverflowError, UsageError
 from .prompt_store import PromptStore
 from .protocol import CacheFullError, Chunk, Embedder, Engine, EvaluationInterrupted, Pooling, StateKeeper
-from .scheduling_policy import SEQUENCE_LOST, CachePool, PassTimes, SequenceCache, common_length, plan_pass
+from .scheduling_policy import SEQUENCE_LOST, CachePool, PassTimer, SequenceCache, common_length, plan_pass
 from .speculation import Proposer, Speculation
 
 TOGETHER_SECONDS = 0.001
@@ -85,7 +85,7 @@ class EngineScheduler:
         """Memory that parked caches may take beside those of the engine."""
         self.cuts_sequences: bool = getattr(engine, "cuts_sequences", True)
         """False if a prompt reuses all cached tokens of a sequence or none."""
-        self._pass_times: PassTimes | None = getattr(engine, "pass_times", None)
+        self._pass_times = engine.pass_times if isinstance(engine, PassTimer) else None
         self._speculation: Speculation | None = getattr(engine, "speculation", None)
         self.draft_bytes: int = getattr(engine, "draft_bytes", 0)
 
@@ -355,16 +355,6 @@ class EngineScheduler:
                 return None
             return PromptStore(folder, f"{model_hash}, {engine.state_format}", max_bytes)
 
-    def save_prompts(self, store: PromptStore) -> None:
-        """Write the caches of all sequences to `store`, without those that are much like others."""
-        with self._open(), self._turn:
-            store.save(self._caches)
-
-    def restore_prompts(self, store: PromptStore) -> int:
-        """Take the prompts of `store` into memory, and return the number of their tokens."""
-        with self._open(), self._turn:
-            return store.restore(self._caches)
-
     def pin(self, tokens: Sequence[int]) -> None:
         """Evaluate `tokens` and never evict them. They take a sequence and its slots from the answers.
 
@@ -380,10 +370,18 @@ class EngineScheduler:
         lease.release()
         self.num_sequences, self.cache_slots = self.num_sequences - 1, self.cache_slots - len(tokens)
 
-    def park_in_advance(self) -> None:
-        """Park idle caches while no prompt waits for it, see `CachePool.park_in_advance`."""
-        with self._open(), self._turn, contextlib.suppress(MemoryError):  # parking is a precaution
-            self._caches.park_in_advance()
+    @contextlib.contextmanager
+    def caches(self) -> Iterator[CachePool]:
+        """Yield the caches, which no pass changes meanwhile."""
+        with self._open(), self._turn:
+            yield self._caches
+
+    def time_passes(self, should_stop: Callable[[], bool]) -> None:
+        """Time passes if the engine depends on it and this has not been done, see `PassTimer`."""
+        with self._open() as engine, self._turn:
+            if isinstance(engine, PassTimer) and engine.pass_times is None:
+                engine.time_passes(should_stop)
+                self._pass_times, self.settings = engine.pass_times, engine.settings
 
     @property
     def used_slots(self) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from .protocol import Engine, StateKeeper
 
@@ -313,6 +314,21 @@ class PassTimes:
         """Return the times as JSON, rounded to 0.1 microseconds."""
         # `parse` refuses 0, to which a fast pass could be rounded
         return json.dumps([max(round(value, 4), 1e-4) for value in self.milliseconds])
+
+
+@runtime_checkable
+class PassTimer(Protocol):
+    """An engine whose throughput depends on the number of sequences in a pass."""
+
+    pass_times: PassTimes | None
+    """Measured times of passes, None if there are none."""
+
+    def time_passes(self, should_stop: Callable[[], bool]) -> None:
+        """Set `pass_times`, as measured now or earlier on this machine. Change nothing if `should_stop` becomes true.
+
+        The call changes no sequence.
+        """
+        ...
 
 
 def plan_pass(pending: Sequence[int], last_used: Sequence[int], max_tokens: int, times: PassTimes | None) -> list[int]:

@@ -114,16 +114,22 @@ class Speculation:
     """Measures on one engine how often proposals are right and how long passes take, while it serves."""
 
     def __init__(self, times: PassTimes | None, looks_up: bool = True, beside: Speculation | None = None) -> None:
-        """Begin with the `times` that were measured at load, if there are any, or share those of `beside`."""
+        """Begin with measured `times` of passes, if there are any, and share those of `beside`."""
         self._looks_up = looks_up
         self.draft: Draft | None = None
         self._shares, self._counts = list(PRIOR_SHARES), [PRIOR_COUNT] * len(PRIOR_SHARES)
         """Share of right proposals by the number of right ones before, and how many were counted."""
-        measured = dict(enumerate(times.milliseconds, start=1)) if times else {}
-        self._ms: dict[int, float] = measured if beside is None else beside._ms
+        self._ms: dict[int, float] = {} if beside is None else beside._ms
         """{tokens of a pass: mean milliseconds}"""
+        if times is not None:
+            self.add_times(times)
         self._credit = 0.0
         """Time that tries may lose, in passes without proposals."""
+
+    def add_times(self, times: PassTimes) -> None:
+        """Add measured times of passes that none was recorded for."""
+        for number, milliseconds in enumerate(times.milliseconds, start=1):
+            self._ms.setdefault(number, milliseconds)
 
     def proposer(self, prompt: Sequence[int]) -> Proposer | None:
         """Return the proposals for an answer to `prompt`, None if there are none."""

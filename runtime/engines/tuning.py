@@ -1,6 +1,7 @@
-"""Measure which llama.cpp settings are fastest for a model on this machine, when it is first loaded there.
+"""Measure which llama.cpp settings are fastest for a model on this machine, when it is new there.
 
-Two choices depend on the CPU in ways that no rule covers:
+Attention is measured at the first load, because a context cannot change it. Passes are measured at the first load, or
+by a server while no request waits. Two choices depend on the CPU in ways that no rule covers:
 
 - Attention kernel and cache type. The flash attention kernel for CPUs is slow for passes of fewer than 64 tokens over
   an fp16 cache: on some CPUs by half, on others hardly. Over a Q8_0 cache it is as fast as the plain kernel, which pads
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -61,6 +63,8 @@ ATTENTION_REPETITIONS = 4
 """Passes per attention test. The fastest counts, because other processes may use the machine."""
 ROUNDS = 2
 """Attention tests of each candidate, of which the fastest counts."""
+ROUND_SECONDS = 2.0
+"""Time of the first round above which there is no second one: the first answer waits for it."""
 CLOSE_CANDIDATE = 1.25
 """Multiple of the best candidate's mean above which a candidate has no second round."""
 
@@ -92,7 +96,7 @@ def choose_attention(
 
     def measure() -> str:
         if is_busy():
-            raise _BusyError
+            raise _StoppedError
         _announce(path, "attention")
         return str(fastest_attention(candidates, num_sequences, make_context))
 
@@ -101,19 +105,19 @@ def choose_attention(
     key = f"attention and prompts of {', '.join(names)}{beside} on {platform.node()} ({release})"
     try:
         return names[cached(key, [path], measure, names.__contains__)]
-    except _BusyError:
+    except _StoppedError:
         text = "this machine is busy: %s starts with %s, and is timed on this CPU at a later load"
         logging.getLogger(PROGRESS_LOGGER).warning(text, path.name, unmeasured)
         return unmeasured
 
 
-class _BusyError(Exception):
-    """A measurement on a busy machine would take minutes."""
+class _StoppedError(Exception):
+    """A measurement has no result, because the machine is busy or a request waits."""
 
 
 def _announce(path: Path, subject: str) -> None:
     """Report a measurement, also in a program that configures no logging."""
-    text = "first load of %s here: timing %s on this CPU, usually 2 to 10 s; the result is stored (--no-tune skips it)"
+    text = "first load of %s here: timing %s on this CPU, usually 1 to 4 s; the result is stored (--no-tune skips it)"
     logging.getLogger(PROGRESS_LOGGER).warning(text, path.name, subject)
 
 
@@ -139,10 +143,13 @@ def fastest_attention(
             )
         times: dict[AttentionSettings, np.ndarray] = {}  # [tests]
         # The candidates take turns, so that other load on the machine affects all of them alike.
+        began = time.perf_counter()
         for _ in range(ROUNDS):
             for candidate in _close_candidates(times) or contexts:
                 seconds = np.array(_attention_seconds(contexts[candidate], num_sequences))
                 times[candidate] = np.minimum(seconds, times.get(candidate, seconds))
+            if time.perf_counter() - began > ROUND_SECONDS:
+                break
     return _close_candidates(times)[0]
 
 
@@ -206,18 +213,26 @@ def _deepen(context: LlamaContext, length: int, depth: int) -> None:
         context.truncate(1, 0)
 
 
-def measure_pass_times(path: Path, release: str, context: LlamaContext, num_sequences: int) -> PassTimes | None:
+def measure_pass_times(
+    path: Path,
+    release: str,
+    make_context: Callable[[int, int], LlamaContext],
+    num_sequences: int,
+    should_stop: Callable[[], bool],
+) -> PassTimes | None:
     """Return the pass times of the model file at `path`, as measured now or earlier on this machine.
 
-    They are None on a busy machine without an earlier result. `release`: version, build, threads and attention that the
-    result depends on. `context` is empty afterwards.
+    They are None without an earlier result if the machine is busy or `should_stop` is true before the last pass.
+    `release`: version, build, threads and attention that the result depends on. `make_context(slots, num_sequences)`
+    makes a context of the model.
     """
 
     def measure() -> str:
-        if is_busy():
-            raise _BusyError
+        if is_busy() or should_stop():
+            raise _StoppedError
         _announce(path, "several answers at once")
-        return PassTimes(tuple(_all_pass_ms(context, num_sequences))).to_text()
+        with contextlib.closing(make_context(PASS_DEPTH + 2 * num_sequences, num_sequences)) as context:
+            return PassTimes(tuple(_all_pass_ms(context, num_sequences, should_stop))).to_text()
 
     def is_valid(text: str) -> bool:
         return PassTimes.parse(text, num_sequences) is not None
@@ -225,14 +240,15 @@ def measure_pass_times(path: Path, release: str, context: LlamaContext, num_sequ
     key = f"milliseconds of passes for {num_sequences} on {platform.node()} ({release})"
     try:
         return PassTimes.parse(cached(key, [path], measure, is_valid), num_sequences)
-    except _BusyError:
+    except _StoppedError:
         return None
 
 
-def _all_pass_ms(context: LlamaContext, num_sequences: int) -> list[float]:
+def _all_pass_ms(context: LlamaContext, num_sequences: int, should_stop: Callable[[], bool]) -> list[float]:
     """Return the milliseconds of a pass over one token of 1, 2, ... sequences each.
 
-    Sizes that were not measured in time are interpolated linearly.
+    Sizes that were not measured in time are interpolated linearly. Raise _StoppedError if `should_stop` is true before
+    a pass.
     """
     depth = min(PASS_DEPTH, context.slots // 2)
     length = min(EVALUATED_TOKENS, depth)
@@ -244,9 +260,11 @@ def _all_pass_ms(context: LlamaContext, num_sequences: int) -> list[float]:
     for size in _sizes_to_measure(num_sequences):
         if measured and time.perf_counter() - began > PASS_SECONDS:
             break
-        measured[size] = min(_pass_ms(context, size, length) for _ in range(PASS_REPETITIONS))
-    for sequence in range(num_sequences):
-        context.truncate(sequence, 0)
+        measured[size] = math.inf
+        for _ in range(PASS_REPETITIONS):
+            if should_stop():
+                raise _StoppedError
+            measured[size] = min(measured[size], _pass_ms(context, size, length))
     sizes = sorted(measured)
     return list(np.interp(range(1, num_sequences + 1), sizes, [measured[size] for size in sizes]))
 

@@ -22,6 +22,7 @@ from ...runtime.base.quantities import format_bytes
 from ...runtime.base.user_cache import cache_folder
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
+from ...runtime.engines.prompt_store import PromptStore
 from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.engines.scheduling_policy import common_length
 from ...runtime.grammar import read_vocabulary
@@ -88,7 +89,7 @@ class ModelPool:
         self.is_ready = True
 
     def _load(self, name: str) -> EngineWorker:
-        engine = load_engine(self.artefacts[name], self.options)
+        engine = load_engine(self.artefacts[name], self.options, times_passes=False)
         caches = engine.kv_cache_bytes + engine.parked_bytes
         self._sizes[name] = self.artefacts[name].file_bytes + caches + engine.draft_bytes
         # Read before a request needs a grammar. Reading cannot be stopped and would keep the place of a lost client.
@@ -139,9 +140,11 @@ class ModelPool:
             store = engine.prompt_store(folder, self.artefacts[name].sha256, self.limits.prompt_cache)
         if store is None:
             return lambda: None
-        if tokens := engine.restore_prompts(store):
+        with engine.caches() as caches:
+            tokens = store.restore(caches)
+        if tokens:
             logging.getLogger(PROGRESS_LOGGER).info("%s: %d tokens of earlier prompts restored", name, tokens)
-        return partial(engine.save_prompts, store)
+        return partial(_save_prompts, engine, store)
 
     @property
     def loaded(self) -> dict[str, EngineWorker]:
@@ -299,6 +302,11 @@ def describe_capacity(engine: EngineScheduler) -> str:
     plural = "" if chats == 1 else "s"
     held = f"holds {chats} chat{plural} of" if chats else "less than a chat of"
     return "; ".join(filter(None, [answers, f"{held} {CHAT_TOKENS:,} tokens", engine.settings]))
+
+
+def _save_prompts(engine: EngineScheduler, store: PromptStore) -> None:
+    with engine.caches() as caches:
+        store.save(caches)
 
 
 async def _run_to_completion(work: Coroutine[Any, Any, None]) -> None:

@@ -100,6 +100,12 @@ PING_SECONDS = 10.0
 """Time between pings. Proxies close connections that are silent for a minute."""
 
 
+QUIET_SECONDS = 1.0
+"""Time without a request after which passes are timed, if the model is new to the machine."""
+
+PRECAUTION = contextlib.suppress(MemoryError, OSError, EfficientLLMError)
+"""Errors of work that is done in advance. The answers do without it."""
+
 Item = Piece | BaseException | None
 """A piece, an error, or None for the end of the answer."""
 
@@ -236,13 +242,19 @@ class EngineWorker:
 
     def _compute(self) -> None:
         """Run passes of the engine while there are answers, then wait for one. This is the thread's function."""
-        batch, owners = Batch(self.engine), dict[int, _Request]()
+        batch, owners, may_time = Batch(self.engine), dict[int, _Request](), True
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._arrived or self._is_closing or len(batch))
+                patience = QUIET_SECONDS if may_time else None
+                is_quiet = not (len(batch) or self._changed.wait_for(self._is_wanted, patience))
                 arrived, self._arrived = self._arrived, []
                 if self._is_closing and not arrived and not len(batch):
                     return
+            if is_quiet:
+                may_time = False
+                with PRECAUTION:
+                    self.engine.time_passes(self._is_wanted)
+                continue
             for request, generations in arrived:
                 for generation in generations:
                     owners[id(generation)] = request
@@ -250,8 +262,13 @@ class EngineWorker:
             # the lock is free during a pass, so that requests can arrive while the engine computes
             done = batch.abandon(UsageError(MODEL_CLOSED)) if self._is_closing else []
             self._deliver(owners, done + batch.step())
-            if not (len(batch) or self._arrived or self._is_closing):
-                self.engine.park_in_advance()
+            if not (len(batch) or self._is_wanted()):
+                may_time = True
+                with PRECAUTION, self.engine.caches() as caches:
+                    caches.park_in_advance()
+
+    def _is_wanted(self) -> bool:
+        return bool(self._arrived) or self._is_closing
 
     def _deliver(self, owners: dict[int, _Request], progress: Sequence[AnswerProgress]) -> None:
         """Send the results of a pass to the readers. The event loop is woken once for all of them."""
