@@ -128,7 +128,7 @@ def test_the_fastest_attention_is_measured_once(
         assert engine.settings == str(expected)
         engine.close()
     assert len(measured) == 3 + 1 + 2 + 1  # only the fastest has a second round, because the others are far from it
-    announced = "first load of model.gguf here: timing attention on this CPU, usually 1 to 4 s"
+    announced = "model.gguf is new here: timing attention on this CPU, usually 1 to 4 s"
     assert sum(announced in message for message in caplog.messages) == 2
 
 

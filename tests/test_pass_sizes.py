@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -157,35 +160,82 @@ def test_passes_are_timed_when_several_chats_are_first_loaded(
 def test_passes_are_timed_later_for_a_server(unseen: Path) -> None:
     options = EngineOptions(threads=1, context=64, parallel=3)
     for should_stop, text in ((True, "attention"), (False, "a pass")):
-        engine = load_engine(unseen, options, times_passes=False)
+        engine = load_engine(unseen, options, measure_passes=False)
         assert "a pass" not in engine.settings
         logits = engine.prefill([5, 6, 7])
-        engine.time_passes(lambda stop=should_stop: stop)
+        engine.measure_passes(lambda stop=should_stop: stop)
         assert engine.settings.endswith(text)
         with engine.caches() as caches:
             assert caches.used == 3  # the chats keep their caches
         np.testing.assert_allclose(engine.prefill([5, 6, 7]), logits, atol=1e-5)
         engine.close()
-    engine = load_engine(unseen, options, times_passes=False)
+    engine = load_engine(unseen, options, measure_passes=False)
     assert engine.settings.endswith("a pass")  # as measured before
     engine.close()
 
 
 def start_worker(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> EngineWorker:
     monkeypatch.setattr(worker_module, "QUIET_SECONDS", 0.01)
-    engine = load_engine(unseen, EngineOptions(threads=1, context=64, parallel=3), times_passes=False)
+    engine = load_engine(unseen, EngineOptions(threads=1, context=64, parallel=3), measure_passes=False)
     return EngineWorker(engine, waiting=4, on_idle=lambda: None)
+
+
+def wait_for(is_done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not is_done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_server_times_passes_while_no_request_waits(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = start_worker(unseen, monkeypatch)
-    for _ in range(1000):
-        if worker.engine.settings.endswith("a pass"):
-            break
-        time.sleep(0.01)
-    else:
-        pytest.fail("the passes were not timed")
+    wait_for(lambda: worker.engine.settings.endswith("a pass"))
     worker.close()
+
+
+def test_a_server_waits_with_the_timing_for_requests_in_preparation(
+    unseen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start_worker(unseen, monkeypatch)
+    worker.enter()
+    time.sleep(0.2)
+    assert not worker.engine.settings.endswith("a pass")
+    worker.leave()
+    wait_for(lambda: worker.engine.settings.endswith("a pass"))
+    worker.close()
+
+
+def test_a_server_answers_after_the_timing_failed(
+    unseen: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> float:
+        raise RuntimeError("llama_decode: -3")
+
+    monkeypatch.setattr(tuning, "_pass_ms", fail)
+    worker = start_worker(unseen, monkeypatch)
+    wait_for(lambda: any("not prepared: RuntimeError: llama_decode: -3" in line for line in caplog.messages))
+    assert worker._thread.is_alive()
+    worker.close()
+
+
+def test_an_interrupted_timing_is_continued(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(tuning, "_pass_ms", lambda context, size, depth: sizes.append(size) or 1.0)
+    options = EngineOptions(threads=1, context=64, parallel=4)
+    with contextlib.closing(load_engine(unseen, options, measure_passes=False)) as engine:
+        for _ in range(4):
+            before = len(sizes)
+            engine.measure_passes(lambda before=before: len(sizes) > before + tuning.PASS_REPETITIONS)
+        assert "a pass" in engine.settings
+    assert max(map(sizes.count, sizes)) <= 2 * tuning.PASS_REPETITIONS
+
+
+def test_times_of_a_replaced_file_are_not_stored(unseen: Path, artefact: Path) -> None:
+    options = EngineOptions(threads=1, context=64, parallel=3)
+    with contextlib.closing(load_engine(unseen, options, measure_passes=False)) as engine:
+        os.replace(shutil.copy(artefact / "model.gguf", unseen / "other"), unseen / "model.gguf")
+        engine.measure_passes()
+        assert "a pass" not in engine.settings
 
 
 def test_a_server_stops_the_timing_when_it_is_wanted(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,15 +140,15 @@ def load_engine(
     options: EngineOptions | None = None,
     *,
     probe: bool = True,
-    times_passes: bool = True,
+    measure_passes: bool = True,
 ) -> EngineScheduler:
     """Load an artefact, or the one at a path, in the engine that its manifest or file type names.
 
     Files in a manifest are compared with its hashes. Without a manifest a child process loads the file first, because
     a damaged file can end the process (not with `probe=False`). Both results are cached. On Linux the weights
     move into huge pages, and malloc keeps larger blocks in its heap in the whole process from then on (see
-    `huge_pages`). EngineOptions(huge_pages=False) leaves both out. With `times_passes=False`, passes of several chats
-    are timed only by a later `EngineScheduler.time_passes`.
+    `huge_pages`). EngineOptions(huge_pages=False) leaves both out. With `measure_passes=False`, passes of several
+    chats are timed only by a later `EngineScheduler.measure_passes`.
 
     Raise ArtefactError for a missing, damaged or foreign artefact, MissingExtraError for a missing engine package.
     """
@@ -172,10 +172,14 @@ def load_engine(
             loaded.close()
             raise
     engine = EngineScheduler(loaded, manifest.sampling if manifest else {})
-    if times_passes:
-        engine.time_passes(lambda: False)
-    if options.warm_up:
-        engine.prefill([0])
+    try:
+        if measure_passes:
+            engine.measure_passes()
+        if options.warm_up:
+            engine.prefill([0])
+    except BaseException:
+        engine.close()
+        raise
     trim_heap()
     return engine
 

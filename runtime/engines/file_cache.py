@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..base.errors import DiskFullError
 from ..base.files import write_json_atomically
 from ..base.user_cache import cache_folder
 
@@ -29,7 +30,7 @@ def cached(key: str, files: Sequence[Path], compute: Callable[[], str], is_valid
 
     An empty result is not stored, and a stored one that is not valid is computed again.
     """
-    before = _identity(files)
+    before = file_identity(files)
     key = f"{key}: {before}"
     path = cache_folder() / CACHE_FILE
     stored = _read_results(path).get(key)
@@ -38,8 +39,8 @@ def cached(key: str, files: Sequence[Path], compute: Callable[[], str], is_valid
     result = compute()
     # A file that changed during the computation, or may still change unnoticed, gets no stored result.
     changed = max(max(state.st_mtime, state.st_ctime) for state in map(Path.stat, files))
-    if result and time.time() - changed > SETTLED_SECONDS and _identity(files) == before:
-        with contextlib.suppress(OSError):
+    if result and time.time() - changed > SETTLED_SECONDS and file_identity(files) == before:
+        with contextlib.suppress(OSError, DiskFullError):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Read again: another process may have stored results meanwhile.
             results = [*_read_results(path).items(), (key, result)][-MAX_RESULTS:]
@@ -47,7 +48,7 @@ def cached(key: str, files: Sequence[Path], compute: Callable[[], str], is_valid
     return result
 
 
-def _identity(files: Sequence[Path]) -> str:
+def file_identity(files: Sequence[Path]) -> str:
     """Return a hash of numbers that change with the content of `files`."""
     states = [file.stat() for file in files]
     numbers = [(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states]

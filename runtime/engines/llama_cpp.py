@@ -24,7 +24,7 @@ from .memory import huge_pages, trim_heap
 from .protocol import Chunk, Pooling
 from .scheduling_policy import PassTimes
 from .speculation import Draft, Speculation
-from .tuning import choose_attention, measure_pass_times
+from .tuning import PassMeasurement, choose_attention
 
 LOGITS_PASS_TOKENS = 64
 """Tokens per pass if the logits of every token are wanted."""
@@ -55,7 +55,7 @@ class LlamaCppEngine:
 
     pass_times: PassTimes | None = None
     """Measured times of passes, with several sequences."""
-    _measure_pass_times: Callable[[Callable[[], bool]], PassTimes | None] | None = None
+    _passes: PassMeasurement | None = None
     """None if there is nothing to measure."""
     speculation: Speculation | None = None
     """None if no tokens are proposed."""
@@ -107,18 +107,20 @@ class LlamaCppEngine:
         if self.cuts_sequences and (options.lookup or options.draft):
             self.speculation = Speculation(None, options.lookup)
         if self.num_sequences > 1 and options.tune:
-            release = f"{release}, {attention}"
-            self._measure_pass_times = partial(
-                measure_pass_times, path, release, partial(make, attention), self.num_sequences
-            )
-            self.time_passes(lambda: True)  # as measured earlier
+            make_another = partial(make, attention)
+            self._passes = PassMeasurement(path, f"{release}, {attention}", make_another, self.num_sequences)
+            self._use_times(self._passes.stored())
         if not options.threads:
             self._context.free_cores = FreeCores.where_known(threads)
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
 
-    def time_passes(self, should_stop: Callable[[], bool]) -> None:
-        """Time passes, see `PassTimer`."""
-        times = self._measure_pass_times(should_stop) if self._measure_pass_times else None
+    def measure_passes(self, should_stop: Callable[[], bool]) -> None:
+        """Set `pass_times`, see `PassTimer`."""
+        if self._passes is not None:
+            self._use_times(self._passes.measure(should_stop))
+            trim_heap()
+
+    def _use_times(self, times: PassTimes | None) -> None:
         if times is not None:
             self.pass_times, self.settings = times, f"{self.settings}; {times}"
             if self.speculation is not None:

@@ -35,7 +35,8 @@ class Engine(Protocol):
     after `close`. Only `tokenize`, `token_bytes`, `interrupt` and `Embedder.embed` are called while another thread
     evaluates.
 
-    A `PassTimer` (`scheduling_policy`) decodes as many sequences in a pass as are fastest, other engines all.
+    With a `pass_times: PassTimes` attribute, a pass decodes as many sequences as are fastest, without it all. An engine
+    that is a `PassTimer` (`scheduling_policy`) is asked to measure them.
     The sequences of an engine with a false `cuts_sequences` attribute, a recurrent model, are emptied or kept whole.
     An engine whose sequences share one cache has `crowded_slots`: with more tokens in it, long chats start in turn.
     Only an engine with a `speculation: Speculation` attribute gets chunks with drafted tokens.

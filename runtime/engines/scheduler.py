@@ -33,7 +33,7 @@ import numpy as np
 from ..base.errors import ContextOverflowError, UsageError
 from .prompt_store import PromptStore
 from .protocol import CacheFullError, Chunk, Embedder, Engine, EvaluationInterrupted, Pooling, StateKeeper
-from .scheduling_policy import SEQUENCE_LOST, CachePool, PassTimer, SequenceCache, common_length, plan_pass
+from .scheduling_policy import SEQUENCE_LOST, CachePool, PassTimer, PassTimes, SequenceCache, common_length, plan_pass
 from .speculation import Proposer, Speculation
 
 TOGETHER_SECONDS = 0.001
@@ -85,7 +85,7 @@ class EngineScheduler:
         """Memory that parked caches may take beside those of the engine."""
         self.cuts_sequences: bool = getattr(engine, "cuts_sequences", True)
         """False if a prompt reuses all cached tokens of a sequence or none."""
-        self._pass_times = engine.pass_times if isinstance(engine, PassTimer) else None
+        self._pass_times: PassTimes | None = getattr(engine, "pass_times", None)
         self._speculation: Speculation | None = getattr(engine, "speculation", None)
         self.draft_bytes: int = getattr(engine, "draft_bytes", 0)
 
@@ -376,11 +376,11 @@ class EngineScheduler:
         with self._open(), self._turn:
             yield self._caches
 
-    def time_passes(self, should_stop: Callable[[], bool]) -> None:
-        """Time passes if the engine depends on it and this has not been done, see `PassTimer`."""
+    def measure_passes(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Measure passes if the engine can and has not done so, see `PassTimer`."""
         with self._open() as engine, self._turn:
             if isinstance(engine, PassTimer) and engine.pass_times is None:
-                engine.time_passes(should_stop)
+                engine.measure_passes(should_stop)
                 self._pass_times, self.settings = engine.pass_times, engine.settings
 
     @property

@@ -318,13 +318,13 @@ class PassTimes:
 
 @runtime_checkable
 class PassTimer(Protocol):
-    """An engine whose throughput depends on the number of sequences in a pass."""
+    """An engine that measures how the time of a pass grows with its sequences."""
 
     pass_times: PassTimes | None
     """Measured times of passes, None if there are none."""
 
-    def time_passes(self, should_stop: Callable[[], bool]) -> None:
-        """Set `pass_times`, as measured now or earlier on this machine. Change nothing if `should_stop` becomes true.
+    def measure_passes(self, should_stop: Callable[[], bool]) -> None:
+        """Set `pass_times`, as measured now or earlier. Leave them as they are if `should_stop` becomes true.
 
         The call changes no sequence.
         """

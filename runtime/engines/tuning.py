@@ -27,7 +27,7 @@ from ..base.cpu_load import is_busy
 from ..base.errors import ArtefactError
 from ..base.progress import PROGRESS_LOGGER
 from .engine import CacheChoice
-from .file_cache import cached
+from .file_cache import cached, file_identity
 from .llama_context import AttentionSettings, LlamaContext
 from .protocol import Chunk
 from .scheduling_policy import PassTimes
@@ -70,6 +70,8 @@ CLOSE_CANDIDATE = 1.25
 
 PASS_DEPTH = 256
 """Cached tokens of each chat in the passes. The chats share this prefix."""
+PIECE_TOKENS = 16
+"""Tokens of this prefix in a pass. A request may wait for it."""
 PASS_REPETITIONS = 3
 """Passes per size, of which the fastest counts."""
 
@@ -96,28 +98,21 @@ def choose_attention(
 
     def measure() -> str:
         if is_busy():
-            raise _StoppedError
+            text = "this machine is busy: %s starts with %s, and is timed on this CPU at a later load"
+            logging.getLogger(PROGRESS_LOGGER).warning(text, path.name, unmeasured)
+            return ""
         _announce(path, "attention")
         return str(fastest_attention(candidates, num_sequences, make_context))
 
     names = {str(candidate): candidate for candidate in candidates}
     beside = f" beside {num_sequences - 1} others" if num_sequences > 1 else ""
     key = f"attention and prompts of {', '.join(names)}{beside} on {platform.node()} ({release})"
-    try:
-        return names[cached(key, [path], measure, names.__contains__)]
-    except _StoppedError:
-        text = "this machine is busy: %s starts with %s, and is timed on this CPU at a later load"
-        logging.getLogger(PROGRESS_LOGGER).warning(text, path.name, unmeasured)
-        return unmeasured
-
-
-class _StoppedError(Exception):
-    """A measurement has no result, because the machine is busy or a request waits."""
+    return names.get(cached(key, [path], measure, names.__contains__), unmeasured)
 
 
 def _announce(path: Path, subject: str) -> None:
     """Report a measurement, also in a program that configures no logging."""
-    text = "first load of %s here: timing %s on this CPU, usually 1 to 4 s; the result is stored (--no-tune skips it)"
+    text = "%s is new here: timing %s on this CPU, usually 1 to 4 s; the result is stored (--no-tune skips it)"
     logging.getLogger(PROGRESS_LOGGER).warning(text, path.name, subject)
 
 
@@ -213,60 +208,78 @@ def _deepen(context: LlamaContext, length: int, depth: int) -> None:
         context.truncate(1, 0)
 
 
-def measure_pass_times(
-    path: Path,
-    release: str,
-    make_context: Callable[[int, int], LlamaContext],
-    num_sequences: int,
-    should_stop: Callable[[], bool],
-) -> PassTimes | None:
-    """Return the pass times of the model file at `path`, as measured now or earlier on this machine.
+class PassMeasurement:
+    """Measures the passes of a model for several sequences, in one or several attempts."""
 
-    They are None without an earlier result if the machine is busy or `should_stop` is true before the last pass.
-    `release`: version, build, threads and attention that the result depends on. `make_context(slots, num_sequences)`
-    makes a context of the model.
-    """
+    def __init__(
+        self, path: Path, release: str, make_context: Callable[[int, int], LlamaContext], num_sequences: int
+    ) -> None:
+        """Measure the model file at `path`. `release`: version, build, threads and attention that times depend on.
 
-    def measure() -> str:
-        if is_busy() or should_stop():
-            raise _StoppedError
-        _announce(path, "several answers at once")
-        with contextlib.closing(make_context(PASS_DEPTH + 2 * num_sequences, num_sequences)) as context:
-            return PassTimes(tuple(_all_pass_ms(context, num_sequences, should_stop))).to_text()
+        `make_context(slots, num_sequences)` makes a context of the model.
+        """
+        self._path, self._make_context, self._num_sequences = path, make_context, num_sequences
+        self._key = f"milliseconds of passes for {num_sequences} on {platform.node()} ({release})"
+        self._identity = file_identity([path])
+        self._ms: dict[int, float] = {}
+        """{sequences in a pass: milliseconds}"""
+        self._seconds = 0.0
+        """Time of these measurements."""
 
-    def is_valid(text: str) -> bool:
-        return PassTimes.parse(text, num_sequences) is not None
+    def stored(self) -> PassTimes | None:
+        """Return the times that were measured earlier on this machine."""
+        return self._find(lambda: "")
 
-    key = f"milliseconds of passes for {num_sequences} on {platform.node()} ({release})"
-    try:
-        return PassTimes.parse(cached(key, [path], measure, is_valid), num_sequences)
-    except _StoppedError:
-        return None
+    def measure(self, should_stop: Callable[[], bool]) -> PassTimes | None:
+        """Return the times, as measured now or earlier on this machine.
 
+        They are None if the machine is busy, the file was replaced, llama.cpp makes no further context, or
+        `should_stop` is true before the last pass. Another call then goes on with the sizes that are missing.
+        """
+        try:
+            times = self._find(lambda: self._measure(should_stop))
+        except ArtefactError:
+            return None
+        if times is not None:
+            logging.getLogger(PROGRESS_LOGGER).info("%s: %s", self._path.name, times)
+        return times
 
-def _all_pass_ms(context: LlamaContext, num_sequences: int, should_stop: Callable[[], bool]) -> list[float]:
-    """Return the milliseconds of a pass over one token of 1, 2, ... sequences each.
+    def _find(self, measure: Callable[[], str]) -> PassTimes | None:
+        def is_valid(text: str) -> bool:
+            return PassTimes.parse(text, self._num_sequences) is not None
 
-    Sizes that were not measured in time are interpolated linearly. Raise _StoppedError if `should_stop` is true before
-    a pass.
-    """
-    depth = min(PASS_DEPTH, context.slots // 2)
-    length = min(EVALUATED_TOKENS, depth)
-    context.extend([Chunk(0, [0] * length, wants_logits=False)])
-    _deepen(context, length, depth)
-    for sequence in range(1, num_sequences):
-        context.copy(0, sequence, length)
-    began, measured = time.perf_counter(), {}
-    for size in _sizes_to_measure(num_sequences):
-        if measured and time.perf_counter() - began > PASS_SECONDS:
-            break
-        measured[size] = math.inf
-        for _ in range(PASS_REPETITIONS):
-            if should_stop():
-                raise _StoppedError
-            measured[size] = min(measured[size], _pass_ms(context, size, length))
-    sizes = sorted(measured)
-    return list(np.interp(range(1, num_sequences + 1), sizes, [measured[size] for size in sizes]))
+        return PassTimes.parse(cached(self._key, [self._path], measure, is_valid), self._num_sequences)
+
+    def _measure(self, should_stop: Callable[[], bool]) -> str:
+        """Return the times as text, "" without a result. Sizes that are not measured in time are interpolated."""
+        if is_busy() or should_stop() or file_identity([self._path]) != self._identity:
+            return ""
+        if not self._ms:
+            _announce(self._path, "several answers at once")
+        number = self._num_sequences
+        with contextlib.closing(self._make_context(PASS_DEPTH + PASS_REPETITIONS * number, number)) as context:
+            for _ in range(EVALUATED_TOKENS // PIECE_TOKENS):
+                if should_stop():
+                    return ""
+                context.extend([Chunk(0, [0] * PIECE_TOKENS, wants_logits=False)])
+            _deepen(context, EVALUATED_TOKENS, PASS_DEPTH)
+            for sequence in range(1, number):
+                context.copy(0, sequence, EVALUATED_TOKENS)
+            for size in _sizes_to_measure(number):
+                if size in self._ms:
+                    continue
+                if self._ms and self._seconds > PASS_SECONDS:
+                    break
+                began, fastest = time.perf_counter(), math.inf
+                for _ in range(PASS_REPETITIONS):
+                    if should_stop():
+                        return ""
+                    fastest = min(fastest, _pass_ms(context, size, EVALUATED_TOKENS))
+                self._ms[size] = fastest
+                self._seconds += time.perf_counter() - began
+        sizes = sorted(self._ms)
+        times = np.interp(range(1, number + 1), sizes, [self._ms[size] for size in sizes])
+        return PassTimes(tuple(times)).to_text()
 
 
 def _sizes_to_measure(num_sequences: int) -> Sequence[int]:
@@ -285,10 +298,13 @@ def _sizes_to_measure(num_sequences: int) -> Sequence[int]:
 
 
 def _pass_ms(context: LlamaContext, num_sequences: int, depth: int) -> float:
-    """Return the milliseconds of a pass over one token of each sequence, and cut the caches back to `depth` tokens."""
+    """Return the milliseconds of a pass over one token of each sequence, and cut the caches back to `depth` tokens.
+
+    A cache that cannot be cut is emptied, because its passes take the same time at any depth.
+    """
     milliseconds = 1e3 * _pass_seconds(context, range(num_sequences))
     for sequence in range(num_sequences):
-        context.truncate(sequence, depth)
+        context.truncate(sequence, depth if context.cuts_sequences else 0)
     return milliseconds
 
 

@@ -89,7 +89,7 @@ class ModelPool:
         self.is_ready = True
 
     def _load(self, name: str) -> EngineWorker:
-        engine = load_engine(self.artefacts[name], self.options, times_passes=False)
+        engine = load_engine(self.artefacts[name], self.options, measure_passes=False)
         caches = engine.kv_cache_bytes + engine.parked_bytes
         self._sizes[name] = self.artefacts[name].file_bytes + caches + engine.draft_bytes
         # Read before a request needs a grammar. Reading cannot be stopped and would keep the place of a lost client.

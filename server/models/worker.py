@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ...runtime.base.errors import EfficientLLMError, UnanswerableError, UsageError
+from ...runtime.base.progress import PROGRESS_LOGGER
 from ...runtime.batch import AnswerProgress, Batch
 from ...runtime.engines.scheduler import MODEL_CLOSED, EngineScheduler
 from ...runtime.generation import Generation, TokenLogprob
@@ -101,10 +103,7 @@ PING_SECONDS = 10.0
 
 
 QUIET_SECONDS = 1.0
-"""Time without a request after which passes are timed, if the model is new to the machine."""
-
-PRECAUTION = contextlib.suppress(MemoryError, OSError, EfficientLLMError)
-"""Errors of work that is done in advance. The answers do without it."""
+"""Time without a request after which passes are measured, if the model is new to the machine."""
 
 Item = Piece | BaseException | None
 """A piece, an error, or None for the end of the answer."""
@@ -242,19 +241,14 @@ class EngineWorker:
 
     def _compute(self) -> None:
         """Run passes of the engine while there are answers, then wait for one. This is the thread's function."""
-        batch, owners, may_time = Batch(self.engine), dict[int, _Request](), True
+        batch, owners = Batch(self.engine), dict[int, _Request]()
         while True:
+            if not len(batch):
+                self._wait()
             with self._changed:
-                patience = QUIET_SECONDS if may_time else None
-                is_quiet = not (len(batch) or self._changed.wait_for(self._is_wanted, patience))
                 arrived, self._arrived = self._arrived, []
                 if self._is_closing and not arrived and not len(batch):
                     return
-            if is_quiet:
-                may_time = False
-                with PRECAUTION:
-                    self.engine.time_passes(self._is_wanted)
-                continue
             for request, generations in arrived:
                 for generation in generations:
                     owners[id(generation)] = request
@@ -262,13 +256,36 @@ class EngineWorker:
             # the lock is free during a pass, so that requests can arrive while the engine computes
             done = batch.abandon(UsageError(MODEL_CLOSED)) if self._is_closing else []
             self._deliver(owners, done + batch.step())
-            if not (len(batch) or self._is_wanted()):
-                may_time = True
-                with PRECAUTION, self.engine.caches() as caches:
-                    caches.park_in_advance()
 
-    def _is_wanted(self) -> bool:
+    def _wait(self) -> None:
+        """Wait for answers to compute or for the end. Prepare for later answers meanwhile."""
+        if not self._has_work():
+            self._prepare_for_later(self._park)
+        quiet: float | None = QUIET_SECONDS
+        while True:
+            with self._changed:
+                if self._changed.wait_for(self._has_work, quiet):
+                    return
+            if not self.in_flight:  # no grammar is compiled and no text embedded
+                self._prepare_for_later(
+                    lambda: self.engine.measure_passes(lambda: self._has_work() or self.in_flight > 0)
+                )
+                quiet = None
+
+    def _has_work(self) -> bool:
         return bool(self._arrived) or self._is_closing
+
+    def _park(self) -> None:
+        with self.engine.caches() as caches:
+            caches.park_in_advance()
+
+    def _prepare_for_later(self, work: Callable[[], None]) -> None:
+        """Call `work`, which only makes later answers faster. Report its failure."""
+        try:
+            work()
+        except Exception as error:  # the thread must survive, because answers do not depend on it
+            name = type(error).__name__
+            logging.getLogger(PROGRESS_LOGGER).warning("later answers are not prepared: %s: %s", name, error)
 
     def _deliver(self, owners: dict[int, _Request], progress: Sequence[AnswerProgress]) -> None:
         """Send the results of a pass to the readers. The event loop is woken once for all of them."""
