@@ -272,7 +272,7 @@ def test_the_least_is_not_always_the_smallest(kinds: tuple[str, ...]) -> None:
 def test_where_another_device_gains_nothing_more_the_own_one_decides() -> None:
     source = tiny_architecture()
     own, other = tiny_time().measure, tiny_time(stepped_profile(step=256)).measure
-    rules = SelectionRules(("ffn",), 32, measure=own, price=other)
+    rules = SelectionRules(("ffn",), 32, measure=own, cost=other)
     scores = {kind: [torch.ones(count) for count in counts(kind, source)] for kind in KINDS}
     target = own.of(smallest_architecture(source, rules))
     removal = select_removal(source, scores, rules, target)

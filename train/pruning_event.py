@@ -132,7 +132,7 @@ class PruningEvent:
         splits = self._expected_splits()
         if settings.vocabulary_rows is not None:
             # the target of 0 is out of reach: the selection ends at `fixed_rows`, which is at least this number
-            rules = replace(pruner.rules, kinds=("vocabulary",), blocks=(), measure=PARAMETERS, price=None)
+            rules = replace(pruner.rules, kinds=("vocabulary",), blocks=(), measure=PARAMETERS, cost=None)
             selected = select_removal(shape, {"vocabulary": [torch.from_numpy(splits)]}, rules, 0)
             return self._remove_rows(selected), {"rows": selected.after.vocab_size}
         windows = self._extra_windows(settings.block_tokens)

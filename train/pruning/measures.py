@@ -1,7 +1,7 @@
 """Measures of a model's size: parameters, bytes of the exported file, milliseconds on a device.
 
-Budget, schedule and ranking of a run share one measure. Groups compete by expected loss per unit of it. Imports no
-torch.
+Budget and schedule of a run share one measure. Groups compete by expected loss per unit of it, or of another one with
+`--rank-by` or `--ranking-profile`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..model.file_types import SETTINGS_BYTES, depends_on_place, gguf_bytes
 from ..model.irregular import packed
 
 RUN_UNITS = 8
-"""Most steps of a kind in one layer that are priced together: 8 steps of 32 FFN channels reach the 256 of K-quants and
-of the widest kernels."""
+"""Most steps of a kind in one layer whose cost is computed together: 8 steps of 32 FFN channels reach the 256 of
+K-quants and of the widest kernels."""
 
 
 NO_LAYERS = (LayerShape(0, 0, 0),)
@@ -34,7 +34,7 @@ class Measure:
     """parameters, bytes or ms"""
     of: Callable[[Architecture], float]
     longest_run: int = 1
-    """Most steps of one kind in one layer that the ranking prices together; 1 if every step has the same price."""
+    """Most steps of one kind in one layer whose cost the ranking computes together; 1 if all steps cost the same."""
 
     def show(self, amount: float) -> str:
         """Return an amount with all significant digits."""

@@ -229,10 +229,10 @@ def make_pruning_plan(
     # a token that must stay is written with its parts, so these must stay as well
     fixed_rows = len(with_parts(pieces, pieces.fixed)) if pieces is not None else 0
     fixed_rows = max(fixed_rows, settings.vocabulary_rows or 0)
-    measures = budget.measure, _price(settings)
+    measures = budget.measure, _cost(settings)
     rules = SelectionRules(settings.kinds, multiple, uniform, floor, settings.blocks, *measures, fixed_rows)
-    if rules.price is not None:
-        rules.price.of(source)  # UsageError now, where it is another's heads that were measured
+    if rules.cost is not None:
+        rules.cost.of(source)  # UsageError now, where it is another's heads that were measured
     if floor is not None:
         check_floor(source, floor)
     if uniform and not source.is_uniform:
@@ -243,8 +243,8 @@ def make_pruning_plan(
     return PruningPlan(settings, source, rules, budget, time, pieces, amounts)
 
 
-def _price(settings: PruneConfig) -> Measure | None:
-    """Return the cost in the ranking if it differs from the budget's measure."""
+def _cost(settings: PruneConfig) -> Measure | None:
+    """Return the measure of the ranking if it differs from the budget's measure."""
     if settings.rank_by == "parameters":
         return PARAMETERS
     other = device_time(settings, settings.ranking_profile)

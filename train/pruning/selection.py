@@ -39,9 +39,9 @@ class Unit:
     parts: tuple[Part, ...]
     """One part, or one per layer in the uniform layout."""
     freed: float
-    """Freed amount of the measure: parameters, bytes or milliseconds."""
+    """Parameters, bytes or milliseconds that all parts free, in the ranking's measure."""
     score: float
-    """Expected loss per freed unit of the measure."""
+    """Expected loss per freed parameter, byte or millisecond."""
 
     @property
     def layer(self) -> int:
@@ -64,7 +64,7 @@ class SelectionRules:
     """Whole blocks that may be removed (see groups.BLOCKS)."""
     measure: Measure = PARAMETERS
     """Measure of the target."""
-    price: Measure | None = None
+    cost: Measure | None = None
     """Measure in the ranking, if it differs."""
     fixed_rows: int = 0
     """Number of vocabulary rows that must stay."""
@@ -72,7 +72,7 @@ class SelectionRules:
     @property
     def ranking_measure(self) -> Measure:
         """Return the measure that divides a unit's score."""
-        return self.price or self.measure
+        return self.cost or self.measure
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ def check_floor(architecture: Architecture, floor: Architecture) -> None:
 class Ranking:
     """Repeated selection of the next unit, with the shape that remains.
 
-    A unit is priced again when its price may have changed. The measure is a sum over layers at a given hidden size.
+    The cost of a unit is computed again when it may have changed. The measure is a sum over layers at a given hidden
+    size.
     """
 
     def __init__(self, architecture: Architecture, scores: Scores, rules: SelectionRules) -> None:
@@ -217,8 +218,8 @@ class Ranking:
 
     def rank_by_measure(self) -> None:
         """Rank by the budget's measure from now on."""
-        self.rules = replace(self.rules, price=None)
-        # all prices and the size so far are in the other measure
+        self.rules = replace(self.rules, cost=None)
+        # all costs and the size so far are in the other measure
         self._cache.clear()
         self._size = None
 
@@ -264,11 +265,11 @@ class Ranking:
 
     def _unit(self, name: str, parts: tuple[Part, ...], loss: float, smaller: Architecture) -> Unit | None:
         """Return the unit that leaves `smaller`, or None if it frees nothing."""
-        price = self.rules.ranking_measure
+        cost = self.rules.ranking_measure
         if self._size is None:
-            self._size = price.of(self.architecture)
+            self._size = cost.of(self.architecture)
         # a measure with padded widths may give the same size: the unit would cost loss and free nothing
-        freed = self._size - price.of(smaller)
+        freed = self._size - cost.of(smaller)
         return Unit(name, parts, freed, loss / freed) if freed > 0 else None
 
     def _best_run(self, name: str, layer: int | None) -> Unit | None:
@@ -344,17 +345,17 @@ class Ranking:
 
     def _is_stale(self, name: str, layer: int | None, taken: Unit) -> bool:
         """Tell whether the candidate of a kind in a layer may differ after the removal of `taken`."""
-        # Pricing every candidate again for every unit would dominate the selection, so only those are priced whose
-        # groups or price changed. The measure is a sum over layers at a given hidden size, plus rows times hidden size.
-        if taken.kind == "vocabulary":  # rows are a factor in the price of stem channels, but of no layer's groups
+        # The costs of all candidates after every unit would dominate the selection, so only those are computed whose
+        # groups or cost changed. The measure is a sum over layers at a given hidden size, plus rows times hidden size.
+        if taken.kind == "vocabulary":  # rows are a factor in the cost of stem channels, but of no layer's groups
             return layer is None
         if taken.parts[0][0] is None or self.rules.uniform:  # the hidden size or every layer changed
             return True
         if taken.kind in BLOCKS and name in BLOCKS:  # `can_remove_block` depends on the blocks of all layers
             return True
-        if name == "vocabulary":  # the price of a row depends on the hidden size alone
+        if name == "vocabulary":  # the cost of a row depends on the hidden size alone
             return False
-        # groups of one layer share its kernels and padding, so their prices change together; a stem channel (None)
+        # groups of one layer share its kernels and padding, so their costs change together; a stem channel (None)
         # has a part in every layer
         return layer in (taken.layer, None)
 
@@ -406,7 +407,7 @@ def select_removal(
     while rules.measure.of(ranking.architecture) > target:
         unit = ranking.peek()
         # a unit may free bytes of the budget and no millisecond of the ranking, so the target may still be in reach
-        if unit is None and ranking.rules.price is not None:
+        if unit is None and ranking.rules.cost is not None:
             ranking.rank_by_measure()
             unit = ranking.peek()
         if unit is None or stop_before(unit, units):
