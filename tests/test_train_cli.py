@@ -58,6 +58,7 @@ def test_the_log_says_why_a_group_was_removed(straight: Path) -> None:
     for record in events:
         assert len(record["removed"]) == len(record["scores"]) == len(record["freed"])
         assert min(record["freed"]) > 0
+        assert record["cost"] == "parameters"
         assert record["parameters"] <= record["target"]
 
 

@@ -34,6 +34,7 @@ from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.config.sections import RunConfig, TrainConfig
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.plan import Compute, _check_removals
+from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, ActivationCriterion
 from efficientllm.train.pruning.plan import DroppingSchedule
 
 
@@ -79,9 +80,11 @@ def test_every_family_trains_and_shrinks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saliency", ["taylor2", "fisher", "magnitude", "random", "token-fisher"])
+@pytest.mark.parametrize("saliency", sorted({*CRITERIA, *OTHERS} - {PruneConfig.saliency}))
 def test_every_criterion_reaches_the_target(saliency: str, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     more = ["--saliency", saliency, "--gradient-accumulation", "2", "--batch-size", "2"]
+    if isinstance(CRITERIA.get(saliency), ActivationCriterion):
+        more += ["--prune", "attention,ffn"]
     assert run(command(source_folder, corpus, tmp_path / "run", *more)) == 0
     assert final(tmp_path / "run").num_parameters <= 0.6 * Architecture.from_folder(source_folder).num_parameters
 
@@ -116,6 +119,9 @@ def test_uniform_layout_gives_a_plain_llama(source_folder: Path, corpus: Path, t
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["model_type"] == "llama"
     assert config["intermediate_size"] < 128
+    freed = sum(sum(record.get("freed", [])) for record in metrics(tmp_path / "run"))
+    source = Architecture.from_folder(source_folder).num_parameters
+    assert freed == pytest.approx(source - final(tmp_path / "run").num_parameters)
 
 
 def test_explicit_architecture_is_reached(source_folder: Path, corpus: Path, tmp_path: Path) -> None:

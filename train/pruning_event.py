@@ -117,7 +117,8 @@ class PruningEvent:
         record = {
             "removed": [[unit.kind, *part] for unit, part in parts],
             "scores": [unit.score for unit, _ in parts],
-            "freed": [unit.freed for unit, _ in parts],
+            "freed": [unit.freed / len(unit.parts) for unit, _ in parts],
+            "cost": pruner.rules.ranking_measure.unit,
             "target": target,
             "next_saliency": pruner.next_saliency,
         }

@@ -22,7 +22,10 @@ Terms: TypeAlias = "tuple[Tensor, ...]"
 
 @dataclass(frozen=True)
 class Criterion:
-    """One formula of scores."""
+    """One formula of scores.
+
+    A score is the expected loss of the whole group. The ranking divides it by the group's cost.
+    """
 
     elementwise: Callable[[Tensor, Tensor], Terms]
     """(weight, gradient) -> terms of the same shape, summed over the parameters of a piece of a group."""

@@ -155,8 +155,8 @@ def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path
             at_tokens, values = zip(*points, strict=True)
             saliency.plot(at_tokens, values, **style)
     ratio.set_ylabel("share removed by unit")
-    unit = "ms" if any("ms" in record for record in steps) else "parameter or byte"
-    saliency.set_ylabel(f"score per {unit}\nof the next unit")
+    unit = next((record["cost"] for record in steps if "cost" in record), "parameters")
+    saliency.set_ylabel(f"score per {unit.removesuffix('s') if unit != 'ms' else unit}\nof the next unit")
     saliency.set_yscale("log")
     for axes in (ratio, saliency):
         if axes.get_legend_handles_labels()[0]:
