@@ -25,7 +25,7 @@ from .body import BodyRoute
 from .models.metrics import AnswerClock, Metrics
 from .models.pool import ModelPool
 from .options import AppOptions
-from .schemas.api_error import APIError
+from .schemas.api_error import APIError, unknown_model_error
 from .schemas.completions import (
     ChatRequest,
     CompletionRequest,
@@ -139,7 +139,7 @@ class Endpoints:
 
     async def model(self, name: str) -> ModelCard:
         if name not in self._pool.artefacts:
-            raise APIError(404, f"model {name!r} does not exist", code="model_not_found")
+            raise unknown_model_error(name, self._pool.artefacts)
         return self._card(name)
 
     def _card(self, name: str) -> ModelCard:

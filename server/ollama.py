@@ -23,7 +23,7 @@ from .endpoints import Endpoints
 from .models.metrics import AnswerClock
 from .models.pool import ModelPool
 from .models.worker import Piece
-from .schemas.api_error import APIError
+from .schemas.api_error import APIError, unknown_model_error
 from .schemas.completions import (
     MAX_INPUTS,
     MAX_MESSAGES,
@@ -372,7 +372,7 @@ class OllamaEndpoints:
     async def show(self, request: ModelName, http: Request) -> Response:
         name = self._name(request.model or request.name)
         if name not in self._pool.artefacts:
-            raise APIError(404, f"model {name!r} does not exist", code="model_not_found")
+            raise unknown_model_error(name, self._pool.artefacts)
         details = _details(self._pool.artefacts[name])
         information = {
             "general.architecture": details["family"],

@@ -107,11 +107,8 @@ class PruningEvent:
         if groups is not None and former is not None:
             surviving_rows = rows.kept["vocabulary"][0] if rows is not None else None
             self._recover(former, groups, surviving_rows)
-        units: list[Unit] = []
-        for removal in (rows, groups):
-            if removal is not None:
-                units += removal.units
-        parts = [(unit, part) for unit in units for part in unit.parts]
+        removals = [removal for removal in (rows, groups) if removal is not None]
+        parts = [(unit, part) for removal in removals for unit in removal.units for part in unit.parts]
         if not parts:
             return {}, vocabulary
         record = {

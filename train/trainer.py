@@ -126,7 +126,7 @@ class Trainer:
         self.unfinished: UnfinishedStep | None = None
         """The latest step until its removal and measurements are done."""
         self.saved_step: int | None = None
-        """Step of the newest checkpoint that this process wrote or read."""
+        """Step of the checkpoint that holds the current state, None if there is none, as after a step."""
         self.removal_checkpoint: Path | None = None
         """Checkpoint from before the current removal, if an interrupted one must start again."""
         self.score_keeper: ScoreKeeper | None = None

@@ -76,7 +76,7 @@ class EngineOptions:
     """gguf: time attention kernels and passes when a model is new to a machine, usually in 1 to 8 seconds. The result
     is stored. --no-tune takes plain attention over an f16 cache, and so does a busy machine until a later load."""
     parallel: int = flags.number(0, at_least=0, at_most=64)
-    """Number of chats with a KV cache, which a server answers together. 0: one, or the server's default."""
+    """Number of chats with a KV cache, which a server answers together. 0: one, in a server 16."""
     cache_memory: int = flags.byte_count(0, at_least=0)
     """gguf: size of the KV cache of all chats, such as 500MB. 0: two context windows, or one for a single chat."""
     lookup: bool = True

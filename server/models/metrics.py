@@ -45,7 +45,7 @@ class Metrics:
         )
         in_flight = Gauge("efficientllm_in_flight", "Requests being answered or waiting", registry=registry)
         in_flight.set_function(lambda: pool.in_flight)
-        queued = Gauge("efficientllm_queue_length", "Requests waiting", registry=registry)
+        queued = Gauge("efficientllm_queue_length", "Requests that wait in loaded models", registry=registry)
         queued.set_function(
             lambda: sum(max(0, worker.in_flight - worker.engine.num_sequences) for worker in pool.loaded.values())
         )

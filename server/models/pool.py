@@ -27,7 +27,7 @@ from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.engines.scheduling_policy import common_length
 from ...runtime.grammar import read_vocabulary
 from ...runtime.prompt import tool_prompt
-from ..schemas.api_error import APIError, shutdown_error, validation_message
+from ..schemas.api_error import APIError, busy_error, shutdown_error, unknown_model_error, validation_message
 from ..schemas.completions import ChatRequest
 from .pool_options import PoolOptions
 from .worker import Deadline, EngineWorker, run_in_thread
@@ -176,11 +176,10 @@ class ModelPool:
         keeps no place.
         """
         if name not in self.artefacts:
-            known = ", ".join(repr(known) for known in self.artefacts)
-            raise APIError(404, f"model {name!r} does not exist; this server has {known}", code="model_not_found")
+            raise unknown_model_error(name, self.artefacts)
         # a model that is not loaded has no worker yet, whose places would limit the queue
         if self._arriving[name] >= self.limits.waiting + self.options.parallel:
-            raise APIError(429, "the server is busy; try again later", "rate_limit_error", "rate_limit_exceeded")
+            raise busy_error()
         if name in self._workers and not self._needs_room:  # another model may be loading
             self._refuse_if_stopping()
             self._workers[name].enter()

@@ -20,7 +20,7 @@ from ...runtime.base.progress import PROGRESS_LOGGER
 from ...runtime.batch import AnswerProgress, Batch
 from ...runtime.engines.scheduler import MODEL_CLOSED, EngineScheduler
 from ...runtime.generation import Generation, TokenLogprob
-from ..schemas.api_error import APIError, shutdown_error
+from ..schemas.api_error import APIError, busy_error, shutdown_error
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class EngineWorker:
     def enter(self) -> None:
         """Take a place, until `leave` or the end of `stream`'s computation. Raise APIError 429 if none is free."""
         if self.in_flight >= self.capacity:
-            raise APIError(429, "the server is busy; try again later", "rate_limit_error", "rate_limit_exceeded")
+            raise busy_error()
         self.in_flight += 1
         self.last_used = time.monotonic()
 
@@ -293,10 +293,12 @@ class EngineWorker:
         for one in progress:
             request = owners[id(one.generation)]
             choice = request.choices[id(one.generation)]
+            end: Item = one.error
             try:
                 if one.text:
                     items.append((request, _piece(choice, one.text, one.generation)))
-                end = one.error or _piece(choice, "", one.generation, one.generation.stats.finish_reason)
+                if one.is_over and end is None:
+                    end = _piece(choice, "", one.generation, one.generation.stats.finish_reason)
             except EfficientLLMError as error:  # the engine was closed
                 end = error
             if one.is_over:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .response_models import ErrorAnswer, ErrorDetail
@@ -33,6 +33,17 @@ class APIError(Exception):
 def shutdown_error() -> APIError:
     """Return the error for requests that are unfinished when the server's grace period ends."""
     return APIError(503, "the server stops", "server_error")
+
+
+def busy_error() -> APIError:
+    """Return the error for requests beyond the queue of a model."""
+    return APIError(429, "the server is busy; try again later", "rate_limit_error", "rate_limit_exceeded")
+
+
+def unknown_model_error(name: str, known: Iterable[str]) -> APIError:
+    """Return the error for a model that is not among `known`."""
+    names = ", ".join(map(repr, known))
+    return APIError(404, f"model {name!r} does not exist; this server has {names}", code="model_not_found")
 
 
 def validation_message(errors: Sequence[Mapping[str, Any]]) -> str:
