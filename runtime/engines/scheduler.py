@@ -49,8 +49,8 @@ class EngineScheduler:
     are evaluated under a lease. There may be more leases than sequences: a further one takes the sequence that was not
     used for the longest time, and the lease that held it raises UsageError.
 
-    `_stepping` is the innermost lock, taken inside `_turn` or `_calls`. Those two are never held together. `_served` is
-    the outermost one, in which garbage collection may take `_turn`.
+    `_stepping` is the innermost lock, taken inside `_turn` or `_calls`. Those two are never held together. `_own_turn`
+    is taken before them. `_served` is the outermost one, in which garbage collection may take `_turn`.
     """
 
     def __init__(self, engine: Engine, sampling_defaults: Mapping[str, float] | None = None) -> None:
@@ -58,20 +58,21 @@ class EngineScheduler:
         self._engine: Engine | None = engine
         self.sampling_defaults = dict(sampling_defaults or {})
         self._calls = threading.Condition()
-        """Guards `_engine` and `_num_calls`, the calls in progress. `_num_leases`: leases of the last pass."""
+        """Guards `_engine` and `_num_calls`."""
         self._num_calls = self._num_leases = 0
+        """Calls in progress, and leases of the last pass."""
         self._turn = threading.RLock()
         """Held while tokens are evaluated. Reentrant, because garbage collection may release a lease meanwhile."""
         self._caches = CachePool(engine, max_parked=engine.context_length)
         self._stepping = threading.Lock()
         """Guards `_in_pass`."""
         self._served = threading.Condition()
-        """Guards the fields of `step_together`. Notified after a pass, and when a thread asks for one."""
+        """Guards the next three fields. Notified after a pass, and when a thread asks for one."""
         self._is_serving, self._num_together = False, 1
+        self._requests: list[_StepRequest] = []
+        """Passes that threads wait for. `_num_together` of them were in the last one."""
         self._in_pass: Sequence[Lease] = ()
         """Leases whose tokens are being evaluated."""
-        self._requests: list[_StepRequest] = []
-        """Passes that threads wait for."""
         self._own_lease = Lease(self)
         """Sequence of `prefill` and `decode`. It is idle between two calls, because no call is known to be the last."""
         self._own_turn = threading.RLock()
@@ -224,8 +225,9 @@ class EngineScheduler:
             # The threads of the last pass are choosing their tokens now.
             self._served.wait_for(lambda: len(self._requests) >= self._num_together, TOGETHER_SECONDS)
             # A prompt without a sequence has a pass of its own, because it may take the sequence of another lease.
-            has_sequence = request.lease.has_sequence
-            together = [one for one in self._requests if one.lease.has_sequence and has_sequence] or [request]
+            together = [request]
+            if request.lease.has_sequence:
+                together = [one for one in self._requests if one.lease.has_sequence]
             self._requests = [one for one in self._requests if one not in together]
             self._num_together = len(together)
             return together

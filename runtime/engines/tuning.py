@@ -19,6 +19,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -245,10 +246,8 @@ class PassMeasurement:
         return times
 
     def _find(self, measure: Callable[[], str]) -> PassTimes | None:
-        def is_valid(text: str) -> bool:
-            return PassTimes.parse(text, self._num_sequences) is not None
-
-        return PassTimes.parse(cached(self._key, [self._path], measure, is_valid), self._num_sequences)
+        parse = partial(PassTimes.parse, num_sequences=self._num_sequences)
+        return parse(cached(self._key, [self._path], measure, lambda text: parse(text) is not None))
 
     def _measure(self, should_stop: Callable[[], bool]) -> str:
         """Return the times as text, "" without a result. Sizes that are not measured in time are interpolated."""
