@@ -222,10 +222,8 @@ class PassMeasurement:
         self._path, self._make_context, self._num_sequences = path, make_context, num_sequences
         self._key = f"milliseconds of passes for {num_sequences} on {platform.node()} ({release})"
         self._identity = file_identity([path])
-        self._ms: dict[int, float] = {}
-        """{sequences in a pass: milliseconds}"""
-        self._seconds = 0.0
-        """Time of these measurements."""
+        self._ms, self._seconds = dict[int, float](), 0.0
+        """{sequences in a pass: milliseconds}, and the time that these measurements took."""
 
     def stored(self) -> PassTimes | None:
         """Return the times that were measured earlier on this machine."""
@@ -276,8 +274,8 @@ class PassMeasurement:
                     fastest = min(fastest, _pass_ms(context, size, EVALUATED_TOKENS))
                 self._ms[size] = fastest
                 self._seconds += time.perf_counter() - began
-        sizes = sorted(self._ms)
-        times = np.interp(range(1, number + 1), sizes, [self._ms[size] for size in sizes])
+        sizes, milliseconds = zip(*sorted(self._ms.items()), strict=True)
+        times = np.interp(range(1, number + 1), sizes, milliseconds)
         return PassTimes(tuple(times)).to_text()
 
 
