@@ -92,7 +92,8 @@ class Study:
             if not file.is_dir():
                 export = ["--target", "gguf", "--quantize", file_type, "--output", str(file)]
                 _execute(["efficientllm-export", str(folder / "run"), *export], folder / f"export-{file_type}.log")
-            if not (scores := folder / f"score-{file_type}").is_dir():
+            scores = folder / f"score-{file_type}"
+            if not (scores / "results.json").is_file():
                 score = ["--task", str(self.data / "test.jsonl"), "--metric", self.metric]
                 score += ["--task-limit", str(self.limit), "--task-tokens", str(self.answer_tokens)]
                 command = ["efficientllm-eval", str(file), *score, "--output", str(scores)]
@@ -125,7 +126,7 @@ class Study:
 
 
 def _execute(command: Sequence[str], log: Path) -> None:
-    """Run a command of this environment with its output in `log`. Exit with its last line if it fails."""
+    """Run a command of this environment with its output in `log`. If it fails, exit and name both."""
     program, *arguments = command
     with log.open("ab") as stream:
         done = subprocess.run([Path(sys.executable).parent / program, *arguments], stdout=stream, stderr=stream)
