@@ -155,8 +155,8 @@ def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path
             at_tokens, values = zip(*points, strict=True)
             saliency.plot(at_tokens, values, **style)
     ratio.set_ylabel("share removed by unit")
-    unit = next((record["cost"] for record in steps if "cost" in record), "parameters")
-    saliency.set_ylabel(f"score per {unit.removesuffix('s') if unit != 'ms' else unit}\nof the next unit")
+    cost = next((record["cost"] for record in steps if "cost" in record), "freed amount")
+    saliency.set_ylabel(f"score of the next unit\nby {cost}")
     saliency.set_yscale("log")
     for axes in (ratio, saliency):
         if axes.get_legend_handles_labels()[0]:
