@@ -125,8 +125,7 @@ class Trainer:
         self.training_step = TrainingStep(self.trained, text.stream, self.progress, optimizer, self.pruner, signal)
         self.unfinished: UnfinishedStep | None = None
         """The latest step until its removal and measurements are done."""
-        self.saved_step: int | None = None
-        """Step of the checkpoint that holds the current state, None if there is none, as after a step."""
+        self._saved_step: int | None = None
         self.removal_checkpoint: Path | None = None
         """Checkpoint from before the current removal, if an interrupted one must start again."""
         self.score_keeper: ScoreKeeper | None = None
@@ -145,6 +144,11 @@ class Trainer:
     def checkpoint(self) -> Path:
         """Return the folder of the checkpoint of the current step, written or not."""
         return training_state.checkpoint_path(self.plan.folder, self.progress.step)
+
+    @property
+    def is_saved(self) -> bool:
+        """Tell whether a checkpoint holds the current state."""
+        return self._saved_step == self.progress.step
 
     @property
     def architecture(self) -> Architecture:
@@ -203,7 +207,7 @@ class Trainer:
 
     def _log_step(self, record: dict[str, Any]) -> None:
         """Log and show a step whose removal is done."""
-        self.unfinished, self.saved_step = UnfinishedStep(None), None
+        self.unfinished, self._saved_step = UnfinishedStep(None), None
         self.trained.heap.trim_if_grown()
         self.metrics.write(record)
         done, total = self.progress.tokens, self.config.optimizer.tokens
@@ -227,7 +231,7 @@ class Trainer:
 
     def _finish(self, write_model: Callable[[], None]) -> bool:
         """Write the last checkpoint and the model, then measure it. Returns False if a signal stopped that."""
-        if self.saved_step != self.progress.step:
+        if not self.is_saved:
             self._save_if_there_is_room()
         if self.rounding is not None:  # after the checkpoint, whose weights must stay unrounded for --resume
             reshard(self.trained.loss)
@@ -236,8 +240,7 @@ class Trainer:
         try:
             self._measure_stage("final")
         except StopRequested as request:
-            is_saved = self.saved_step == self.progress.step
-            remedy = "--resume repeats only the measuring" if is_saved else "measure it with efficientllm-eval"
+            remedy = "--resume repeats only the measuring" if self.is_saved else "measure it with efficientllm-eval"
             model = self.plan.folder / "model"
             self.display.say(f"stopped by {request} while the final model was measured; {model} is written; {remedy}")
             return False
@@ -329,9 +332,9 @@ class Trainer:
         batch_size, report = self.config.optimizer.batch_size, self.display.update
         event = PruningEvent(pruner, self.trained, self.text, batch_size, self.stop_signal, report)
         if event.needs_restart:
-            if self.saved_step != progress.step and self._is_sound():
+            if not self.is_saved and self._is_sound():
                 self._save_if_there_is_room()
-            if self.saved_step == progress.step:
+            if self.is_saved:
                 self.removal_checkpoint = self.checkpoint
         # without room for that checkpoint, a signal waits for the end of the event
         with self.stop_signal.held(event.needs_restart and self.removal_checkpoint is None):
@@ -349,7 +352,7 @@ class Trainer:
             would_be_lost = target < amount
             if not (is_reached and would_be_lost) or has_branch(self.plan.folder, size):
                 continue
-            if self.saved_step != self.progress.step:
+            if not self.is_saved:
                 self.save()
             if self.parallel.is_main:
                 write_branch(self.config, size, self.checkpoint, self.progress.tokens)
@@ -363,7 +366,7 @@ class Trainer:
             return
         with self._rounded_weights(), evaluated(self.trained, self.text, self.stop_signal.check_alone) as model:
             keeper.check(model, step, self.architecture.num_parameters, pruner.size)
-        if self.saved_step != step:
+        if not self.is_saved:
             self.save()
         self.kept_checkpoint = self.checkpoint
 
@@ -429,12 +432,12 @@ class Trainer:
         optimizer = self.trained.optimizer
         kept = self.kept_checkpoint
         training_state.save_training_state(folder, self.model, optimizer, state, keep, self.parallel, kept)
-        self.saved_step = self.progress.step
+        self._saved_step = self.progress.step
         return folder
 
     def _restore(self, folder: Path, saved: dict[str, Any]) -> None:
         """Continue from a checkpoint with the JSON values `saved`. The model must already have its shape."""
-        self.saved_step = self.progress.step
+        self._saved_step = self.progress.step
         tensors, own = training_state.load_training_state(folder, self.model, self.trained.optimizer, self.parallel)
         for path, identity in saved.get("corpora", {}).items():
             if self.corpora.get(path, identity) != identity:
