@@ -25,7 +25,7 @@ from .body import BodyRoute
 from .models.metrics import AnswerClock, Metrics
 from .models.pool import ModelPool
 from .options import AppOptions
-from .schemas.api_error import APIError, unknown_model_error
+from .schemas.api_error import APIError
 from .schemas.completions import (
     ChatRequest,
     CompletionRequest,
@@ -138,8 +138,7 @@ class Endpoints:
         return ModelList(data=[self._card(name) for name in self._pool.artefacts])
 
     async def model(self, name: str) -> ModelCard:
-        if name not in self._pool.artefacts:
-            raise unknown_model_error(name, self._pool.artefacts)
+        self._pool.require(name)
         return self._card(name)
 
     def _card(self, name: str) -> ModelCard:

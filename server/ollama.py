@@ -23,7 +23,7 @@ from .endpoints import Endpoints
 from .models.metrics import AnswerClock
 from .models.pool import ModelPool
 from .models.worker import Piece
-from .schemas.api_error import APIError, unknown_model_error
+from .schemas.api_error import APIError
 from .schemas.completions import (
     MAX_INPUTS,
     MAX_MESSAGES,
@@ -371,9 +371,7 @@ class OllamaEndpoints:
 
     async def show(self, request: ModelName, http: Request) -> Response:
         name = self._name(request.model or request.name)
-        if name not in self._pool.artefacts:
-            raise unknown_model_error(name, self._pool.artefacts)
-        details = _details(self._pool.artefacts[name])
+        details = _details(self._pool.require(name))
         information = {
             "general.architecture": details["family"],
             f"{details['family']}.context_length": self._pool.context_length(name),

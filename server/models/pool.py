@@ -156,6 +156,12 @@ class ModelPool:
         """Return the number of requests that wait or are being answered."""
         return sum(worker.in_flight for worker in self._workers.values()) + sum(self._arriving.values())
 
+    def require(self, name: str) -> Artefact:
+        """Return the artefact of a model. Raises APIError 404 for an unknown one."""
+        if name not in self.artefacts:
+            raise unknown_model_error(name, self.artefacts)
+        return self.artefacts[name]
+
     def context_length(self, name: str) -> int | None:
         """Return the tokens of prompt and answer together, or None if only loading can tell."""
         if name in self._workers:
@@ -175,8 +181,7 @@ class ModelPool:
         503 if it does not fit beside models that are busy until `deadline`, or if the server stops. A cancelled call
         keeps no place.
         """
-        if name not in self.artefacts:
-            raise unknown_model_error(name, self.artefacts)
+        self.require(name)
         # a model that is not loaded has no worker yet, whose places would limit the queue
         if self._arriving[name] >= self.limits.waiting + self.options.parallel:
             raise busy_error()
