@@ -74,6 +74,9 @@ def job() -> TrainConfig:
             removals=3,
             recover="least-squares",
             recover_tokens=4096,
+            # only for `--prune layers` and the like, whose prices would otherwise take longer than the training
+            block_tokens=1024,
+            block_renewals=2,
         ),
         optimizer=OptimizerConfig(tokens=344_064, learning_rate=4e-4),
         run=RunConfig(quality=False),
