@@ -1,9 +1,11 @@
-"""Score the home-control job without a language model: hassil's matcher and a linear classifier.
+"""Score a job of calls or labels without a language model: a linear classifier, and hassil's matcher.
 
-    python -m research.jobs.baselines FOLDER --limit 300
+    python -m research.jobs.baselines FOLDER --limit 300                        # a folder of research.jobs.home
+    python -m research.jobs.baselines FOLDER --metric label --only classifier   # labels
 
-reads train.jsonl and test.jsonl of `research.jobs.home`. The matcher has the sentence templates of training and all
-names of the test, so it fails on new phrasing only. The classifier chooses the function and fills no arguments.
+The command reads train.jsonl and test.jsonl. The matcher knows the home-control job: it has the sentence templates of
+training and all names of the test, so it fails on new phrasing only. The classifier chooses the answer, for calls the
+function without arguments.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,9 @@ from typing import Any
 from hassil import Intents, recognize_best
 from hassil.intents import SlotList, TextSlotList
 
-from efficientllm.train.evaluation.jobs import Example, JobResult, call, read_examples
+from efficientllm.train.evaluation.jobs import Example, JobResult, calls_in, metric_named, read_examples
 
 from .home import TEST_NAMES, Language, NewNames, split_templates
-
-NOTHING = "refuse"
-"""Class of requests that fit no intent."""
 
 
 def matcher_answers(requests: Sequence[str], seed: int = 0) -> list[str]:
@@ -59,25 +58,20 @@ def _as_call(name: str, entities: Sequence[Any]) -> str:
     return json.dumps({"name": name, "arguments": {each.name: each.value for each in entities}})
 
 
-def classifier_answers(training: Path, requests: Sequence[str]) -> list[str]:
-    """Return the function that a linear classifier over words and pairs of words chooses, without arguments."""
+def classifier_answers(training: Sequence[Example], requests: Sequence[str]) -> list[str]:
+    """Return the answers that a linear classifier over words and pairs of words chooses, calls without arguments."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import LinearSVC
 
-    texts, names = zip(*_labelled(training), strict=True)
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC())
-    model.fit(texts, names)
-    found = model.predict(list(requests))
-    return ["" if name == NOTHING else json.dumps({"name": name, "arguments": {}}) for name in found]
+    model.fit([request_of(each) for each in training], [_answer_class(each) for each in training])
+    return [str(each) for each in model.predict(list(requests))]
 
 
-def _labelled(training: Path) -> Iterator[tuple[str, str]]:
-    """Yield (request, function) of the training chats."""
-    for line in training.read_text(encoding="utf-8").splitlines():
-        question, answer = json.loads(line)["messages"]
-        calls = answer.get("tool_calls")
-        yield question["content"], calls[0]["function"]["name"] if calls else NOTHING
+def _answer_class(example: Example) -> str:
+    calls = calls_in(example.expected)
+    return json.dumps({"name": calls[0][0], "arguments": {}}) if calls else example.expected
 
 
 def request_of(example: Example) -> str:
@@ -85,27 +79,32 @@ def request_of(example: Example) -> str:
     return str(example.chat.messages[-2]["content"])
 
 
-def score(answers: Sequence[str], examples: Sequence[Example]) -> JobResult:
-    """Score answers of no model by the metric of calls."""
-    found = [call(answer, example) for answer, example in zip(answers, examples, strict=True)]
+def score(answers: Sequence[str], examples: Sequence[Example], metric: str = "call") -> JobResult:
+    """Score answers of no model."""
+    measure = metric_named(metric)
+    found = [measure(answer, example) for answer, example in zip(answers, examples, strict=True)]
     values = {name: [each[name] for each in found] for name in found[0]}
-    return JobResult("call", values, list(answers), 0.0, 0.0)
+    return JobResult(metric, values, list(answers), 0.0, 0.0)
 
 
 def main() -> None:
-    """Print the scores of both."""
-    parser = argparse.ArgumentParser(description="Score hassil's matcher and a linear classifier on the home job.")
-    parser.add_argument("folder", type=Path, help="folder written by research.jobs.home")
+    """Print the scores of the baselines."""
+    parser = argparse.ArgumentParser(description="Score a linear classifier and hassil's matcher on a job.")
+    parser.add_argument("folder", type=Path, help="folder with train.jsonl and test.jsonl")
+    parser.add_argument("--metric", choices=("call", "label"), default="call", help="[call]")
     parser.add_argument("--limit", type=int, default=300, help="requests of the test [300]")
+    parser.add_argument("--only", choices=("classifier", "matcher"), help="one of both")
     arguments = parser.parse_args()
     examples = read_examples(arguments.folder / "test.jsonl", arguments.limit)
     requests = [request_of(each) for each in examples]
-    answers = {
-        "hassil, templates of training": matcher_answers(requests),
-        "linear classifier": classifier_answers(arguments.folder / "train.jsonl", requests),
-    }
+    answers = {}
+    if arguments.only != "classifier":
+        answers["hassil, templates of training"] = matcher_answers(requests)
+    if arguments.only != "matcher":
+        training = read_examples(arguments.folder / "train.jsonl")
+        answers["linear classifier"] = classifier_answers(training, requests)
     for name, given in answers.items():
-        result = score(given, examples)
+        result = score(given, examples, arguments.metric)
         values = ", ".join(f"{each} {result.mean(each):.3f} ± {result.stderr(each):.3f}" for each in result.values)
         print(f"{name}: {values}")
 

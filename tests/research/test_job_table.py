@@ -14,7 +14,8 @@ if importlib.util.find_spec("sklearn") is None:  # every worker collects this fi
     pytest.skip("could not import 'sklearn'", allow_module_level=True)
 
 from efficientllm.devices.results import Measurement, summarize
-from efficientllm.train.evaluation.jobs import JobResult, calls_in, read_examples
+from efficientllm.train.data.chat import Chat
+from efficientllm.train.evaluation.jobs import Example, JobResult, calls_in, read_examples
 from research.jobs import home
 from research.jobs.baselines import classifier_answers, matcher_answers, request_of, score
 from research.jobs.table import HEADER, Row, draw
@@ -37,10 +38,23 @@ def test_the_matcher_fills_arguments_of_templates_that_it_has() -> None:
 
 def test_the_classifier_chooses_a_function_and_no_arguments(job: Path) -> None:
     examples = read_examples(job / "test.jsonl")
-    answers = classifier_answers(job / "train.jsonl", list(map(request_of, examples)))
+    answers = classifier_answers(read_examples(job / "train.jsonl"), list(map(request_of, examples)))
     result = score(answers, examples)
     assert result.mean("function") > 0.3
     assert all(not arguments for answer in answers for _, arguments in calls_in(answer))
+
+
+def test_the_classifier_chooses_labels() -> None:
+    training, test = (
+        [Example(Chat((message("user", text), message("assistant", label))), {}) for text, label in pairs]
+        for pairs in ([("turn it up", "louder"), ("turn it down", "softer")], [("up", "louder"), ("down", "softer")])
+    )
+    answers = classifier_answers(training, [request_of(each) for each in test])
+    assert score(answers, test, "label").mean("accuracy") == 1
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def test_a_row_has_the_time_of_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
