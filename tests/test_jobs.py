@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import math
 import re
 import shutil
 import sqlite3
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,11 @@ BAD = {
     "a text": ('{"text": "a"}', "line 1 does not end with an answer of the assistant"),
     "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "line 1 has no answer to learn"),
     "nothing": ("\n", "the file has no examples"),
+    "deep": ("[" * 100_000, "line 1 is not JSON"),
+    "references as a text": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "references": "b"}',
+        "line 1: references must be a list of texts",
+    ),
 }
 
 
@@ -303,6 +310,31 @@ def test_bad_examples_are_one_line(case: str, tmp_path: Path) -> None:
         read_examples(path)
     assert str(caught.value).startswith(f"--task {path}: ")
     assert isinstance(caught.value, UsageError | DataError)
+
+
+def test_a_cut_archive_is_one_line(task: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(gzip.compress(task.read_bytes())[:-6])
+    with pytest.raises(DataError, match=re.escape(f"--task {path}: cannot be read")):
+        read_examples(path)
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [
+        ("lambda answer, record: record['missing']", "KeyError('missing')"),
+        ("lambda answer, record: None", "TypeError"),
+        ("lambda answer, record: float('nan')", "no example of --task has a score"),
+    ],
+)
+def test_a_metric_that_fails_is_one_line(
+    metric: str, reason: str, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_metric.py").write_text(f"measure = {metric}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_metric", raising=False)
+    with pytest.raises(DataError, match=re.escape(reason)):
+        jobs.check_examples(read_examples(task), "python:own_metric:measure")
 
 
 def test_copied_texts_of_a_model_that_knows_its_functions(artefact: Path) -> None:

@@ -13,6 +13,7 @@ import math
 import re
 import statistics
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -81,27 +82,38 @@ def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Exampl
         raise UsageError(f"--task {path}: give a .jsonl or .jsonl.gz file of chats")
     context = ReadContext(str(path), "text", BadLines(0, flag="--task"), "--task")
     examples: list[Example] = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                chat = document_of(context, record, f"line {number}")
-            except ValueError as error:
-                raise DataError(f"--task {path}: line {number} is not JSON: {error}") from error
-            if not isinstance(chat, Chat) or chat.messages[-1]["role"] != "assistant":
-                raise DataError(f"--task {path}: line {number} does not end with an answer of the assistant")
-            if record.get("database"):
-                record["database"] = str(path.parent / record["database"])
-            elif database and not record.get("schema"):
-                record["database"] = database
-            examples.append(Example(chat, record))
-            if len(examples) == limit:
-                break
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            chat = document_of(context, record, f"line {number}")
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"--task {path}: line {number} is not JSON: {error}") from error
+        if not isinstance(chat, Chat) or chat.messages[-1]["role"] != "assistant":
+            raise DataError(f"--task {path}: line {number} does not end with an answer of the assistant")
+        references = record.get("references") or []
+        if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
+            raise DataError(f"--task {path}: line {number}: references must be a list of texts")
+        if record.get("database"):
+            record["database"] = str(path.parent / str(record["database"]))
+        elif database and not record.get("schema"):
+            record["database"] = database
+        examples.append(Example(chat, record))
+        if len(examples) == limit:
+            break
     if not examples:
         raise DataError(f"--task {path}: the file has no examples")
     return examples
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (number from 1, line) of a file. Raises DataError if it cannot be read."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+            yield from enumerate(stream, 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"--task {path}: cannot be read: {error}") from error
 
 
 def calls_in(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -257,13 +269,19 @@ def metric_named(name: str) -> Metric:
 
 
 def check_examples(examples: Sequence[Example], metric: str) -> None:
-    """Score the expected answers. Raises UsageError, DataError or MissingExtraError."""
+    """Score the expected answers. Raises UsageError, or DataError if an example or all of them have no score."""
     score = metric_named(metric)
+    scores = []
     for number, example in enumerate(examples, 1):
         try:
-            score(example.expected, example)
-        except (ValueError, DataError) as error:
-            raise DataError(f"--metric {metric}: example {number} of --task cannot be scored: {error}") from error
+            scores.append(next(iter(score(example.expected, example).values())))
+        except UsageError:
+            raise
+        except Exception as error:  # a metric of the user's may raise anything
+            reason = str(error) if isinstance(error, ValueError | DataError) else repr(error)
+            raise DataError(f"--metric {metric}: example {number} of --task cannot be scored: {reason}") from error
+    if all(map(math.isnan, scores)):
+        raise DataError(f"--metric {metric}: no example of --task has a score")
 
 
 @dataclass(frozen=True)
