@@ -93,6 +93,19 @@ def test_a_run_returns_to_the_last_size_that_kept_the_score(
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+def test_a_share_of_no_score_cannot_be_kept(
+    source_folder: Path,
+    corpus: Path,
+    task: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ScoreKeeper, "_measure", lambda self, model: (0.0, 0.0))
+    assert run(scored(source_folder, corpus, tmp_path / "run", task, "--keep-score", "0.9")) == 2
+    assert "--keep-score 0.9: the whole model has a score of 0.000" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_that_returned_is_resumed_bit_identically(
     source_folder: Path, corpus: Path, task: Path, tmp_path: Path, falling: list[int]

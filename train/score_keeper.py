@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..runtime.base.errors import UsageError
 from ..runtime.base.files import write_json_atomically
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_count
@@ -15,6 +15,7 @@ from .checkpoint.state import checkpoint_path
 from .config.sections import ScoreConfig
 from .evaluation.jobs import read_examples, run_job
 from .evaluation.torch_model import TorchModel
+from .model.folder_files import read_json
 from .plan import RunPlan
 
 
@@ -43,7 +44,7 @@ def with_kept_size(plan: RunPlan) -> RunPlan:
     path = plan.folder / SCORES_FILE
     if plan.resume is None or plan.pruning is None or not path.is_file():
         return plan
-    smallest = json.loads(path.read_text(encoding="utf-8"))["smallest"]
+    smallest = read_json(path)["smallest"]
     if smallest is None:  # it may still remove groups
         return plan
     budget = replace(plan.pruning.budget, target=smallest)
@@ -60,13 +61,14 @@ class ScoreKeeper:
         self.sizes: list[SizeScore] = []
         self.smallest: float | None = None
         if is_resumed and self.path.is_file():
-            values = json.loads(self.path.read_text(encoding="utf-8"))
+            values = read_json(self.path)
             self.sizes, self.smallest = [SizeScore(**each) for each in values["sizes"]], values["smallest"]
 
     def check(self, model: TorchModel, step: int, parameters: int, size: float) -> None:
         """Score `model`, the one of a step, with its parameters and its size in the unit of the budget.
 
-        A score of the same step from before a resume is used again. Raises ScoreTooLowError below the limit.
+        A score of the same step from before a resume is used again. Raises ScoreTooLowError below the limit, and
+        UsageError if the whole model has no score of which a share can be kept.
         """
         # a resumed run comes to the same step again, and answering the examples takes minutes
         found = next((each for each in self.sizes if (each.step, each.size) == (step, size)), None)
@@ -79,7 +81,14 @@ class ScoreKeeper:
             f"score at {format_count(found.parameters)} parameters: {found.score:.3f} ± {found.stderr:.3f}, the whole "
             f"model has {first.score:.3f}"
         )
-        if share is None or self.smallest is not None or found.score >= share * first.score:
+        if share is None or self.smallest is not None:
+            return
+        if not first.score > 0:
+            raise UsageError(
+                f"--keep-score {share:g}: the whole model has a score of {first.score:.3f} on {self.settings.task}; "
+                "train longer before --prune-start, or omit --keep-score"
+            )
+        if found.score >= share * first.score:
             return
         kept = [each for each in self.sizes if each.step < step and each.score >= share * first.score][-1]
         checkpoint = checkpoint_path(self.path.parent, kept.step)
