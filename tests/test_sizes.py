@@ -16,6 +16,7 @@ from efficientllm.devices import hub_folder
 from efficientllm.devices.results import BenchOptions, Measurement, Run, summarize
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.latency.shape import Workload
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.planning import fit
@@ -158,6 +159,70 @@ def test_a_slice_lies_between_two_trained_sizes(
     for layer, (low, middle, high) in enumerate(zip(smaller.layers, found.layers, larger.layers, strict=True)):
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             assert getattr(low, name) <= getattr(middle, name) <= getattr(high, name), (layer, name)
+
+
+def test_a_slice_of_a_uniform_run_is_uniform(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    assert run(sized(source_folder, corpus, tmp_path / "run", "--layout", "uniform")) == 0
+    larger, smaller = (Architecture.from_folder(folder / "model") for folder in folders(tmp_path / "run")[:2])
+    found = Architecture.from_folder(model_of_size(tmp_path / "run", "0.75"))
+    assert found.is_uniform
+    assert smaller.num_parameters <= found.num_parameters <= larger.num_parameters
+
+
+def test_a_slice_is_refused_if_the_log_of_the_run_ends_too_early(family: Path, tmp_path: Path) -> None:
+    shutil.copytree(family, tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:5]))
+    with pytest.raises(UsageError, match="lacks some of its removals"):
+        model_of_size(tmp_path / "run", "0.65")
+
+
+def test_a_size_that_a_removal_jumps_over_is_named(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--sizes", "0.8,0.601,0.6", "--layout", "uniform"]  # a uniform unit is larger than a thousandth
+    assert run([*sized(source_folder, corpus, tmp_path / "run"), *sizes]) == 0
+    assert "size 0.601 has no model of its own" in capsys.readouterr().out
+    assert "Size 0.601 has no model of its own" in (tmp_path / "run" / "sizes.md").read_text()
+
+
+def test_a_run_that_was_killed_before_its_table_is_resumed(
+    family: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(family, tmp_path / "run")
+    (tmp_path / "run" / "sizes.json").unlink()
+    left = tmp_path / "run" / "sizes" / "0.8" / "checkpoints" / "step-00000010"
+    left.mkdir(parents=True)
+    assert run_command(fit.body, [str(tmp_path / "run"), "--max-bytes", "1GB"]) == 2
+    assert "not all sizes are finished; first run efficientllm-train --resume" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="not all sizes are finished"):
+        model_of_size(tmp_path / "run", "0.75")
+    assert run([*sized(source_folder, corpus, tmp_path / "run"), "--resume"]) == 0
+    assert (tmp_path / "run" / "sizes.json").read_text() == (family / "sizes.json").read_text()
+    assert not left.exists()
+
+
+def test_a_branch_without_its_checkpoint_is_not_trained_from_the_source(
+    family: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(family, tmp_path / "run")
+    (tmp_path / "run" / "sizes" / ".0.8.efficientllm-lock").touch()  # of a killed run
+    (tmp_path / "run" / "sizes" / "0.8" / "architecture.json").unlink()
+    (tmp_path / "run" / "sizes.json").unlink()
+    arguments = sized(source_folder, corpus, tmp_path / "run")
+    assert run([*arguments, "--resume"]) == 2
+    assert "0.8 has no undamaged checkpoint; delete that folder" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "sizes" / "0.8")
+    assert run([*arguments, "--resume"]) == 0
+    assert run([*arguments, "--overwrite"]) == 0
+
+
+def test_bytes_are_those_of_a_gguf(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(family), "--target", "hf", "--output", str(tmp_path / "out")]
+    assert run_command(export_cli.body, [*arguments, "--size", "40kB"]) == 2
+    assert "--size 40kB: bytes are those of a GGUF" in capsys.readouterr().err
+    assert run_command(export_cli.body, [*arguments, "--size", "large"]) == 2
+    assert "--size: 'large' is no size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("qat", ["none", "q4_0"])

@@ -51,7 +51,7 @@ from .request import check_request, check_text, with_resume
 from .run_text import RunText
 from .score_keeper import ScoreTooLowError, with_kept_size
 from .shards import is_without_memory, load_for_ranks, read_shards, sharded_teacher
-from .sizes import branch_folder, resumed_branch, unfinished_sizes, write_sizes
+from .sizes import branch_folder, lacks_sizes, members_of, resumed_branch, unfinished_sizes, write_sizes
 from .trainer import Trainer
 
 _log = logging.getLogger("efficientllm.train")
@@ -68,8 +68,8 @@ def run_training(config: TrainConfig) -> Path | None:
     Raises an EfficientLLMError for anything that the user can correct, before any work is lost.
     """
     config, folder = with_resume(config), Path(config.run.output)
-    # a finished run stays as it is for --resume-or-start, and where only branches of --sizes are missing
-    is_left = config.run.resume and is_finished(folder) and (config.run.resume_or_start or unfinished_sizes(folder))
+    # a finished run stays as it is for --resume-or-start, and where only the rest of --sizes is missing
+    is_left = config.run.resume and is_finished(folder) and (config.run.resume_or_start or lacks_sizes(folder))
     if is_left:
         for flag in allowed_changes(config):
             _log.info(f"{flag} has changed; the run is finished and stays as it is")
@@ -80,6 +80,8 @@ def run_training(config: TrainConfig) -> Path | None:
         _log.info(f"size {size}: the run continues in {branch_folder(folder, size)}")
         if _train(resumed_branch(folder, size)) is None:
             return None
+    for member in members_of(folder):
+        drop_checkpoints(member.folder / "checkpoints")  # left by a run that was killed at its end
     write_sizes(folder)
     _log.info(f"sizes: {folder / 'sizes.md'}")
     return model

@@ -7,7 +7,7 @@ the decay of the learning rate that the smallest one had. A branch is a run like
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..runtime.base.errors import UsageError
 from ..runtime.base.files import folder_written_atomically, link_or_copy, write_json_atomically, write_text_atomically
 from ..runtime.base.quantities import format_bytes, format_count, markdown_table
 from .checkpoint.run_folder import (
@@ -24,15 +25,21 @@ from .checkpoint.run_folder import (
     SIZES_FOLDER,
     TEACHER_FOLDER,
     is_finished,
+    newest_sound_checkpoint,
     saved_config,
 )
 from .config.pruning import SIZES_FILE
 from .config.sections import GGUF_TYPES, TrainConfig
 from .model.architecture import Architecture
 from .model.file_types import irregular_gguf, tokenizer_bytes
+from .model.folder_files import read_json
 from .pruning.measures import Measure, bytes_of_file
 from .pruning.plan import DEFAULT_TYPE
 from .reporting.plots import plot_sizes
+
+_log = logging.getLogger("efficientllm.train")
+
+NO_MODEL = "has no model of its own: one removal went from a larger size to a smaller one, or its folder was deleted"
 
 
 def branch_folder(folder: Path, size: str) -> Path:
@@ -46,9 +53,15 @@ def has_branch(folder: Path, size: str) -> bool:
 
 
 def resumed_branch(folder: Path, size: str) -> TrainConfig:
-    """Return the configuration that finishes a larger size. `folder` may have moved since the branch was written."""
+    """Return the configuration that finishes a larger size. `folder` may have moved since the branch was written.
+
+    Raises UsageError if the state of the branch is gone.
+    """
     branch = branch_folder(folder, size)
     config = saved_config(branch)
+    checkpoint, _ = newest_sound_checkpoint(branch / "checkpoints")
+    if checkpoint is None:  # without one, the branch would start again from the source
+        raise UsageError(f"--resume: {branch} has no undamaged checkpoint; delete that folder to leave the size out")
     return replace(config, run=replace(config.run, output=str(branch), resume=True))
 
 
@@ -109,14 +122,14 @@ class Member:
     def read(cls, size: str, folder: Path) -> Member:
         """Read a finished run."""
         model = folder / "model"
-        training = json.loads((model / "training.json").read_text(encoding="utf-8"))
+        training = read_json(model / "training.json")
         return cls(size, folder, Architecture.from_folder(model), training)
 
     @property
     def score(self) -> dict[str, float] | None:
         """Return the last score of the job and its standard error, or None without --task."""
         path = self.folder / SCORES_FILE
-        return json.loads(path.read_text(encoding="utf-8"))["sizes"][-1] if path.is_file() else None
+        return read_json(path)["sizes"][-1] if path.is_file() else None
 
     @cached_property
     def file_types(self) -> tuple[str, str]:
@@ -161,11 +174,31 @@ def unfinished_sizes(folder: Path) -> list[str]:
     return [size for size in sizes if has_branch(folder, size) and not is_finished(branch_folder(folder, size))]
 
 
+def lacks_sizes(folder: Path) -> bool:
+    """Tell whether a run with --sizes has unfinished branches, or no comparison of its sizes."""
+    return bool(saved_config(folder).pruning.sizes) and (
+        bool(unfinished_sizes(folder)) or not (folder / SIZES_FILE).is_file()
+    )
+
+
+def check_sizes_are_finished(folder: Path) -> None:
+    """Raise UsageError if sizes of a run are not finished."""
+    if lacks_sizes(folder):
+        raise UsageError(
+            f"{folder}: not all sizes are finished; first run efficientllm-train --resume --output {folder}"
+        )
+
+
 def write_sizes(folder: Path) -> None:
     """Write sizes.json, sizes.md and sizes.png: what each size of a finished run takes, and how well it does."""
-    rows = [_row(member, folder) for member in members_of(folder)]
+    members = members_of(folder)
+    rows = [_row(member, folder) for member in members]
     plot_sizes(rows, folder / "sizes.png")
-    write_text_atomically(folder / "sizes.md", _table(rows))
+    trained = {member.size for member in members}
+    skipped = [size for size in saved_config(folder).pruning.sizes if size not in trained]
+    for size in skipped:
+        _log.warning(f"size {size} {NO_MODEL}")
+    write_text_atomically(folder / "sizes.md", _table(rows, skipped))
     write_json_atomically(folder / SIZES_FILE, {"sizes": rows})
 
 
@@ -185,7 +218,7 @@ def _row(member: Member, folder: Path) -> dict[str, Any]:
     }
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
+def _table(rows: Sequence[dict[str, Any]], skipped: Sequence[str]) -> str:
     """Return the comparison as Markdown. Perplexities of different vocabularies are not compared."""
     columns: list[tuple[str, Any]] = [
         ("size", lambda row: row["size"]),
@@ -207,4 +240,5 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     table = [[title for title, _ in columns]]
     table += [[show(row) for _, show in columns] for row in rows]
     shown = markdown_table(table, left=(0, 1))
-    return f"# Sizes of one run\n\n{shown}\n\nThe picture is sizes.png. Every folder is a run.\n"
+    notes = ["The picture is sizes.png. Every folder is a run.", *(f"Size {size} {NO_MODEL}." for size in skipped)]
+    return "\n\n".join(["# Sizes of one run", shown, *notes]) + "\n"

@@ -7,7 +7,6 @@ the run, until the wanted size is met. A least-squares fit then restores the res
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,10 +20,11 @@ from .checkpoint.run_folder import FINISHED_FILE, SETTINGS_FILE, SLICES_FOLDER, 
 from .compute.distributed import Parallel
 from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss, perplexity
-from .config.pruning import PruneConfig, size_target
+from .config.pruning import PruneConfig, size_target, size_unit
 from .config.sections import QuantisationConfig, TrainConfig
 from .data.documents import SELF_CHAT, DataSpec
 from .model.architecture import Architecture
+from .model.folder_files import read_json
 from .model.groups import BLOCKS
 from .model.irregular import save_checkpoint
 from .model.source import load_source
@@ -38,7 +38,7 @@ from .quantisation.weights import RoundedWeights
 from .reporting.metrics import read_metrics
 from .request import data_specs
 from .run_text import RunText
-from .sizes import Member, members_of
+from .sizes import Member, check_sizes_are_finished, members_of
 
 _log = logging.getLogger("efficientllm.export")
 
@@ -46,26 +46,33 @@ TRAINED_SHARE = 0.99
 """Share of the wanted size from which a trained size is used instead of a slice."""
 
 
-def model_of_size(run: Path, size: str, quantize: str = "") -> Path:
+def model_of_size(run: Path, size: str, quantize: str = "", is_gguf: bool = True) -> Path:
     """Return the folder of the model of a size of a run, and cut it first if the run did not train it.
 
-    `size` is as in --sizes, in any unit. `quantize` is the type of the export, or empty for that of the run. Raises
-    UsageError if the run has no model of at most that size, or counts bytes in another type.
+    `size` is as in --sizes, in any unit. `quantize` is the type of the export, or empty for that of the run. `is_gguf`
+    tells whether the export writes a GGUF, whose bytes the run counts. Raises UsageError if the run has no model of at
+    most that size or sizes that are not finished, or counts bytes of other files.
     """
+    unit = size_unit(size)
     members = members_of(run) if (run / SETTINGS_FILE).is_file() else []
     if not members:
         raise UsageError(
             f"--size {size}: {run} is no finished run; give the --output of efficientllm-train, or omit it"
         )
     kind, _ = members[0].file_types
-    if quantize not in ("", kind) and size_unit(size) == "target_bytes":
+    exact = next((member for member in members if member.size == size), None)
+    if unit == "target_bytes" and not is_gguf:
+        if exact is None:
+            raise UsageError(f"--size {size}: bytes are those of a GGUF; give the size as a share or in parameters")
+        _log.info(f"size {size}: the bytes are those of a GGUF in {kind}")
+    elif unit == "target_bytes" and quantize not in ("", kind):
         raise UsageError(
             f"--size {size}: the run counts bytes in {kind}, and {quantize} takes others; use --quantize {kind}, or "
             "give the size as a share or in parameters"
         )
-    exact = next((member for member in members if member.size == size), None)
     if exact is not None:
         return exact.folder / "model"
+    check_sizes_are_finished(run)
     settings, source = saved_config(run).pruning, Architecture.from_dict(_finished(run)["source"])
     budgets = [_budget(settings, size, source, member) for member in members]
     met = [budget.is_met(member.architecture) for budget, member in zip(budgets, members, strict=True)]
@@ -83,16 +90,8 @@ def model_of_size(run: Path, size: str, quantize: str = "") -> Path:
     return _cut(run, size, members[index - 1], smaller, budgets[index - 1])
 
 
-def size_unit(size: str) -> str:
-    """Return the target field of PruneConfig that a size sets. Raises UsageError if it is no size."""
-    try:
-        return size_target(size)[0]
-    except ValueError as error:
-        raise UsageError(f"--size: {error}") from error
-
-
 def _finished(run: Path) -> dict[str, Any]:
-    return json.loads((run / FINISHED_FILE).read_text(encoding="utf-8"))
+    return read_json(run / FINISHED_FILE)
 
 
 def _budget(settings: PruneConfig, size: str, source: Architecture, member: Member) -> Budget:
@@ -114,12 +113,14 @@ def select_slice(
 ) -> Removal:
     """Return the removal from a trained size that meets `budget`, in the order of the run's log `records`.
 
-    `survivors` are the groups of the trained size as positions in the source, as in the log.
+    `survivors` are the groups of the trained size as positions in the source, as in the log. A uniform model stays
+    uniform. Raises UsageError if the log ends before the budget is met.
     """
+    stays_uniform = architecture.is_uniform
     ranking = Ranking(architecture, {}, SelectionRules(()))
     units = (unit for record in records for unit in record.get("removed", []))
     for kind, layer, positions in units:
-        if budget.is_met(ranking.architecture):
+        if budget.is_met(ranking.architecture) and (ranking.architecture.is_uniform or not stays_uniform):
             break
         if kind == "vocabulary":  # removed before every size
             continue
@@ -133,6 +134,10 @@ def select_slice(
         if torch.isin(wanted, kept).all():
             places = torch.searchsorted(kept, wanted)
             ranking.take(Unit(kind, ((layer, tuple(places.tolist())),), 0.0, 0.0))
+    if not budget.is_met(ranking.architecture):
+        raise UsageError(
+            "--size: metrics.jsonl of the run lacks some of its removals; give the size of a trained model"
+        )
     return Removal(architecture, ranking.architecture, ranking.kept, ())
 
 

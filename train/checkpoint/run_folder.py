@@ -89,7 +89,7 @@ def saved_config(folder: Path) -> TrainConfig:
     try:
         values = flags.read_toml(path.read_text(encoding="utf-8"))
     except ValueError as error:  # neither UTF-8 nor TOML
-        raise UsageError(f"--resume: {path} is damaged: {error}") from error
+        raise UsageError(f"{path} is damaged: {error}") from error
     known = {name: value for name, value in values.items() if name not in REMOVED_SETTINGS}
     return flags.merge(TrainConfig(), known, str(path))
 
@@ -163,7 +163,7 @@ def foreign_files(folder: Path) -> list[str]:
     for entry in _entries(folder / SIZES_FOLDER):
         if entry.is_dir():
             others += [f"{SIZES_FOLDER}/{entry.name}/{name}" for name in foreign_files(entry)]
-        elif not UNFINISHED.fullmatch(entry.name):
+        elif not UNFINISHED.fullmatch(entry.name) and not entry.name.endswith(LOCK_NAME):
             others.append(f"{SIZES_FOLDER}/{entry.name}")
     for logs in ("tensorboard", "wandb"):
         others += [f"{logs}/{entry.name}" for entry in _entries(folder / logs) if not _matches(entry, LOG_FILES)]

@@ -21,9 +21,11 @@ from ...runtime.base.quantities import format_bytes
 from ...runtime.engines.manifest import cache_bytes
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import Workload
+from ..checkpoint.run_folder import SETTINGS_FILE, saved_config
 from ..config.pruning import SIZES_FILE, PruneConfig
 from ..model.architecture import Architecture
 from ..model.file_types import gguf_bytes, tokenizer_bytes
+from ..model.folder_files import read_json
 from ..reporting.model_card import command_line
 from .points import Point, Recipe
 
@@ -205,7 +207,11 @@ def read_bench(path: str) -> list[dict[str, Any]]:
     """Return the results of a file of efficientllm-bench --json. Raises UsageError if it has none."""
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
-        return [result for result in results if result["engine"] == "llama.cpp" and result["manifest"]]
+        found = [result for result in results if result["engine"] == "llama.cpp" and result["manifest"]]
+        for result in found:
+            Architecture.from_dict(result["manifest"]["architecture"])
+            float(result["file_bytes"])
+        return found
     except OSError as error:
         raise UsageError(f"--bench {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -292,7 +298,7 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     source = arguments.pop("source")
     config = flags.take(arguments, FitConfig)
-    if (Path(source) / SIZES_FILE).is_file():
+    if (Path(source) / SETTINGS_FILE).is_file() and saved_config(Path(source)).pruning.sizes:
         return _fit_run(Path(source), config)
     if config.max_memory is not None:
         raise UsageError(f"--max-memory: {source} is no finished run with --sizes; give --max-bytes")
@@ -324,12 +330,16 @@ def _fit_run(run: Path, config: FitConfig) -> int:
     if config.max_bytes is None and config.max_ms is None and config.max_memory is None:
         raise UsageError("--max-bytes, --max-ms or --max-memory is missing; give the largest file, time or memory")
     time, workload = None, Workload.parse(config.workload)
+    with extra("train"):
+        from ..pruning.measures import DeviceTime
+        from ..sizes import check_sizes_are_finished, members_of
+    check_sizes_are_finished(run)
     if config.device_profile:
-        with extra("train"):
-            from ..pruning.measures import DeviceTime
-        time = DeviceTime(DeviceProfile.load(Path(config.device_profile)), workload).measure
+        profile, (kind, _) = DeviceProfile.load(Path(config.device_profile)), members_of(run)[0].file_types
+        profile.check(engine="llama.cpp", quantization=kind)
+        time = DeviceTime(profile, workload).measure
     results = read_bench(config.bench) if config.bench else []
-    rows = json.loads((run / SIZES_FILE).read_text(encoding="utf-8"))["sizes"]
+    rows = read_json(run / SIZES_FILE)["sizes"]
     for row in rows:  # largest first
         shape, size = Architecture.from_folder(run / row["folder"] / "model"), row["bytes"]
         ms = time.of(shape) if time is not None else None
