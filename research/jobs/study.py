@@ -14,10 +14,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from efficientllm.runtime.base.files import write_text_atomically
+from efficientllm.runtime.base.files import write_json_atomically, write_text_atomically
 from efficientllm.runtime.base.quantities import markdown_table
 from efficientllm.train.evaluation.evaluate import Evaluation
 from efficientllm.train.evaluation.jobs import JobResult
@@ -68,6 +68,15 @@ class Study:
     limit: int = 300
     answer_tokens: int = 112
     seed: int = 0
+
+    def keep_settings(self) -> None:
+        """Write the settings into the folder of the study. Exit if they differ from those of its finished parts."""
+        path = self.output / "study.json"
+        settings = {**asdict(self), "data": str(self.data.resolve()), "output": ""}
+        if path.is_file() and (former := json.loads(path.read_text(encoding="utf-8"))) != settings:
+            changed = ", ".join(name for name in settings if former.get(name) != settings[name])
+            sys.exit(f"{self.output}: its study has another {changed}; give another --output")
+        write_json_atomically(path, settings)
 
     def folder(self, name: str) -> Path:
         """Return the folder of an arm."""
@@ -149,6 +158,8 @@ def main() -> None:
     values = vars(parser.parse_args())
     arms = values.pop("arms")
     study = Study(**values)
+    study.output.mkdir(parents=True, exist_ok=True)
+    study.keep_settings()
     for name in arms:
         print(name, flush=True)
         study.run(name)

@@ -46,6 +46,13 @@ def test_finished_parts_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(done) == 5
 
 
+def test_a_study_keeps_its_settings(tmp_path: Path) -> None:
+    Study(tmp_path, tmp_path, "exact").keep_settings()
+    Study(tmp_path, tmp_path, "exact").keep_settings()
+    with pytest.raises(SystemExit, match="its study has another metric, limit; give another --output"):
+        Study(tmp_path, tmp_path, "call", limit=5).keep_settings()
+
+
 def test_scores_are_compared_with_the_whole_model(tmp_path: Path) -> None:
     study = Study(tmp_path, tmp_path, "exact")
     for name, file_type, values in ((WHOLE, "q8_0", [1.0, 1.0, 0.0, 1.0]), (OURS, "q4_0", [1.0, 0.0, 0.0, 1.0])):
