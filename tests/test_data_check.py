@@ -129,6 +129,14 @@ def test_refused_records_are_named_and_the_others_reported(
     assert err.endswith("error: training refuses 3 of the records; correct or remove them\n")
 
 
+def test_a_file_without_documents_is_refused_as_in_training(
+    tmp_path: Path, source_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.jsonl", [])
+    assert run_command(body, ["check", str(path), "--source", str(source_folder)]) == 2
+    assert "a.jsonl has no documents; give other text" in capsys.readouterr().err
+
+
 def test_a_chat_that_the_template_refuses_is_named_by_its_line(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -277,6 +277,20 @@ def test_two_models_are_compared_example_by_example(
     assert "(+0.000 ± 0.000)" in row
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "artefact"])
+def test_an_example_beyond_the_context_is_named(
+    kind: str, task: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"role": "user", "content": "Turn on lamp 1. " * 2000}
+    long = {"messages": [asked, {"role": "assistant", "content": "ok"}]}
+    path = tmp_path / "long.jsonl"
+    path.write_bytes(task.read_bytes() + b"\n" + json.dumps(long).encode())
+    model = artefact.parent / "checkpoint" if kind == "checkpoint" else artefact
+    limits = ["--metric", "exact", "--task-tokens", "4", "--threads", "1"]
+    assert run_command(cli.body, [str(model), "--task", str(path), *limits, "--output", str(tmp_path / "out")]) == 2
+    assert "--task: example 5 has" in capsys.readouterr().err
+
+
 def test_the_page_of_misses_shows_request_expected_and_answer(task: Path) -> None:
     examples = read_examples(task)
     result = JobResult("exact", {"exact": [1.0, 0.0, 1.0, 1.0]}, ["ok", "no", "ok", "ok"], 1, 1)

@@ -246,6 +246,9 @@ def body(argv: Sequence[str]) -> int:
         print(f"\nrefused: {error}")
     if errors:
         raise DataError(f"training refuses {len(errors)} of the records; correct or remove them")
+    for report in reports:
+        if not report.forms:
+            raise DataError(f"{report.name} has no documents; give other text")
     return 0
 
 

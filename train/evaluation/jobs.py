@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...runtime.base.errors import DataError, UsageError
+from ...runtime.base.errors import ContextOverflowError, DataError, UsageError
 from ...runtime.base.extras import extra
 from ...runtime.tool_format import tool_format
 from ..data.chat import Chat, ChatFormat
@@ -363,11 +363,18 @@ def run_job(
         answered = model.answer_with_tools(chats, "any" if constrain == "schema" else constrain, max_tokens)
     else:
         prompts = [model.encode_markup(chat_format.chat_prompt(each.prompt)) for each in examples]
+        for number, prompt in enumerate(prompts, 1):
+            if len(prompt) >= model.context_length:
+                problem = f"has {len(prompt)} tokens before its answer, the context of the model {model.context_length}"
+                raise DataError(f"--task: example {number} {problem}; shorten or remove it")
         answered = model.answer(prompts, max_tokens)
     written: list[str] = []
-    for text in answered:
-        written.append(text)
-        advance(len(written), len(examples))
+    try:
+        for text in answered:
+            written.append(text)
+            advance(len(written), len(examples))
+    except ContextOverflowError as error:
+        raise DataError(f"--task: example {len(written) + 1}: {error}") from error
     elapsed_ms = 1e3 * (time.perf_counter() - began)
     tokens = sum(len(model.tokenize(text)) for text in written)
     format = tool_format(model.chat_template, model.bos_token, model.eos_token)
