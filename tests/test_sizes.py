@@ -259,15 +259,39 @@ def test_a_trained_size_is_exported_as_it_is(family: Path, tmp_path: Path, capsy
     assert "counts bytes in q8_0, and q4_0 takes others; use --quantize q8_0" in capsys.readouterr().err
 
 
-def test_a_device_gets_the_largest_size_within_its_limits(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def ordered(family: Path, tmp_path: Path) -> Path:
+    """The family with perplexities that fall with size."""
+    return with_figures(family, tmp_path / "ordered", perplexity=[10.0, 20.0, 30.0])
+
+
+def with_figures(family: Path, folder: Path, **columns: list[float]) -> Path:
+    shutil.copytree(family, folder)
+    rows = json.loads((folder / "sizes.json").read_text())["sizes"]
+    for name, values in columns.items():
+        for row, value in zip(rows, values, strict=True):
+            row[name] = value
+    (folder / "sizes.json").write_text(json.dumps({"sizes": rows}))
+    return folder
+
+
+def test_a_device_gets_the_best_size_within_its_limits(
+    family: Path, ordered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = json.loads((family / "sizes.json").read_text())["sizes"]
     for limit, size in ((sizes[0]["bytes"], "0.8"), (sizes[0]["bytes"] - 1, "0.7"), (sizes[2]["bytes"], "0.6")):
-        assert run_command(fit.body, [str(family), "--max-bytes", str(limit)]) == 0
+        assert run_command(fit.body, [str(ordered), "--max-bytes", str(limit)]) == 0
         shown = capsys.readouterr().out
         assert shown.startswith(f"size {size}: ")
-        assert f"efficientllm-export {family} --size {size} --target gguf" in shown
+        assert f"efficientllm-export {ordered} --size {size} --target gguf" in shown
     assert run_command(fit.body, [str(family), "--max-bytes", "1kB"]) == 2
     assert "none of its sizes 0.8, 0.7, 0.6 is within the limits" in capsys.readouterr().err
+    scored = with_figures(family, tmp_path / "scored", score=[0.5, 0.7, 0.7], stderr=[0.1] * 3)
+    assert run_command(fit.body, [str(scored), "--max-bytes", "1GB"]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("size 0.6: ")  # as good as 0.7 and smaller
+    assert second.startswith("also within the limits: 0.8 (")
+    assert "score 0.500" in second
 
 
 def write_bench(files: list[Path], peaks: list[int], path: Path) -> None:
@@ -282,11 +306,11 @@ def write_bench(files: list[Path], peaks: list[int], path: Path) -> None:
 
 
 def test_memory_is_the_measured_one_or_an_estimate(
-    family: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ordered: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench = tmp_path / "bench.json"
     write_bench(files[1:], [40_000_000, 20_000_000], bench)
-    arguments = [str(family), "--bench", str(bench), "--max-memory"]
+    arguments = [str(ordered), "--bench", str(bench), "--max-memory"]
     expected = {
         "1GB": ("0.8", "of memory (estimated, not measured, with a cache of "),
         "50MB": ("0.7", "40.0 MB of memory (measured, with a cache of 10.0 MB)"),
@@ -298,8 +322,8 @@ def test_memory_is_the_measured_one_or_an_estimate(
         assert first.startswith(f"size {size}: ")
         assert described in first
     assert run_command(fit.body, [*arguments, "10MB"]) == 2
-    assert run_command(fit.body, [str(family), "--max-memory", "50MB"]) == 2  # the estimates are larger
-    assert run_command(fit.body, [str(family), "--max-memory", "1GB", "--bench", str(family / "sizes.json")]) == 2
+    assert run_command(fit.body, [str(ordered), "--max-memory", "50MB"]) == 2  # the estimates are larger
+    assert run_command(fit.body, [str(ordered), "--max-memory", "1GB", "--bench", str(ordered / "sizes.json")]) == 2
     assert "not a file of efficientllm-bench --json" in capsys.readouterr().err
     assert run_command(fit.body, ["demo", "--max-bytes", "1GB", "--max-memory", "1GB"]) == 2
     assert "--max-memory: demo is no finished run with --sizes" in capsys.readouterr().err

@@ -176,14 +176,20 @@ def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) 
     with folder_written_atomically(folder) as temporary:
         save_checkpoint(model, tokenizer, temporary)
         write_json_atomically(temporary / "training.json", training)
-    of_larger, of_smaller = (each.training["perplexity"]["final"] for each in (larger, smaller))
+    neighbours = ", ".join(map(_described, (larger, smaller)))
     _log.info(
         f"size {size}: cut from {larger.size} without training, held-out perplexity {value:.2f}; trained neighbours: "
-        f"{larger.size} {of_larger:.2f}, {smaller.size} {of_smaller:.2f}"
+        f"{neighbours}"
     )
-    if value > of_smaller:
-        _log.warning(f"size {size} predicts worse than the smaller trained {smaller.size}; use that")
+    if value >= smaller.training["perplexity"]["final"]:
+        _log.warning(f"size {size} predicts no better than the smaller trained {smaller.size}; use that")
     return folder
+
+
+def _described(member: Member) -> str:
+    """Return size, perplexity and score of a trained size."""
+    text = f"{member.size} {member.training['perplexity']['final']:.2f}"
+    return f"{text} (score {member.score['score']:.3f})" if member.score else text
 
 
 @torch.no_grad()

@@ -326,7 +326,11 @@ def body(argv: Sequence[str]) -> int:
 
 
 def _fit_run(run: Path, config: FitConfig) -> int:
-    """Print the best trained size of a run within the limits, and the command that exports it."""
+    """Print the best trained size of a run within the limits, and the command that exports it.
+
+    The best one has the highest score of the job, or the lowest held-out perplexity without one. Of equal ones it is
+    the smallest.
+    """
     if config.max_bytes is None and config.max_ms is None and config.max_memory is None:
         raise UsageError("--max-bytes, --max-ms or --max-memory is missing; give the largest file, time or memory")
     time, workload = None, Workload.parse(config.workload)
@@ -340,7 +344,8 @@ def _fit_run(run: Path, config: FitConfig) -> int:
         time = DeviceTime(profile, workload).measure
     results = read_bench(config.bench) if config.bench else []
     rows = read_json(run / SIZES_FILE)["sizes"]
-    for row in rows:  # largest first
+    found: list[tuple[float, dict[str, Any], str]] = []
+    for row in reversed(rows):  # smallest first
         shape, size = Architecture.from_folder(run / row["folder"] / "model"), row["bytes"]
         ms = time.of(shape) if time is not None else None
         memory = serving_memory(shape, size, workload, results) if config.max_memory and size is not None else None
@@ -353,12 +358,18 @@ def _fit_run(run: Path, config: FitConfig) -> int:
         shown += [memory.describe()] if memory is not None else []
         shown += [f"score {row['score']:.3f}"] if row["score"] is not None else []
         shown += [f"perplexity {row['perplexity']:.2f}"]
-        print(f"size {row['size']}: {', '.join(shown)}\n")
-        words = ["efficientllm-export", str(run), "--size", row["size"], "--target", "gguf", "--output", config.output]
-        print(shlex.join(words))
-        return 0
-    sizes = ", ".join(row["size"] for row in rows)
-    raise UsageError(f"{run}: none of its sizes {sizes} is within the limits; raise them")
+        quality = row["score"] if row["score"] is not None else -row["perplexity"]
+        found.append((quality, row, ", ".join(shown)))
+    if not found:
+        sizes = ", ".join(row["size"] for row in rows)
+        raise UsageError(f"{run}: none of its sizes {sizes} is within the limits; raise them")
+    _, best, shown = max(found, key=lambda each: each[0])
+    others = [f"{row['size']} ({described})" for _, row, described in reversed(found) if row is not best]
+    print(f"size {best['size']}: {shown}")
+    print(f"also within the limits: {'; '.join(others)}\n" if others else "")
+    words = ["efficientllm-export", str(run), "--size", best["size"], "--target", "gguf", "--output", config.output]
+    print(shlex.join(words))
+    return 0
 
 
 def _is_within(value: float | None, limit: float | None) -> bool:
