@@ -23,7 +23,7 @@ from efficientllm.runtime.tool_format import tool_format
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss
 from efficientllm.train.data.chat import Chat, ChatFormat, Encoder
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts
-from efficientllm.train.data.packing import PackedStream
+from efficientllm.train.data.packing import LANES, PackedStream
 from efficientllm.train.data.self_chat import OPENINGS, sample_chats
 
 CHAT = Chat.of(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Ciao"))
@@ -433,6 +433,13 @@ def test_a_chat_is_never_cut_by_a_window(tokenizer: PreTrainedTokenizerFast, cha
     assert len(texts) > 90
     for text in texts:
         assert re.fullmatch(r"(It is \d+\.<\|im_end\|>\n)+", text), text
+
+
+def test_a_window_begins_with_a_chat_as_a_prompt_does(tokenizer: PreTrainedTokenizerFast, chats: Path) -> None:
+    """A token before it, such as the end of the window before, would be one that no prompt begins with."""
+    stream = PackedStream([DataSpec(str(chats))], tokenizer, 60, 0.05, seed=0)
+    beginning = Encoder(tokenizer).encode([CHAT])[0][0]
+    assert set(stream.next_windows(5 * LANES)[:, 0].tolist()) == {int(beginning)}
 
 
 def test_windows_without_cut_chats_resume_where_they_stopped(tokenizer: PreTrainedTokenizerFast, chats: Path) -> None:
