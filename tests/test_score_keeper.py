@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from training import command, expect_same_run, metrics, run, run_until
 
+from efficientllm.runtime.base.progress import ProgressDisplay
 from efficientllm.train import run as run_module
+from efficientllm.train.config.sections import ScoreConfig
 from efficientllm.train.evaluation.torch_model import TorchModel
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.foreign_configs import DEFAULTS, ImportOptions
 from efficientllm.train.model.irregular import architecture_of
-from efficientllm.train.score_keeper import ScoreKeeper
+from efficientllm.train.score_keeper import ScoreKeeper, SizeScore
 
 SIZES = ["--removals", "4", "--prune-start", "0.2", "--prune-end", "0.6", "--checkpoint-every", "2"]
 
@@ -91,6 +93,16 @@ def test_a_run_returns_to_the_last_size_that_kept_the_score(
     records = [each for each in metrics(tmp_path / "run") if "loss" in each]
     assert [each["step"] for each in records] == list(range(1, 21))
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_final_score_below_the_limit_is_reported(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ScoreKeeper, "_measure", lambda self, model: (0.5, 0.0))
+    keeper = ScoreKeeper(ScoreConfig(task=str(task), keep_score=0.9), tmp_path, False, ProgressDisplay())
+    keeper.sizes, keeper.smallest = [SizeScore(1, 10, 10.0, 1.0, 0.0)], 5.0
+    keeper.check(cast(TorchModel, None), 3, 5, 5.0)
+    assert "that is below 0.9 of it, though it was not when the run returned" in capsys.readouterr().err
 
 
 def test_a_share_of_no_score_cannot_be_kept(

@@ -78,10 +78,14 @@ class ScoreKeeper:
             self._write()
         first, share = self.sizes[0], self.settings.keep_score
         self.display.say(
-            f"score at {format_count(found.parameters)} parameters: {found.score:.3f} ± {found.stderr:.3f}, the whole "
-            f"model has {first.score:.3f}"
+            f"score at {format_count(found.parameters)} parameters: {found.score:.3f} ± {found.stderr:.3f}, before the "
+            f"first removal {first.score:.3f}"
         )
-        if share is None or self.smallest is not None:
+        if share is None:
+            return
+        if self.smallest is not None:
+            if found.score < share * first.score:
+                self.display.say(f"that is below {share:g} of it, though it was not when the run returned to this size")
             return
         if not first.score > 0:
             raise UsageError(
