@@ -307,6 +307,7 @@ def training_summary(trainer: Trainer) -> dict[str, Any]:
         **({"counted_in": {"quantize": settings.quantize, "output_type": settings.output_type}} if is_counted else {}),
         **({"quantisation": trainer.config.quantisation.to_dict()} if trainer.rounding is not None else {}),
         **({"bits_per_byte": trainer.progress.bits_per_byte} if trainer.progress.bits_per_byte else {}),
+        **({"score": trainer.score_keeper.last()} if trainer.score_keeper is not None else {}),
         "quality": contract(measured["final"], measured["source"], source) if len(measured) == 2 else None,
     }
 

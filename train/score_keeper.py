@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..runtime.base.errors import UsageError
 from ..runtime.base.files import write_json_atomically
@@ -105,6 +106,11 @@ class ScoreKeeper:
             f"that is below {share:g} of it: the run returns to {format_count(kept.parameters)} parameters"
         )
         raise ScoreTooLowError(checkpoint)
+
+    def last(self) -> dict[str, Any]:
+        """Return the last score and how it was measured."""
+        metric, last = self.settings.metric, self.sizes[-1]
+        return {"metric": metric, "examples": len(self.examples), "score": last.score, "stderr": last.stderr}
 
     def _measure(self, model: TorchModel) -> tuple[float, float]:
         """Return the score of a model and its standard error."""
