@@ -233,6 +233,13 @@ def test_values_that_apply_to_no_example_are_not_shown() -> None:
     assert names == ["measure", "job, exact", "tokens per answer", "ms per answer"]
 
 
+def test_a_model_of_a_run_has_the_name_of_the_run() -> None:
+    job = JobResult("exact", {"exact": [1.0]}, ["x"], 1, 1)
+    models = ("runs/job/model", "job.gguf", "model")
+    names = [cli.rows([Evaluation(model, "", {}, {}, None, job)])[0][-1] for model in models]
+    assert names == ["job", "job.gguf", "model"]
+
+
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
     rows = [

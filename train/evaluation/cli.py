@@ -124,7 +124,10 @@ def _job_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
 
 
 def _name(evaluation: Evaluation) -> str:
-    return Path(evaluation.model).name or evaluation.model
+    path = Path(evaluation.model)
+    if path.name == "model":  # of a run, whose own name tells it from others
+        path = path.parent
+    return path.name or evaluation.model
 
 
 def _score(mean: float, stderr: float) -> str:

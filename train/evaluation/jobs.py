@@ -391,13 +391,14 @@ def run_job(
 
 def misses_page(name: str, examples: Sequence[Example], result: JobResult) -> str:
     """Return a Markdown page of the worst missed examples: request, expected answer and given answer."""
-    scores = result.values[result.score_name]
-    missed = [index for index, score in enumerate(scores) if score < 1]
+    score = result.score_name
+    scores = result.values[score]
+    missed = [index for index, value in enumerate(scores) if value < 1]
     worst = sorted(missed, key=lambda index: scores[index])[:WORST]
     lines = [
         f"# Misses of {name}",
         "",
-        f"{result.score_name} {result.mean(result.score_name):.3f} on {len(examples)} examples.",
+        f"{score} {result.mean(score):.3f} on {len(examples)} examples (metric {result.metric}).",
     ]
     for index in worst:
         before = examples[index].chat.messages[:-1]
