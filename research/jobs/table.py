@@ -73,7 +73,7 @@ def rows_of_baselines(data: Path, limit: int) -> list[Row]:
     """Return the rows of hassil's matcher and of a linear classifier on the first `limit` requests."""
     examples = read_examples(data / "test.jsonl", limit)
     requests = [request_of(each) for each in examples]
-    found = classifier_answers(data / "train.jsonl", requests)
+    found = classifier_answers(read_examples(data / "train.jsonl"), requests)
     return [
         Row("hassil, templates of training", score(matcher_answers(requests), examples)),
         Row("linear classifier", score(found, examples)),
