@@ -13,11 +13,9 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra, require_extra
 from ..runtime.base.model_names import check_adapter, check_source
 from ..runtime.base.output import atomic_output
-from ..train.config.pruning import size_unit
 from ..train.data.documents import DataSpec, check_documents
 from ..train.model.foreign_configs import ImportOptions
 from .checkpoint import open_checkpoint
-from .gguf.exporter import GgufOptions
 from .manifest import foreign_files
 from .request import ExportRequest, VerifyOptions, log
 from .targets import known_targets, load_exporter, option_names, refuse_option
@@ -51,8 +49,6 @@ def export(
     check_source(str(checkpoint), str(checkpoint))
     if adapter:
         check_adapter(adapter)
-    if size:
-        size_unit(size)
     if size and not (Path(checkpoint) / "config.toml").is_file():
         raise UsageError(f"--size {size}: {checkpoint} is no run; give the --output of efficientllm-train, or omit it")
     for name in options:
@@ -73,8 +69,8 @@ def export(
         if size:
             with extra("train"):
                 from ..train.slices import model_of_size
-            kind, is_gguf = getattr(chosen, "quantize", ""), isinstance(chosen, GgufOptions)
-            checkpoint = model_of_size(Path(checkpoint), size, kind, is_gguf)
+            kind = getattr(chosen, "quantize", "")
+            checkpoint = model_of_size(Path(checkpoint), size, kind, exporter.writes_gguf)
         with open_checkpoint(str(checkpoint), ImportOptions(head_dim, trust_remote_code, adapter)) as opened:
             exporter.write(opened, ExportRequest(chosen, folder, list(opened.notes)), temporary)
     log.info("artefact: %s", folder)

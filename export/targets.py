@@ -32,6 +32,8 @@ class Exporter(Generic[OptionsT]):
     not verify; the folder is then discarded."""
     check: Callable[[OptionsT], None] = lambda options: None
     """Raise UsageError for options and missing packages that can be found without importing a package."""
+    writes_gguf: bool = False
+    """Whether the artefact holds a GGUF, whose bytes a run counts."""
 
 
 EXPORTERS = {

@@ -174,11 +174,14 @@ def unfinished_sizes(folder: Path) -> list[str]:
     return [size for size in sizes if has_branch(folder, size) and not is_finished(branch_folder(folder, size))]
 
 
+def has_sizes(folder: Path) -> bool:
+    """Tell whether a folder holds a run with --sizes."""
+    return (folder / SETTINGS_FILE).is_file() and bool(saved_config(folder).pruning.sizes)
+
+
 def lacks_sizes(folder: Path) -> bool:
     """Tell whether a run with --sizes has unfinished branches, or no comparison of its sizes."""
-    return bool(saved_config(folder).pruning.sizes) and (
-        bool(unfinished_sizes(folder)) or not (folder / SIZES_FILE).is_file()
-    )
+    return has_sizes(folder) and (bool(unfinished_sizes(folder)) or not (folder / SIZES_FILE).is_file())
 
 
 def check_sizes_are_finished(folder: Path) -> None:

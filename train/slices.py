@@ -20,7 +20,7 @@ from .checkpoint.run_folder import FINISHED_FILE, SETTINGS_FILE, SLICES_FOLDER, 
 from .compute.distributed import Parallel
 from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss, perplexity
-from .config.pruning import PruneConfig, size_target, size_unit
+from .config.pruning import PruneConfig, size_target
 from .config.sections import QuantisationConfig, TrainConfig
 from .data.documents import SELF_CHAT, DataSpec
 from .model.architecture import Architecture
@@ -88,6 +88,14 @@ def model_of_size(run: Path, size: str, quantize: str = "", is_gguf: bool = True
         _log.info(f"size {size}: the largest model of the run is smaller, and is exported instead")
         return smaller.folder / "model"
     return _cut(run, size, members[index - 1], smaller, budgets[index - 1])
+
+
+def size_unit(size: str) -> str:
+    """Return the target field of PruneConfig that a --size sets. Raises UsageError if it is no size."""
+    try:
+        return size_target(size)[0]
+    except ValueError as error:
+        raise UsageError(f"--size: {error}") from error
 
 
 def _finished(run: Path) -> dict[str, Any]:

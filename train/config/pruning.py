@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ...runtime.base import flags
-from ...runtime.base.errors import OptionError, UsageError
+from ...runtime.base.errors import OptionError
 from ...runtime.base.quantities import parse_bytes, parse_count
 from ...runtime.latency.shape import Workload
 from ..model.file_types import BODY, TENSOR_BLOCKS
@@ -76,14 +76,6 @@ def size_target(text: str) -> tuple[str, Any]:
         return "target_params", parse_count(text)
     except ValueError as error:
         raise ValueError(f"{text!r} is no size; {SIZE_EXAMPLE}") from error
-
-
-def size_unit(size: str) -> str:
-    """Return the target field of PruneConfig that a --size sets. Raises UsageError if it is no size."""
-    try:
-        return size_target(size)[0]
-    except ValueError as error:
-        raise UsageError(f"--size: {error}") from error
 
 
 @dataclass(frozen=True)

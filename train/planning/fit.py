@@ -21,7 +21,6 @@ from ...runtime.base.quantities import format_bytes
 from ...runtime.engines.manifest import cache_bytes
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import Workload
-from ..checkpoint.run_folder import SETTINGS_FILE, saved_config
 from ..config.pruning import SIZES_FILE, PruneConfig
 from ..model.architecture import Architecture
 from ..model.file_types import gguf_bytes, tokenizer_bytes
@@ -298,8 +297,11 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     source = arguments.pop("source")
     config = flags.take(arguments, FitConfig)
-    if (Path(source) / SETTINGS_FILE).is_file() and saved_config(Path(source)).pruning.sizes:
-        return _fit_run(Path(source), config)
+    if Path(source).is_dir():
+        with extra("train"):
+            from ..sizes import has_sizes
+        if has_sizes(Path(source)):
+            return _fit_run(Path(source), config)
     if config.max_memory is not None:
         raise UsageError(f"--max-memory: {source} is no finished run with --sizes; give --max-bytes")
     if config.max_bytes is None:
