@@ -179,8 +179,7 @@ class CorpusWindows:
     def next_window(self) -> np.ndarray:
         """Return a window, int32 [S + 1].
 
-        Its last token is the first of the lane's next window, so every token is predicted once. After the end of a chat
-        the next window begins with a new document instead, as a prompt does when it is answered.
+        Its last token is the first of the lane's next window, so every token is predicted once.
         """
         visit, turn = divmod(self.drawn, len(self.buffers))
         lane = int(self._order(visit)[turn])
@@ -201,9 +200,7 @@ class CorpusWindows:
             parts.append(document)
             size += len(document)
         tokens = np.concatenate(parts)
-        rest = tokens[self.window :]
-        has_ended = len(rest) == 1 and is_chat(parts[-1])
-        self.buffers[lane] = rest[:0] if has_ended else rest
+        self.buffers[lane] = tokens[self.window :]
         self.drawn += 1
         return tokens[: self.window + 1]
 
