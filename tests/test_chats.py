@@ -21,12 +21,10 @@ from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.prompt import ToolUse, tool_prompt
 from efficientllm.runtime.tool_format import tool_format
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss
-from efficientllm.train.config.sections import SourceConfig
 from efficientllm.train.data.chat import Chat, ChatFormat, Encoder
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts
-from efficientllm.train.data.packing import LANES, PackedStream
+from efficientllm.train.data.packing import PackedStream
 from efficientllm.train.data.self_chat import OPENINGS, sample_chats
-from efficientllm.train.run_text import EXTRA_SEED, RunText
 
 CHAT = Chat.of(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Ciao"))
 
@@ -435,28 +433,6 @@ def test_a_chat_is_never_cut_by_a_window(tokenizer: PreTrainedTokenizerFast, cha
     assert len(texts) > 90
     for text in texts:
         assert re.fullmatch(r"(It is \d+\.<\|im_end\|>\n)+", text), text
-
-
-def test_windows_of_a_fit_begin_as_those_of_training_and_as_prompts(
-    tokenizer: PreTrainedTokenizerFast, chats: Path, corpus: Path
-) -> None:
-    """A model that was fitted to windows of one kind failed on the other, and its training suffered."""
-    settings = SourceConfig(sequence_length=60, eval_tokens=120)
-    encoder = Encoder(tokenizer)
-    beginning, separator = int(encoder.encode([CHAT])[0][0]), ~encoder.separator
-    text = RunText((DataSpec(str(chats)),), tokenizer, settings, 0, 1)
-    later = text.stream.next_windows(3 * LANES)[LANES:]
-    assert separator in later[:, 0]
-    windows = text.extra_windows(600)
-    assert windows.shape == (10, 61)
-    assert windows[:, 0].tolist() == [beginning, separator] * 5
-    assert windows[1::2, 1].tolist() == [beginning] * 5
-    whole = PackedStream((DataSpec(str(chats)),), tokenizer, 60, settings.held_out_fraction, EXTRA_SEED)
-    unchanged = whole.next_windows(10)
-    assert np.array_equal(windows[::2], unchanged[::2])
-    assert np.array_equal(windows[1::2, 1:], unchanged[1::2, :-1])
-    plain = RunText((DataSpec(str(corpus)),), tokenizer, settings, 0, 1).extra_windows(600)
-    assert (plain >= 0).all()
 
 
 def test_windows_without_cut_chats_resume_where_they_stopped(tokenizer: PreTrainedTokenizerFast, chats: Path) -> None:

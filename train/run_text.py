@@ -52,19 +52,13 @@ class RunText:
     def extra_windows(self, num_tokens: int) -> np.ndarray:
         """Return windows [n, S + 1] of about `num_tokens` of the training text, in another order than training.
 
-        They are the same for every call with the same vocabulary, and their number is a multiple of the ranks. Every
-        second window of chats begins with the separator, as most windows of training do. The others begin with a chat,
-        as prompts do. A fit on windows of one kind may damage the model on the other (research/log).
+        They are the same for every call with the same vocabulary, and their number is a multiple of the ranks.
         """
         if num_tokens not in self._extra_windows:
             length, fraction = self.settings.sequence_length, self.settings.held_out_fraction
             stream = PackedStream(self.data, self.tokenizer, length, fraction, self.seed + EXTRA_SEED)
             count = max(1, num_tokens // length // self.num_ranks) * self.num_ranks
-            windows = stream.next_windows(count)
-            shifted = [index for index in range(1, count, 2) if windows[index, 0] < 0]
-            windows[shifted] = np.roll(windows[shifted], 1, axis=1)
-            windows[shifted, 0] = ~stream.encoder.separator
-            self._extra_windows[num_tokens] = windows
+            self._extra_windows[num_tokens] = stream.next_windows(count)
         return self._extra_windows[num_tokens]
 
     def count_tokens(self, num_rows: int, num_tokens: int, check: Callable[[], None]) -> np.ndarray:
