@@ -80,8 +80,9 @@ def run_training(config: TrainConfig) -> Path | None:
         _log.info(f"size {size}: the run continues in {branch_folder(folder, size)}")
         if _train(resumed_branch(folder, size)) is None:
             return None
-    for member in members_of(folder):
-        drop_checkpoints(member.folder / "checkpoints")  # left by a run that was killed at its end
+    if is_main_process():
+        for member in members_of(folder):
+            drop_checkpoints(member.folder / "checkpoints")  # left by a run that was killed at its end
     write_sizes(folder)
     _log.info(f"sizes: {folder / 'sizes.md'}")
     return model
