@@ -297,7 +297,7 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     source = arguments.pop("source")
     config = flags.take(arguments, FitConfig)
-    if Path(source).is_dir():
+    if (Path(source) / "config.toml").is_file():  # of a run: other folders need no import of torch here
         with extra("train"):
             from ..sizes import has_sizes
         if has_sizes(Path(source)):
