@@ -33,7 +33,7 @@ class Exporter(Generic[OptionsT]):
     check: Callable[[OptionsT], None] = lambda options: None
     """Raise UsageError for options and missing packages that can be found without importing a package."""
     writes_gguf: bool = False
-    """Whether the artefact holds a GGUF, whose bytes a run counts."""
+    """Set if the artefact holds a GGUF, whose bytes a run counts."""
 
 
 EXPORTERS = {

@@ -72,7 +72,8 @@ class Study:
     def keep_settings(self) -> None:
         """Write the settings into the folder of the study. Exit if they differ from those of its finished parts."""
         path = self.output / "study.json"
-        settings = {**asdict(self), "data": str(self.data.resolve()), "output": ""}
+        settings = {**asdict(self), "data": str(self.data.resolve())}
+        del settings["output"]  # may move
         if path.is_file() and (former := json.loads(path.read_text(encoding="utf-8"))) != settings:
             changed = ", ".join(name for name in settings if former.get(name) != settings[name])
             sys.exit(f"{self.output}: its study has another {changed}; give another --output")
