@@ -87,6 +87,18 @@ def score(answers: Sequence[str], examples: Sequence[Example], metric: str = "ca
     return JobResult(metric, values, list(answers), 0.0, 0.0)
 
 
+def baselines(folder: Path, limit: int, metric: str = "call", only: str | None = None) -> dict[str, JobResult]:
+    """Return the scores of hassil's matcher and of a linear classifier on the first `limit` requests of the test."""
+    examples = read_examples(folder / "test.jsonl", limit)
+    requests = [request_of(each) for each in examples]
+    answers = {}
+    if only != "classifier":
+        answers["hassil, templates of training"] = matcher_answers(requests)
+    if only != "matcher":
+        answers["linear classifier"] = classifier_answers(read_examples(folder / "train.jsonl"), requests)
+    return {name: score(given, examples, metric) for name, given in answers.items()}
+
+
 def main() -> None:
     """Print the scores of the baselines."""
     parser = argparse.ArgumentParser(description="Score a linear classifier and hassil's matcher on a job.")
@@ -94,17 +106,7 @@ def main() -> None:
     parser.add_argument("--metric", choices=("call", "label"), default="call", help="[call]")
     parser.add_argument("--limit", type=int, default=300, help="requests of the test [300]")
     parser.add_argument("--only", choices=("classifier", "matcher"), help="one of both")
-    arguments = parser.parse_args()
-    examples = read_examples(arguments.folder / "test.jsonl", arguments.limit)
-    requests = [request_of(each) for each in examples]
-    answers = {}
-    if arguments.only != "classifier":
-        answers["hassil, templates of training"] = matcher_answers(requests)
-    if arguments.only != "matcher":
-        training = read_examples(arguments.folder / "train.jsonl")
-        answers["linear classifier"] = classifier_answers(training, requests)
-    for name, given in answers.items():
-        result = score(given, examples, arguments.metric)
+    for name, result in baselines(**vars(parser.parse_args())).items():
         values = ", ".join(f"{each} {result.mean(each):.3f} ± {result.stderr(each):.3f}" for each in result.values)
         print(f"{name}: {values}")
 

@@ -18,10 +18,10 @@ from efficientllm.devices.results import Result, Run
 from efficientllm.runtime.base.files import write_text_atomically
 from efficientllm.runtime.base.quantities import markdown_table
 from efficientllm.train.evaluation.evaluate import Evaluation
-from efficientllm.train.evaluation.jobs import JobResult, read_examples
+from efficientllm.train.evaluation.jobs import JobResult
 from efficientllm.train.reporting.plots import KEPT_COLOR, SOURCE_COLOR
 
-from .baselines import classifier_answers, matcher_answers, request_of, score
+from .baselines import baselines
 
 OTHER_COLOR = "0.35"
 
@@ -69,17 +69,6 @@ def rows_of_models(scores: Sequence[Path], benches: Sequence[Path]) -> list[Row]
     return sorted(rows, key=lambda row: -row.result.mean("exact"))
 
 
-def rows_of_baselines(data: Path, limit: int) -> list[Row]:
-    """Return the rows of hassil's matcher and of a linear classifier on the first `limit` requests."""
-    examples = read_examples(data / "test.jsonl", limit)
-    requests = [request_of(each) for each in examples]
-    found = classifier_answers(read_examples(data / "train.jsonl"), requests)
-    return [
-        Row("hassil, templates of training", score(matcher_answers(requests), examples)),
-        Row("linear classifier", score(found, examples)),
-    ]
-
-
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw exact calls against bytes, pruned files in another colour. Methods without a file are lines.
 
@@ -121,7 +110,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="requests for the methods without a file [100]")
     arguments = parser.parse_args()
     rows = rows_of_models(arguments.scores, arguments.bench)
-    rows += rows_of_baselines(arguments.data, arguments.limit)
+    rows += [Row(name, result) for name, result in baselines(arguments.data, arguments.limit).items()]
     table = markdown_table([HEADER, *(row.cells() for row in rows)])
     write_text_atomically(arguments.output / "job.md", table + "\n")
     draw(rows, arguments.output / "job.png")

@@ -17,8 +17,8 @@ from efficientllm.devices.results import Measurement, summarize
 from efficientllm.train.data.chat import Chat
 from efficientllm.train.evaluation.jobs import Example, JobResult, calls_in, read_examples
 from research.jobs import home
-from research.jobs.baselines import classifier_answers, matcher_answers, request_of, score
-from research.jobs.table import HEADER, Row, draw, rows_of_baselines
+from research.jobs.baselines import baselines, classifier_answers, matcher_answers, request_of, score
+from research.jobs.table import HEADER, Row, draw
 
 pytestmark = pytest.mark.xdist_group("home job")  # as in test_home_job.py
 
@@ -44,10 +44,10 @@ def test_the_classifier_chooses_a_function_and_no_arguments(job: Path) -> None:
     assert all(not arguments for answer in answers for _, arguments in calls_in(answer))
 
 
-def test_the_table_has_a_row_for_each_baseline(job: Path) -> None:
-    rows = rows_of_baselines(job, 5)
-    assert [row.name for row in rows] == ["hassil, templates of training", "linear classifier"]
-    assert all(len(row.result.answers) == 5 for row in rows)
+def test_each_baseline_is_scored(job: Path) -> None:
+    results = baselines(job, 5)
+    assert list(results) == ["hassil, templates of training", "linear classifier"]
+    assert all(len(result.answers) == 5 for result in results.values())
 
 
 def test_the_classifier_chooses_labels() -> None:
