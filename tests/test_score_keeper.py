@@ -65,10 +65,7 @@ def test_every_size_is_scored(source_folder: Path, corpus: Path, task: Path, tmp
     assert [each["size"] for each in found] == sorted((each["size"] for each in found), reverse=True)
     assert all(0 <= each["score"] <= 1 for each in found)
     last = f"{found[-1]['score']:.3f} ± {found[-1]['stderr']:.3f}"
-    assert (
-        f"| score of the job (contains, 3 examples) | {last} |"
-        in (tmp_path / "run" / "model" / "README.md").read_text()
-    )
+    assert f"Score of the job (contains, 3 examples): {last}." in (tmp_path / "run/model/README.md").read_text()
 
 
 def test_a_run_returns_to_the_last_size_that_kept_the_score(

@@ -117,9 +117,6 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
     for stage, value in summary["perplexity"].items():
         per_byte = f" ({bits[stage]:.3f} bits per byte)" if stage in bits else ""
         perplexities.append([stage.replace("_", " "), f"{value:.2f}{per_byte}"])
-    if score := summary.get("score"):
-        name = f"score of the job ({score['metric']}, {score['examples']} examples)"
-        perplexities.append([name, f"{score['score']:.3f} ± {score['stderr']:.3f}"])
     widths = [["layer", "query heads", "key/value heads", "FFN channels"]]
     for index, layer in enumerate(final.layers):
         sizes = (index, layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
@@ -135,7 +132,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
         source_name=display_name(config.source.source),
         source=source,
         final=final,
-        summary={"latency": None, "quality": None, **summary},
+        summary={"latency": None, "quality": None, "score": None, **summary},
         command=command_line(config),
         corpora=corpora_in_words(config.source.data),
         perplexities=perplexities,
