@@ -8,6 +8,7 @@ transformers.js.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -60,9 +61,9 @@ class CardSettings:
     name: str = ""
     """Name of the model and of its GGUF files; default: the name of the output folder."""
     base_model: str = ""
-    """Hub id of the source model."""
+    """Hub id of the source model; default: that of the training."""
     license: str = ""
-    """SPDX name of the source's licence, such as apache-2.0."""
+    """SPDX name of the source's licence, such as apache-2.0; default: that of the training."""
     language: str = "en"
     """Language of the model."""
 
@@ -108,6 +109,7 @@ def write_hub_folder(
     """
     settings = _with_name(settings, output)
     entries, runs = _hub_entries(artefacts, settings.name), [Run.read(path) for path in bench]
+    settings = _with_source(settings, entries[0].manifest.training)
     for path, run in zip(bench, runs, strict=True):
         if not any(_result_of(entry, [run]) for entry in entries):
             raise UsageError(f"--bench {path} measured none of these artefacts; remove it, or measure them")
@@ -129,6 +131,14 @@ def _with_name(settings: CardSettings, output: Path) -> CardSettings:
         return settings if settings.name else replace(settings, name=output.absolute().name)
     except OptionError as error:
         raise UsageError(f"the name of {output} is not one plain word; rename the folder, or give --name") from error
+
+
+def _with_source(settings: CardSettings, training: dict[str, Any]) -> CardSettings:
+    """Return the settings with the source's licence and name that the training noted as defaults."""
+    for name in ("base_model", "license"):
+        with contextlib.suppress(OptionError, TypeError):  # the words of another's card may be anything
+            settings = replace(settings, **{name: getattr(settings, name) or training.get(name, "")})
+    return settings
 
 
 def _hub_entries(artefacts: Sequence[Path], name: str) -> list[HubEntry]:

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -114,6 +115,20 @@ def test_only_what_the_command_wrote_is_replaced(
     assert hub(output, artefact, "--overwrite") == 2
     assert "holds notes.txt, not written by this command" in capsys.readouterr().err
     assert (artefact / "model.gguf").is_file()
+
+
+@pytest.mark.parametrize(
+    ("noted", "license_"), [({"license": "mit", "base_model": "owner/small"}, "mit"), ({"license": ["mit"]}, None)]
+)
+def test_the_licence_of_the_training_is_the_default(
+    artefact: Path, tmp_path: Path, noted: dict[str, Any], license_: str | None
+) -> None:
+    copy = Path(shutil.copytree(artefact, tmp_path / "copy"))
+    replace(Manifest.read(copy), training=noted).write(copy)
+    for output, given, base in (("noted", (), noted.get("base_model")), ("given", ("--base-model", "o/m"), "o/m")):
+        assert hub(tmp_path / output, copy, *given) == 0
+        header = ModelCard.load(tmp_path / output / "README.md").data.to_dict()
+        assert (header.get("license"), header.get("base_model")) == (license_, base)
 
 
 def test_a_damaged_artefact_is_not_passed_on(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,7 @@ def test_downloads_are_seen_in_a_terminal(
 def card(settings: SourceConfig) -> str:
     architecture = tiny_architecture()
     figures: dict[str, Any] = {"held_out_tokens": 1, "perplexity": {}, "tokens": 1, "data": ["x"], "seconds": 1.0}
+    figures |= asdict(cards.source_card(settings.source))
     return model_card(replace(TrainConfig(), source=settings), figures, architecture, architecture)
 
 

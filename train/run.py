@@ -45,7 +45,7 @@ from .model.source import load_source
 from .plan import ResumePoint, RunPlan, allowed_changes, choose_compute, find_resume_point, make_plan
 from .pruning.pruner import kept_to_json
 from .reporting.metrics import read_metrics
-from .reporting.model_card import model_card
+from .reporting.model_card import model_card, source_card
 from .reporting.plots import plot_architecture, plot_pruning, plot_training
 from .request import check_request, check_text, with_resume
 from .run_text import RunText
@@ -297,6 +297,7 @@ def training_summary(trainer: Trainer) -> dict[str, Any]:
     is_counted = settings.target_bytes is not None and bool(settings.quantize) and trainer.rounding is None
     return {
         "source": source,
+        **asdict(source_card(trainer.config.source.source)),
         "data": [display_name(each) for each in trainer.config.source.data],
         "tokens": trainer.progress.tokens,
         "seconds": round(trainer.progress.seconds, 1),

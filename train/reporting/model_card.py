@@ -109,7 +109,6 @@ def corpora_in_words(data: Sequence[str]) -> str:
 
 def model_card(config: TrainConfig, summary: dict[str, Any], source: Architecture, final: Architecture) -> str:
     """Return the card as Markdown with a YAML header. `summary` holds the values of training.json."""
-    card = source_card(config.source.source)
     corpora = [DataSpec.parse(text).path for text in config.source.data]
     from_hub = [corpus for corpus in corpora if corpus != "demo" and not Path(corpus).exists()]
     perplexities = [[f"held-out perplexity ({summary['held_out_tokens']:,} tokens of the training corpora)", ""]]
@@ -125,8 +124,8 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
     return fill_template(
         str(__package__),
         TEMPLATE,
-        license=card.license,
-        base_model=card.base_model,
+        license=summary.get("license"),
+        base_model=summary.get("base_model"),
         datasets=[corpus.partition("@")[0] for corpus in from_hub],
         origin="trained from scratch in the shape of" if is_random else "pruned while training from",
         source_name=display_name(config.source.source),
