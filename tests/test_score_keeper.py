@@ -55,9 +55,12 @@ def falling(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_every_size_is_scored(source_folder: Path, corpus: Path, task: Path, tmp_path: Path) -> None:
+def test_every_size_is_scored(
+    source_folder: Path, corpus: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = scored(source_folder, corpus, tmp_path / "run", task, "--task-tokens", "4", "--checkpoint-every", "0")
     assert run(arguments) == 0
+    assert capsys.readouterr().err.count("answering the examples of --task: 3/3") == 5
     found = sizes(tmp_path / "run")
     assert len(found) == 5  # before four removals, and at the end
     assert found[0]["parameters"] == Architecture.from_folder(source_folder).num_parameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ class ScoreKeeper:
 
     def _measure(self, model: TorchModel) -> tuple[float, float]:
         """Return the score of a model and its standard error."""
-        result = run_job(model, self.examples, self.settings.metric, max_tokens=self.settings.task_tokens)
+        show = partial(self.display.update, "answering the examples of --task")
+        result = run_job(model, self.examples, self.settings.metric, max_tokens=self.settings.task_tokens, advance=show)
         return result.mean(result.score_name), result.stderr(result.score_name)
 
     def _write(self) -> None:
