@@ -428,7 +428,9 @@ def test_a_corpus_keeps_functions(tmp_path: Path) -> None:
 def test_a_chat_is_never_cut_by_a_window(tokenizer: PreTrainedTokenizerFast, chats: Path) -> None:
     """The rest of an answer without its request would teach the model to make things up."""
     stream = PackedStream([DataSpec(str(chats))], tokenizer, 60, 0.05, seed=0)
-    learned = [window[window >= 0] for window in stream.next_windows(100)]
+    windows = stream.next_windows(100)
+    assert {int(first) for first in windows[:, 0]} == {~tokenizer.convert_tokens_to_ids("<|im_start|>")}
+    learned = [window[window >= 0] for window in windows]
     texts = [text_of(tokenizer, window) for window in learned if len(window)]
     assert len(texts) > 90
     for text in texts:

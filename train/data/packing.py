@@ -7,8 +7,9 @@ weight gives the next one.
 Each corpus is read through many lanes. A lane packs documents end to end and is read window by window. All lanes are
 visited in a new random order before any is visited again, so neighbouring windows come from as many documents as there
 are lanes, whatever their lengths. A chat that fits a window is never cut: the rest of the window before it holds
-tokens that are read and not learned. The first document of a lane starts at a random place if it is longer than a
-window. Otherwise the first windows of a run would all be beginnings of documents.
+tokens that are read and not learned. A window after a chat begins with the next document. The first document of a lane
+starts at a random place if it is longer than a window. Otherwise the first windows of a run would all be beginnings of
+documents.
 """
 
 from __future__ import annotations
@@ -179,7 +180,8 @@ class CorpusWindows:
     def next_window(self) -> np.ndarray:
         """Return a window, int32 [S + 1].
 
-        Its last token is the first of the lane's next window, so every token is predicted once.
+        Its last token is the first of the lane's next window, so every token is predicted once. After a chat, the next
+        window begins with a document instead, as prompts do, because attention depends on the first token.
         """
         visit, turn = divmod(self.drawn, len(self.buffers))
         lane = int(self._order(visit)[turn])
@@ -200,7 +202,8 @@ class CorpusWindows:
             parts.append(document)
             size += len(document)
         tokens = np.concatenate(parts)
-        self.buffers[lane] = tokens[self.window :]
+        rest = tokens[self.window :]
+        self.buffers[lane] = rest[:0] if len(rest) == 1 and is_chat(parts[-1]) else rest
         self.drawn += 1
         return tokens[: self.window + 1]
 
