@@ -202,38 +202,43 @@ def estimate_memory(shape: Architecture, file_bytes: float, tokens: int) -> Serv
     return ServingMemory(file_bytes + cache + PROCESS_BYTES + TOKEN_BYTES * shape.vocab_size, cache, False)
 
 
-def read_bench(path: str) -> list[dict[str, Any]]:
-    """Return the results of a file of efficientllm-bench --json. Raises UsageError if it has none."""
+@dataclass(frozen=True)
+class MeasuredFile:
+    """A file that efficientllm-bench measured."""
+
+    shape: Architecture
+    num_bytes: float
+    memory: ServingMemory
+
+
+def read_bench(path: str) -> list[MeasuredFile]:
+    """Return the GGUF files in a file of efficientllm-bench --json. Raises UsageError if it is none."""
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
-        found = [result for result in results if result["engine"] == "llama.cpp" and result["manifest"]]
-        for result in found:
-            Architecture.from_dict(result["manifest"]["architecture"])
-            float(result["file_bytes"])
-        return found
+        return [
+            MeasuredFile(
+                Architecture.from_dict(result["manifest"]["architecture"]),
+                float(result["file_bytes"]),
+                ServingMemory(float(result["peak_rss_bytes"]), float(result["kv_cache_bytes"]), True),
+            )
+            for result in results
+            if result["engine"] == "llama.cpp" and result["manifest"]
+        ]
     except OSError as error:
         raise UsageError(f"--bench {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--bench {path}: not a file of efficientllm-bench --json") from error
 
 
-def measured_memory(shape: Architecture, file_bytes: float, results: Iterable[dict[str, Any]]) -> ServingMemory | None:
-    """Return the largest memory measured of a file of this shape and size, or None if nothing was measured."""
-    found = [
-        ServingMemory(result["peak_rss_bytes"], result["kv_cache_bytes"], True)
-        for result in results
-        if abs(result["file_bytes"] / file_bytes - 1) <= SAME_FILE
-        and Architecture.from_dict(result["manifest"]["architecture"]) == shape
-    ]
-    return max(found, key=lambda memory: memory.num_bytes, default=None)
-
-
 def serving_memory(
-    shape: Architecture, file_bytes: float, workload: Workload, results: Iterable[dict[str, Any]]
+    shape: Architecture, file_bytes: float, workload: Workload, measured: Iterable[MeasuredFile]
 ) -> ServingMemory:
-    """Return the measured memory of a file, or an estimate with a cache for the tokens of a workload."""
+    """Return the largest memory measured of a file, or an estimate with a cache for the tokens of a workload."""
+    found = [
+        each.memory for each in measured if each.shape == shape and abs(each.num_bytes / file_bytes - 1) <= SAME_FILE
+    ]
     tokens = workload.first_depth + workload.answer_tokens
-    return measured_memory(shape, file_bytes, results) or estimate_memory(shape, file_bytes, tokens)
+    return max(found, key=lambda memory: memory.num_bytes, default=estimate_memory(shape, file_bytes, tokens))
 
 
 def commands(source: str, config: FitConfig, point: Point) -> list[str]:
@@ -344,13 +349,13 @@ def _fit_run(run: Path, config: FitConfig) -> int:
         profile, (kind, _) = DeviceProfile.load(Path(config.device_profile)), members_of(run)[0].file_types
         profile.check(engine="llama.cpp", quantization=kind)
         time = DeviceTime(profile, workload).measure
-    results = read_bench(config.bench) if config.bench else []
+    measured = read_bench(config.bench) if config.bench else []
     rows = read_json(run / SIZES_FILE)["sizes"]
     found: list[tuple[float, dict[str, Any], str]] = []
     for row in reversed(rows):  # smallest first
         shape, size = Architecture.from_folder(run / row["folder"] / "model"), row["bytes"]
         ms = time.of(shape) if time is not None else None
-        memory = serving_memory(shape, size, workload, results) if config.max_memory and size is not None else None
+        memory = serving_memory(shape, size, workload, measured) if config.max_memory and size is not None else None
         memory_bytes = memory.num_bytes if memory else None
         is_small = _is_within(size, config.max_bytes) and _is_within(memory_bytes, config.max_memory)
         if not (is_small and _is_within(ms, config.max_ms)):
