@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from made_up import LAPTOP
+from pruning import LAYERS, some_removal
+from tiny import tiny_architecture, tiny_model
 from training import command, expect_equal_weights, expect_same_run, metrics, run, without
 
+import efficientllm.train.run as training_run
 from efficientllm.devices import hub_folder
 from efficientllm.devices.results import BenchOptions, Measurement, Run, summarize
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.latency.shape import Workload
-from efficientllm.train.model.architecture import Architecture
+from efficientllm.train.later_steps import LaterSteps, add_later_steps, has_later_steps, link_later_steps
+from efficientllm.train.model.architecture import FAMILIES, Architecture
+from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.planning import fit
+from efficientllm.train.pruning.selection import all_groups, compose
+from efficientllm.train.pruning.surgery import remove_groups
 from efficientllm.train.sizes import members_of
 from efficientllm.train.slices import model_of_size
 from efficientllm.train.trainer import Trainer
@@ -70,6 +80,7 @@ def test_every_size_is_a_finished_run(family: Path, source_folder: Path) -> None
         assert previous * 0.75 < found <= float(size) * whole < previous
         previous = found
         assert not list(folder.glob("checkpoints/*"))
+        assert not list(folder.glob("later-steps"))
         assert json.loads((folder / "architecture.json").read_text())["final"]
         rates = [record["learning_rate"] for record in steps(folder)]
         assert rates[-1] == pytest.approx(1e-4)  # the floor, a tenth of the peak
@@ -99,6 +110,99 @@ def test_a_larger_size_trains_as_the_run_did_until_its_branch(family: Path) -> N
     assert trunk[number - 1].get("removed")
     assert not branch[number - 1].get("removed")
     assert trunk[number]["loss"] != branch[number]["loss"]
+
+
+@pytest.mark.parametrize("kinds", [("kv_group", "ffn"), ("stem", "ffn"), ("attention_block", "ffn_block", "ffn")])
+@pytest.mark.parametrize("model_family", FAMILIES)
+def test_a_larger_size_gets_a_share_of_the_later_steps(
+    model_family: str, kinds: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Steps after the branch count, removals and earlier steps do not. Compared in the shape of the smallest model."""
+    trunk = tiny_model(tiny_architecture(model_family, LAYERS))
+    survivors = all_groups(architecture_of(trunk.config))
+    later, branch = LaterSteps(tmp_path), tmp_path / "sizes" / "0.7"
+
+    def train(step: int) -> list[torch.Tensor]:
+        later.begin(step, trunk, architecture_of(trunk.config), survivors)
+        changes = [torch.randn(weight.shape) for weight in trunk.parameters()]
+        for weight, change in zip(trunk.parameters(), changes, strict=True):
+            weight.data += change
+        later.end(trunk)
+        return changes
+
+    train(5)
+    (branch / "checkpoints" / "step-00000010").mkdir(parents=True)
+    larger, expected = copy.deepcopy(trunk), copy.deepcopy(trunk)
+    shape, groups = architecture_of(trunk.config), survivors
+    removals = []
+    for step in (10, 20):
+        removals.append(some_removal(architecture_of(trunk.config), kinds, units=3))
+        survivors = compose(survivors, removals[-1].kept)
+        for model in (trunk, expected):
+            remove_groups(model, removals[-1])
+        for weight, change in zip(expected.parameters(), train(step), strict=True):
+            weight.data += 0.25 * change
+    link_later_steps(tmp_path, branch)
+    before = copy.deepcopy(larger)
+    perplexities = iter([3.0, 2.0, math.nan, 4.0])  # of 0 and of each share
+    assert add_later_steps(branch, larger, shape, groups, lambda: next(perplexities)) == 0.25
+    changed = sum(int((new != old).sum()) for new, old in zip(larger.parameters(), before.parameters(), strict=True))
+    assert changed <= removals[0].after.num_parameters  # groups that the run removed stay as they were
+    for removal in removals:
+        remove_groups(larger, removal)
+    for (name, weight), wanted in zip(larger.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(weight, wanted, msg=lambda text, name=name: f"{name}: {text}")
+    perplexities = iter([2.0, 3.0, 3.0, 3.0])
+    assert add_later_steps(branch, before, shape, groups, lambda: next(perplexities)) == 0
+
+
+def test_a_run_of_its_own_has_no_later_steps(tmp_path: Path) -> None:
+    link_later_steps(tmp_path, tmp_path / "branch")
+    assert not has_later_steps(tmp_path / "branch")
+
+
+def interrupted(*_: Any) -> list[str]:
+    raise KeyboardInterrupt
+
+
+def test_a_size_that_is_resumed_on_its_own_gets_the_later_steps(
+    family: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "unfinished_sizes", interrupted)
+        assert run(sized(source_folder, corpus, output)) == 130
+    assert run(["--resume", "--output", str(output / "sizes" / "0.8")]) == 0
+    assert run(["--resume", "--output", str(output)]) == 0
+    for straight, resumed in zip(folders(family), folders(output), strict=True):
+        expect_same_run(resumed, straight)
+
+
+def test_a_stop_while_shares_are_tried_leaves_the_weights(tmp_path: Path) -> None:
+    model = tiny_model(tiny_architecture())
+    shape, later = architecture_of(model.config), LaterSteps(tmp_path)
+    later.begin(10, model, shape, all_groups(shape))
+    model.model.norm.weight.data += 1
+    later.end(model)
+    before = copy.deepcopy(model)
+
+    def stopped() -> float:
+        if not torch.equal(model.model.norm.weight, before.model.norm.weight):
+            raise KeyboardInterrupt
+        return 3.0
+
+    with pytest.raises(KeyboardInterrupt):
+        add_later_steps(tmp_path, model, shape, all_groups(shape), stopped)
+    for weight, old in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(weight, old)
+
+
+@pytest.mark.parametrize("more", [["--removals", "0"], ["--compact-every", "2"]])
+def test_many_removals_write_no_later_steps(
+    more: list[str], source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LaterSteps, "begin", lambda *_: pytest.fail("later steps are written"))
+    assert run(sized(source_folder, corpus, tmp_path / "run", *more)) == 0
 
 
 @pytest.mark.parametrize("where", ["between", "in a branch"])

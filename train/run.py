@@ -26,6 +26,7 @@ from .checkpoint.run_folder import (
     DAMAGED_PREFIX,
     FINISHED_FILE,
     SETTINGS_FILE,
+    SIZES_FOLDER,
     checkpoint_folders,
     clear_run_folder,
     delete_replaced_run,
@@ -40,6 +41,7 @@ from .compute.distributed import full
 from .compute.loss import TrainingLoss, frozen_copy
 from .config.sections import TrainConfig
 from .evaluation.quality.contract import Quality, contract
+from .later_steps import drop_later_steps, link_later_steps
 from .model.irregular import architecture_of, build, save_checkpoint
 from .model.source import load_source
 from .plan import ResumePoint, RunPlan, allowed_changes, choose_compute, find_resume_point, make_plan
@@ -73,16 +75,21 @@ def run_training(config: TrainConfig) -> Path | None:
     if is_left:
         for flag in allowed_changes(config):
             _log.info(f"{flag} has changed; the run is finished and stays as it is")
+    if config.run.resume and folder.parent.name == SIZES_FOLDER and is_finished(folder.parent.parent):
+        link_later_steps(folder.parent.parent, folder)  # a larger size that is resumed on its own
     model: Path | None = folder / "model" if is_left else _train(config)
     if model is None or not config.pruning.sizes:
         return model
     for size in unfinished_sizes(folder):
         _log.info(f"size {size}: the run continues in {branch_folder(folder, size)}")
-        if _train(resumed_branch(folder, size)) is None:
+        branch = resumed_branch(folder, size)
+        link_later_steps(folder, branch_folder(folder, size))
+        if _train(branch) is None:
             return None
     if is_main_process():
         for member in members_of(folder):
             drop_checkpoints(member.folder / "checkpoints")  # left by a run that was killed at its end
+            drop_later_steps(member.folder)
     write_sizes(folder)
     _log.info(f"sizes: {folder / 'sizes.md'}")
     return model

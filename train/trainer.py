@@ -20,12 +20,19 @@ from ..runtime.base.flags import flatten
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_bytes, format_count
 from .checkpoint import state as training_state
-from .checkpoint.run_folder import TEACHER_FOLDER, checkpoint_folders, delete_replaced_run, has_stashed_run
+from .checkpoint.run_folder import (
+    SIZES_FOLDER,
+    TEACHER_FOLDER,
+    checkpoint_folders,
+    delete_replaced_run,
+    has_stashed_run,
+)
 from .compute.distributed import reshard
-from .compute.loss import TrainingLoss, frozen_copy
+from .compute.loss import TrainingLoss, frozen_copy, perplexity
 from .compute.optimizer import make_optimizer
 from .compute.trained_model import TrainedModel, configure
 from .data.documents import corpus_fingerprint
+from .later_steps import LaterSteps, add_later_steps, has_later_steps
 from .measuring import Measuring, evaluated
 from .model.architecture import Architecture
 from .model.irregular import architecture_of, save_checkpoint
@@ -47,6 +54,9 @@ _log = logging.getLogger("efficientllm.train")
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Steps with a non-finite loss or gradient before a run gives up."""
+
+TRIAL_TOKENS = 4096
+"""Tokens of training text on which a larger size tries shares of later steps."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,9 @@ class Trainer:
         self._saved_step: int | None = None
         self.removal_checkpoint: Path | None = None
         """Checkpoint from before the current removal, if an interrupted one must start again."""
+        self.later_steps = LaterSteps(plan.folder)
+        self.has_later_steps = False
+        """Whether this is a larger size of a run and has the run's later steps in its weights."""
         self.score_keeper: ScoreKeeper | None = None
         self.kept_checkpoint: Path | None = None
         """Checkpoint of the last score that was kept."""
@@ -176,6 +189,7 @@ class Trainer:
         total, every = self.config.optimizer.tokens, self.config.run.checkpoint_every
         if "source" not in self.progress.perplexity:
             self._measure_stage("source")
+        self._add_later_steps()
         # the checkpoint was written between a step's update and the end of its removal or measurements
         if self.unfinished is not None:
             if self.unfinished.record is not None:
@@ -194,9 +208,21 @@ class Trainer:
                 f"the run ended at step {self.progress.step} with weights that give no finite loss; no model is "
                 f"written: {self._recovery_hint()}"
             )
+        self.later_steps.end(self.model)
         if self.pruner is not None:
             self.pruner.compact(self.trained)
         self._check_score()
+
+    def _add_later_steps(self) -> None:
+        """Add a share of the changes that the run made later to the weights of a larger size."""
+        if self.config.pruning.sizes or self.pruner is None or self.has_later_steps:
+            return
+        if has_later_steps(self.plan.folder):
+            windows, batch_size = self.text.extra_windows(TRIAL_TOKENS), self.config.optimizer.batch_size
+            arguments = self.trained.loss, windows, batch_size, self.parallel.device, self.stop_signal.check
+            survivors = self.pruner.survivors
+            add_later_steps(self.plan.folder, self.model, self.architecture, survivors, partial(perplexity, *arguments))
+            self.has_later_steps, self._saved_step = True, None
 
     def _measure_stage(self, name: str) -> None:
         """Measure the source or the final model."""
@@ -336,10 +362,13 @@ class Trainer:
                 self._save_if_there_is_room()
             if self.is_saved:
                 self.removal_checkpoint = self.checkpoint
+        self.later_steps.end(self.model)
         # without room for that checkpoint, a signal waits for the end of the event
         with self.stop_signal.held(event.needs_restart and self.removal_checkpoint is None):
             record, vocabulary = event.run(target)
         self.removal_checkpoint = None
+        if (self.plan.folder / SIZES_FOLDER).is_dir() and pruner.settings.keeps_later_steps:
+            self.later_steps.begin(progress.step, self.model, self.architecture, pruner.survivors)
         if vocabulary is not None:
             self.metrics.write({"step": progress.step, "tokens": progress.tokens, **vocabulary})
         return record
@@ -415,6 +444,7 @@ class Trainer:
             "corpora": self.corpora,
             "has_own_teacher": has_own_teacher,
             "ranks": self.parallel.world_size,
+            "later_steps": {"removal": self.later_steps.removal, "are_added": self.has_later_steps},
         }
         tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.text.stream.state())}
         own: dict[str, Any] = {}
@@ -456,5 +486,9 @@ class Trainer:
         self.text.stream.load_state(training_state.as_arrays(tensors["stream"]))
         if "unfinished" in saved:
             self.unfinished = UnfinishedStep(**saved["unfinished"])
+        later = saved.get("later_steps", {})  # absent in checkpoints of earlier releases
+        self.has_later_steps = later.get("are_added", False)
+        if self.config.pruning.sizes:
+            self.later_steps.removal = later.get("removal")
         is_logged = self.unfinished is None or self.unfinished.record is None
         self.metrics.truncate(self.progress, is_logged)

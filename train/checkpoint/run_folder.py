@@ -38,6 +38,9 @@ SCORES_FILE = "scores.json"
 """File with the score of a job at every size of a run."""
 SIZES_FOLDER = "sizes"
 """Folder with a run for each larger size of --sizes."""
+LATER_STEPS_FOLDER = "later-steps"
+"""Folder with the changes of weights after a larger size, until all sizes are finished."""
+LATER_STEPS_FILES = ("step-*.weights", "step-*.changes", ".step-*.tmp")
 SLICES_FOLDER = "slices"
 """Folder of models that were cut between two trained sizes of a run."""
 RUN_FILES = (
@@ -56,7 +59,10 @@ REMOVED_SETTINGS = ("teacher_cache",)
 """Settings of earlier commits, whose runs are the same without them."""
 TEACHER_FOLDER = "teacher"
 """Folder of the model that --teacher self distils from."""
-RUN_FOLDERS = ("checkpoints", "model", TEACHER_FOLDER, SIZES_FOLDER, SLICES_FOLDER, "tensorboard", "wandb")
+RUN_FOLDERS = (
+    *("checkpoints", "model", TEACHER_FOLDER, SIZES_FOLDER, LATER_STEPS_FOLDER, SLICES_FOLDER),
+    *("tensorboard", "wandb"),
+)
 MODEL_FILES = (
     *("config.json", "generation_config.json", "training.json", "quality.json", "README.md", "architecture.png"),
     JOB_FILE,
@@ -66,7 +72,7 @@ MODEL_FILES = (
 """Patterns of files that `save_checkpoint` and transformers' tokenizers write."""
 
 UNFINISHED = re.compile(
-    r"\.(model|teacher|step-\d{8})\.efficientllm-(new|old)|"
+    r"\.(model|teacher|later-steps|step-\d{8})\.efficientllm-(new|old)|"
     r"\.(config\.toml|metrics\.jsonl|\w+\.json|\w+\.png|README\.md)\.\d+\.tmp"
 )
 """Files of a killed write."""
@@ -165,8 +171,9 @@ def foreign_files(folder: Path) -> list[str]:
             others += [f"{SIZES_FOLDER}/{entry.name}/{name}" for name in foreign_files(entry)]
         elif not UNFINISHED.fullmatch(entry.name) and not entry.name.endswith(LOCK_NAME):
             others.append(f"{SIZES_FOLDER}/{entry.name}")
-    for logs in ("tensorboard", "wandb"):
-        others += [f"{logs}/{entry.name}" for entry in _entries(folder / logs) if not _matches(entry, LOG_FILES)]
+    patterns = {"tensorboard": LOG_FILES, "wandb": LOG_FILES, LATER_STEPS_FOLDER: LATER_STEPS_FILES}
+    for name, known in patterns.items():
+        others += [f"{name}/{entry.name}" for entry in _entries(folder / name) if not _matches(entry, known)]
     return sorted(others)
 
 

@@ -254,6 +254,12 @@ class PruneConfig:
             flags.require(self, "prune", self.target_architecture is None, rule, value=shown)
 
     @property
+    def keeps_later_steps(self) -> bool:
+        """Tell whether a run with --sizes writes the changes between its removals, which takes few removals."""
+        has_few_removals = self.removals > 0 or self.prune_start == self.prune_end
+        return has_few_removals and self.compact_every == 1
+
+    @property
     def measures_blocks(self) -> bool:
         """Tell whether block prices scale the groups' saliency."""
         if self.score_scale != "auto":
