@@ -23,6 +23,7 @@ from efficientllm.devices.results import BenchOptions, Measurement, Run, summari
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.base.output import locked_output
 from efficientllm.runtime.latency.shape import Workload
 from efficientllm.train.later_steps import LaterSteps, add_later_steps, has_later_steps, link_later_steps
 from efficientllm.train.model.architecture import FAMILIES, Architecture
@@ -263,6 +264,13 @@ def test_a_slice_lies_between_two_trained_sizes(
     for layer, (low, middle, high) in enumerate(zip(smaller.layers, found.layers, larger.layers, strict=True)):
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             assert getattr(low, name) <= getattr(middle, name) <= getattr(high, name), (layer, name)
+
+
+def test_two_exports_do_not_cut_one_slice_at_once(family: Path) -> None:
+    folder = family / "slices" / "0.63"
+    with locked_output(folder), pytest.raises(UsageError, match=r"--size .*0\.63 is being written by process"):
+        model_of_size(family, "0.63")
+    assert not folder.exists()
 
 
 def test_a_slice_of_a_uniform_run_is_uniform(source_folder: Path, corpus: Path, tmp_path: Path) -> None:

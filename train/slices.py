@@ -16,6 +16,7 @@ import torch
 
 from ..runtime.base.errors import UsageError
 from ..runtime.base.files import folder_written_atomically, write_json_atomically
+from ..runtime.base.output import locked_output
 from .checkpoint.run_folder import FINISHED_FILE, SETTINGS_FILE, SLICES_FOLDER, saved_config
 from .compute.distributed import Parallel
 from .compute.hardware import choose_hardware
@@ -87,7 +88,10 @@ def model_of_size(run: Path, size: str, quantize: str = "", is_gguf: bool = True
     if index == 0:
         _log.info(f"size {size}: the largest model of the run is smaller, and is exported instead")
         return smaller.folder / "model"
-    return _cut(run, size, members[index - 1], smaller, budgets[index - 1])
+    folder = run / SLICES_FOLDER / size
+    with locked_output(folder, "--size"):
+        _cut(run, folder, members[index - 1], smaller, budgets[index - 1])
+    return folder
 
 
 def size_unit(size: str) -> str:
@@ -149,8 +153,8 @@ def select_slice(
     return Removal(architecture, ranking.architecture, ranking.kept, ())
 
 
-def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) -> Path:
-    """Write the model of `budget`, cut from `larger`, and return its folder. `smaller`: the next trained size."""
+def _cut(run: Path, folder: Path, larger: Member, smaller: Member, budget: Budget) -> None:
+    """Write the model of `budget`, cut from `larger`, into `folder`. `smaller` is the next trained size."""
     config = saved_config(larger.folder)
     described = _finished(larger.folder)
     source_shape = Architecture.from_dict(described["source"])
@@ -180,18 +184,14 @@ def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) 
     }
     for name in ("latency", "bits_per_byte"):
         training.pop(name, None)
-    folder = run / SLICES_FOLDER / size
     with folder_written_atomically(folder) as temporary:
         save_checkpoint(model, tokenizer, temporary)
         write_json_atomically(temporary / "training.json", training)
     neighbours = ", ".join(map(_described, (larger, smaller)))
-    _log.info(
-        f"size {size}: cut from {larger.size} without training, held-out perplexity {value:.2f}; trained neighbours: "
-        f"{neighbours}"
-    )
+    found = f"cut from {larger.size} without training, held-out perplexity {value:.2f}"
+    _log.info(f"size {folder.name}: {found}; trained neighbours: {neighbours}")
     if value >= smaller.training["perplexity"]["final"]:
-        _log.warning(f"size {size} predicts no better than the smaller trained {smaller.size}; use that")
-    return folder
+        _log.warning(f"size {folder.name} predicts no better than the smaller trained {smaller.size}; use that")
 
 
 def _described(member: Member) -> str:
