@@ -286,6 +286,21 @@ def test_a_file_with_other_weights_is_refused(
     assert not (tmp_path / "gguf").exists()
 
 
+@pytest.mark.parametrize(("own_error", "code"), [(0.004, 0), (0.001, 2)])
+def test_the_limit_follows_torch_s_own_error(
+    own_error: float, code: int, save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp may be twice as far from torch as torch is from exact numbers."""
+
+    def moved(*arguments: Any) -> Any:
+        found = probe(*arguments)
+        return dataclasses.replace(found, logits=[logits + np.float32(0.005) for logits in found.logits])
+
+    monkeypatch.setattr(exporter, "probe", moved)
+    monkeypatch.setattr(verification, "torch_error", lambda *_: own_error)
+    assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", "--quantize", "f32") == code
+
+
 def test_wrong_weights_are_caught(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

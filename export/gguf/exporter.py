@@ -224,17 +224,17 @@ def _verify_exact(
     activation = _activation(checkpoint)
     reference = torch_sample(checkpoint, activation=activation)
     tokens = reference.tokens
-    own_logits, most = reference.logits, MAX_EXACT_DIFFERENCE
+    own_logits, most, own_error = reference.logits, MAX_EXACT_DIFFERENCE, reference.own_error
     if activation is not None:
         own_logits = torch_sample(checkpoint).logits
         # torch's table and ggml's may differ in the last place, which matters by as much as the model is sensitive
         effect_of_table = float(np.abs(own_logits - reference.logits).max())
-        most = max(MAX_TABLE_DIFFERENCE, effect_of_table)
+        most, own_error = max(MAX_TABLE_DIFFERENCE, effect_of_table), lambda: 0.0
     found = probe(file, tokens, texts, runs)
     _check_token_ids(checkpoint, texts, found.token_ids)
     agreements = [compare_logits(reference.logits, logits, tokens) for logits in found.logits]
     for agreement in agreements:
-        check_exact(agreement, reference.logits, "gguf", most)
+        check_exact(agreement, reference.logits, "gguf", most, own_error)
     agreement = max(agreements, key=lambda each: each.max_logit_difference)
     request.say(
         f"verified f32 file against torch: max |logit difference| {agreement.max_logit_difference:.1e}, "
