@@ -75,9 +75,11 @@ def has_later_steps(folder: Path) -> bool:
 
 def link_later_steps(run: Path, branch: Path) -> None:
     """Link the changes of a run that follow the checkpoint of a larger size into the folder of that size."""
-    first = "".join(each.name for each in checkpoint_folders(branch / "checkpoints")[-1:])
-    # a size that has trained since then, on its own, stays as it is
-    if (branch / LATER_STEPS_FOLDER).is_dir() or not (run / LATER_STEPS_FOLDER / f"{first}.changes").is_file():
+    checkpoints = checkpoint_folders(branch / "checkpoints")
+    if not checkpoints or (branch / LATER_STEPS_FOLDER).is_dir():
+        return
+    first = checkpoints[-1].name
+    if not (run / LATER_STEPS_FOLDER / f"{first}.changes").is_file():  # the size has trained since then, on its own
         return
     with folder_written_atomically(branch / LATER_STEPS_FOLDER) as temporary:
         for path in (run / LATER_STEPS_FOLDER).glob("*.changes"):

@@ -75,16 +75,12 @@ def run_training(config: TrainConfig) -> Path | None:
     if is_left:
         for flag in allowed_changes(config):
             _log.info(f"{flag} has changed; the run is finished and stays as it is")
-    if config.run.resume and folder.parent.name == SIZES_FOLDER and is_finished(folder.parent.parent):
-        link_later_steps(folder.parent.parent, folder)  # a larger size that is resumed on its own
     model: Path | None = folder / "model" if is_left else _train(config)
     if model is None or not config.pruning.sizes:
         return model
     for size in unfinished_sizes(folder):
         _log.info(f"size {size}: the run continues in {branch_folder(folder, size)}")
-        branch = resumed_branch(folder, size)
-        link_later_steps(folder, branch_folder(folder, size))
-        if _train(branch) is None:
+        if _train(resumed_branch(folder, size)) is None:
             return None
     if is_main_process():
         for member in members_of(folder):
@@ -98,6 +94,9 @@ def run_training(config: TrainConfig) -> Path | None:
 def _train(config: TrainConfig) -> Path | None:
     """Train one model and return its folder, or None if a signal stopped the run."""
     with _locked_output_folder(config) if is_main_process() else contextlib.nullcontext():
+        folder = Path(config.run.output)
+        if config.run.resume and folder.parent.name == SIZES_FOLDER and is_finished(folder.parent.parent):
+            link_later_steps(folder.parent.parent, folder)  # of a larger size, also if it is resumed on its own
         compute = choose_compute(config)
         with compute.parallel.joined():
             # one rank reads the checkpoint to verify it

@@ -140,7 +140,7 @@ class Trainer:
         """Checkpoint from before the current removal, if an interrupted one must start again."""
         self.later_steps = LaterSteps(plan.folder)
         self.has_later_steps = False
-        """Whether this is a larger size of a run and has the run's later steps in its weights."""
+        """Tell whether the weights of a larger size have the later steps of its run."""
         self.score_keeper: ScoreKeeper | None = None
         self.kept_checkpoint: Path | None = None
         """Checkpoint of the last score that was kept."""
