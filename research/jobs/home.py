@@ -36,7 +36,10 @@ HELD_BACK = 0.2
 """Share of the templates of an intent that are only in the test."""
 
 REFUSED = 0.06
-"""Share of requests that fit no intent."""
+"""Share of the test's requests that fit no intent."""
+
+REFUSED_IN_TRAINING = 0.12
+"""Share of the training requests that fit no intent (research/log/2026-11-30-refusals-of-the-home-job.md)."""
 
 NUMBER_WORDS = 0.1
 """Share of whole numbers up to a hundred that are written in words."""
@@ -200,6 +203,22 @@ REFUSED_REQUESTS = (
     "solve the equation {number} plus x", "define {word}",
 )  # fmt: skip
 """Requests that fit no intent. The last fifth is only in the test."""
+
+TRAINING_REFUSED_REQUESTS = (
+    "summarize {word}", "compare {word} and {other}", "rent a car in {word}", "download {word}", "how tall is {word}",
+    "which is bigger {word} or {other}", "what is {word} made of", "where was {person} born", "who invented {word}",
+    "how much does {item} cost", "buy tickets for {word}", "tell me a story about {person}", "describe {word} briefly",
+    "tell me something about {word}", "show me pictures of {word}", "invite {person} to {word}", "who was {person}",
+    "is {item} good for me", "can you speak {word}", "what do you think of {word}", "describe {word} in {number} words",
+    "pick a number up to {number}", "flip a coin", "roll {number} dice", "are you a robot", "who made you",
+    "how are you today", "thank you very much", "I am bored", "I feel tired today", "happy birthday {person}",
+    "let us talk about {word}", "log in to {word}", "install {word}", "upload a file to {word}", "draw {word}",
+    "pay {person} {number} euros", "what is the price of {word} shares", "which team plays {word}", "rate {word}",
+    "which languages are spoken in {word}", "list the rivers of {word}", "name {number} reasons to visit {word}",
+    "paint a picture of {word}", "correct the grammar of {word}", "write a letter to {person}", "teach me {word}",
+    "search for flights to {word}", "review {word}", "quote {person}", "quiz me on {word}", "sing for {person}",
+)  # fmt: skip
+"""Requests that fit no intent, for training only."""
 
 SENTENCE = "{sentence}"
 """Half of the training requests that fit no intent: the start of a sentence of the demo text.
@@ -618,7 +637,12 @@ class Request:
 
 
 def draw_requests(
-    language: Language, templates: Sequence[tuple[Template, bool]], refused: Sequence[str], names: Names, seed: str
+    language: Language,
+    templates: Sequence[tuple[Template, bool]],
+    refused: Sequence[str],
+    share_refused: float,
+    names: Names,
+    seed: str,
 ) -> Iterator[Request]:
     """Draw requests without end: an intent by the root of its templates, then one of them.
 
@@ -631,7 +655,7 @@ def draw_requests(
     intents = list(by_intent)
     weights = [len(by_intent[intent]) ** 0.5 for intent in intents]
     while True:
-        if chance.random() < REFUSED:
+        if chance.random() < share_refused:
             yield _draw_refused(chance.choice(refused), names)
             continue
         template, is_new = chance.choice(by_intent[chance.choices(intents, weights)[0]])
@@ -668,13 +692,14 @@ def make_job(train: int, test: int, seed: int = 0, words: Sequence[str] = ()) ->
     only_trained = [(template, False) for template in trained if template.intent not in known]
     cut = round(len(REFUSED_REQUESTS) * (1 - HELD_BACK))
     many = ManyNames(random.Random(f"names {seed}"), words or title_words(), () if words else first_sentences())
-    refused = [*REFUSED_REQUESTS[:cut], *[SENTENCE] * cut]
-    requests = draw_requests(language, [(each, False) for each in trained], refused, many, f"train {seed}")
+    refused = [*REFUSED_REQUESTS[:cut], *TRAINING_REFUSED_REQUESTS]
+    refused += [SENTENCE] * len(refused)
+    templates = [(each, False) for each in trained]
+    requests = draw_requests(language, templates, refused, REFUSED_IN_TRAINING, many, f"train {seed}")
     training = distinct(requests, train)
     new = NewNames(random.Random(f"new names {seed}"))
-    requests = draw_requests(
-        language, [(each, True) for each in held_back] + only_trained, REFUSED_REQUESTS[cut:], new, f"test {seed}"
-    )
+    templates = [(each, True) for each in held_back] + only_trained
+    requests = draw_requests(language, templates, REFUSED_REQUESTS[cut:], REFUSED, new, f"test {seed}")
     return training, distinct(requests, test, (request.text for request in training))
 
 

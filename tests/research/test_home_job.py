@@ -55,3 +55,13 @@ def test_training_and_test_share_no_request(job: Path) -> None:
 def test_most_test_requests_have_unseen_phrasing(job: Path) -> None:
     test = rows(job / "test.jsonl")
     assert sum(row["is_new_template"] for row in test) >= 0.75 * len(test)
+
+
+def test_training_refuses_more_requests_than_the_test_and_others(job: Path) -> None:
+    def refused(name: str) -> list[str]:
+        return [row["messages"][-2]["content"] for row in rows(job / name) if row["messages"][-1].get("content")]
+
+    assert len(refused("train.jsonl")) / 300 == pytest.approx(home.REFUSED_IN_TRAINING, abs=0.04)
+    assert len(refused("test.jsonl")) / 80 == pytest.approx(home.REFUSED, abs=0.05)
+    openings = {template.partition("{")[0] for template in home.TRAINING_REFUSED_REQUESTS}
+    assert not [text for text in refused("test.jsonl") if any(text.startswith(each) for each in openings if each)]
