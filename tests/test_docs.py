@@ -145,7 +145,9 @@ def test_python_blocks_run(
         (tmp_path / name).symlink_to(target, target_is_directory=True)
     (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
     (tmp_path / "train.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n', encoding="utf-8")
-    for written, small in {"http://127.0.0.1:8000": address, "10_000_000": "2_000"}.items():
+    replacements = {"http://127.0.0.1:8000": address, "http://127.0.0.1:11434": address}
+    replacements |= {'model="large"': 'model="small"', "range(100)": "range(3)", "10_000_000": "2_000"}
+    for written, small in replacements.items():
         block = block.replace(written, small)
     done = run_python("-c", block, cwd=tmp_path)
     assert done.code == 0, done.errors
