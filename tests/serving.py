@@ -40,7 +40,7 @@ def serve(pool: ModelPool, options: AppOptions, **config: Any) -> Iterator[str]:
     """Serve `pool`; yields the address and checks that the server ends. `config` is uvicorn's."""
     port = free_port()
     app = create_app(pool, options)
-    config = {"host": "127.0.0.1", "port": port, "log_level": "error", "ws": "none", **config}
+    config = {"host": "127.0.0.1", "port": port, "log_config": None, "log_level": "error", "ws": "none", **config}
     server = uvicorn.Server(uvicorn.Config(app, timeout_keep_alive=KEEP_ALIVE_SECONDS, **config))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import logging
 import shutil
 import signal
 import socket
@@ -565,6 +566,20 @@ def test_a_server_that_stops_does_not_wait_for_a_grammar(artefact: Path) -> None
         server.send_signal(signal.SIGTERM)
         assert answer.result().status_code == 503
         assert answer.result().json()["error"]["message"] == "the server stops"
+
+
+def test_a_server_closes_no_log_handler_of_its_program(artefact: Path) -> None:
+    class Handler(logging.NullHandler):
+        is_closed = False
+
+        def close(self) -> None:
+            self.is_closed = True
+            super().close()
+
+    handler = Handler()
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64, parallel=1))
+    GracefulServer(create_app(pool), pool.load_first, pool.abort, 1, log_level="error")
+    assert not handler.is_closed
 
 
 @contextlib.contextmanager

@@ -149,7 +149,8 @@ class GracefulServer(uvicorn.Server):
         `load` is awaited once the server listens. If it fails, the server stops.
         """
         timeout = grace_seconds + CLOSE_SECONDS
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=timeout, **settings))
+        # uvicorn's own log_config would close every log handler of the process
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=timeout, log_config=None, **settings))
         self._load, self._end_answers, self._grace_seconds = load, end_answers, grace_seconds
         self._loading: asyncio.Task[None] | None = None
         self.load_error: BaseException | None = None
