@@ -133,7 +133,7 @@ def notify_systemd(state: str) -> None:
 class GracefulServer(uvicorn.Server):
     """uvicorn's server, which listens before it loads and has a grace period for answers in progress.
 
-    uvicorn itself cancels them in mid-response.
+    uvicorn itself cancels them in mid-response, and closes every log handler of the process by its own log_config.
     """
 
     def __init__(
@@ -149,7 +149,6 @@ class GracefulServer(uvicorn.Server):
         `load` is awaited once the server listens. If it fails, the server stops.
         """
         timeout = grace_seconds + CLOSE_SECONDS
-        # uvicorn's own log_config would close every log handler of the process
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=timeout, log_config=None, **settings))
         self._load, self._end_answers, self._grace_seconds = load, end_answers, grace_seconds
         self._loading: asyncio.Task[None] | None = None
