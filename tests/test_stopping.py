@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,28 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 
 @pytest.fixture(scope="module")
-def whole(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole() -> dict[str, tuple[Path, collections.Counter[str]]]:
     """{run: (its folder, how often each function asked)} of the runs that were made so far, without a stop."""
     return {}
 
 
-def uninterrupted(name: str, whole: dict[str, Any], asked: Asked, source: Path, corpus: Path, folder: Path) -> Path:
-    if name not in whole:
-        assert run(arguments(name, source, corpus, folder / "straight")) == 0
-        whole[name] = folder / "straight", asked.times.copy()
-        asked.times.clear()
-    return whole[name][0]
+@pytest.fixture
+def uninterrupted(
+    whole: dict[str, tuple[Path, collections.Counter[str]]],
+    asked: Asked,
+    source_folder: Path,
+    corpus: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Path]:
+    def folder_of(name: str) -> Path:
+        if name not in whole:
+            folder = tmp_path_factory.mktemp(name)  # pytest deletes the test's own when it has passed
+            assert run(arguments(name, source_folder, corpus, folder)) == 0
+            whole[name] = folder, asked.times.copy()
+            asked.times.clear()
+        return whole[name][0]
+
+    return folder_of
 
 
 @pytest.mark.slow
@@ -115,13 +127,14 @@ def test_a_run_that_is_stopped_anywhere_is_resumed_bit_identically(
     place: str,
     time: int,
     asked: Asked,
-    whole: dict[str, Any],
+    whole: dict[str, tuple[Path, collections.Counter[str]]],
+    uninterrupted: Callable[[str], Path],
     source_folder: Path,
     corpus: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    straight = uninterrupted(name, whole, asked, source_folder, corpus, tmp_path)
+    straight = uninterrupted(name)
     times = whole[name][1][place]
     asked.stop_at = (place, time if time > 0 else times + 1 + time)
     assert 0 < asked.stop_at[1] <= times
@@ -136,7 +149,7 @@ def test_a_run_that_is_stopped_anywhere_is_resumed_bit_identically(
 
 def test_a_removal_that_cannot_be_saved_before_is_done_before_the_run_stops(
     asked: Asked,
-    whole: dict[str, Any],
+    uninterrupted: Callable[[str], Path],
     source_folder: Path,
     corpus: Path,
     tmp_path: Path,
@@ -144,7 +157,7 @@ def test_a_removal_that_cannot_be_saved_before_is_done_before_the_run_stops(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The disk has no room for the checkpoint from before it."""
-    straight = uninterrupted("rows", whole, asked, source_folder, corpus, tmp_path)
+    straight = uninterrupted("rows")
     asked.stop_at = ("_forward", 2)
     given = arguments("rows", source_folder, corpus, tmp_path / "stopped")
     usage = shutil.disk_usage(tmp_path)
