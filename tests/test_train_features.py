@@ -176,7 +176,7 @@ def test_activation_checkpointing_changes_nothing(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_compiled_run_removes_the_same_groups(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    more = ["--compact-every", "4", "--prune", "ffn", "--checkpoint-every", "0"]
+    more = ["--compact-every", "4", "--removals", "2", "--prune", "ffn", "--checkpoint-every", "0"]
     assert run(command(source_folder, corpus, tmp_path / "eager", *more)) == 0
     assert run(command(source_folder, corpus, tmp_path / "compiled", *more, "--compile")) == 0
     assert final(tmp_path / "eager") == final(tmp_path / "compiled")
