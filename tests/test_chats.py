@@ -154,6 +154,11 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
         {"messages": [ASKED, ANSWERED], "tools": [{"type": "function"}]},
         'the "tools" of {} 2 must be a list of',
     ),
+    "parameters that are no schema": (
+        {"messages": [ASKED, ANSWERED], "tools": [{"function": {"name": "now", "parameters": "[1]"}}]},
+        'the "parameters" of a function of {} 2 must be a JSON schema, which is an object',
+    ),
+    "another role": ({"messages": [{**ASKED, "role": "bot"}, ANSWERED]}, 'message 1 of {} 2 has the "role" bot; known'),
 }
 """Records that training would misread, and the message about them."""
 
@@ -206,6 +211,61 @@ def test_fields_for_functions_that_are_empty_leave_a_chat_as_it_is(
     rows = [{"messages": [ASKED, message], "tools": value} for value in (None, [])]
     name = written(rows, place, tmp_path, monkeypatch)
     assert list(open_documents(DataSpec(name))) == [Chat.of(("user", "Hi"), ("assistant", "Hello."))] * 2
+
+
+def test_content_in_parts_is_refused_beside_calls_too(tmp_path: Path) -> None:
+    path, parts = tmp_path / "a.jsonl", [{"type": "text", "text": "Hello."}]
+    for fields in ({}, {"tool_calls": CALLS}):
+        path.write_text(json.dumps(answer(content=parts, **fields)), encoding="utf-8")
+        with pytest.raises(DataError, match='the "content" of message 2 of line 1 must be a text'):
+            list(open_documents(DataSpec(str(path))))
+
+
+@everywhere
+def test_the_developer_is_the_system_and_parameters_may_be_json_text(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": '{"type": "object"}'}}
+    rows: list[dict[str, object]] = [
+        {"messages": [{"role": "developer", "content": "Be kind."}, ASKED, ANSWERED], "tools": [tool]}
+    ]
+    (chat,) = open_documents(DataSpec(written(rows, place, tmp_path, monkeypatch)))
+    assert isinstance(chat, Chat)
+    assert chat.messages[0] == {"role": "system", "content": "Be kind."}
+    assert chat.tools[0]["function"]["parameters"] == {"type": "object"}
+
+
+@everywhere
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [ASKED, ANSWERED]},
+        {"prompt": "Hi", "completion": "Hello."},
+        {"instruction": "Hi", "input": "", "output": "Hello."},
+    ],
+    ids=lambda record: next(iter(record)),
+)
+def test_a_chat_that_is_there_as_a_text_as_well_is_a_chat(
+    record: dict[str, object], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alpaca's data has such a column, in which the question would be learned, too."""
+    name = written([{**record, "text": "Below is Hi", "other": "own"}], place, tmp_path, monkeypatch)
+    assert list(open_documents(DataSpec(name))) == [Chat.of(("user", "Hi"), ("assistant", "Hello."))]
+    assert list(open_documents(DataSpec(name, text_field="other"))) == ["own"]
+
+
+@everywhere
+def test_a_text_with_a_prompt_is_a_text(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = written([{"text": "Whole.", "prompt": "Write."}], place, tmp_path, monkeypatch)
+    assert list(open_documents(DataSpec(name))) == ["Whole."]
+
+
+def test_a_greeting_is_only_read(tokenizer: PreTrainedTokenizerFast) -> None:
+    """No prompt asks for it."""
+    greeted = Chat.of(("assistant", "Welcome."), ("user", "Hi"), ("assistant", "Hello."))
+    ids = Encoder(tokenizer).encode([greeted])[0]
+    assert "Welcome." in text_of(tokenizer, ~ids[ids < 0])
+    assert text_of(tokenizer, ids[ids >= 0]) == "Hello.<|im_end|>\n"
 
 
 CALLED = {

@@ -152,7 +152,7 @@ class ChatFormat:
         rendered = ""
         try:
             for index, message in enumerate(chat.messages):
-                if message["role"] != "assistant":
+                if message["role"] != "assistant" or not index:  # a greeting answers nothing, and is only read
                     continue
                 prompt = self._render(chat, index, add_generation_prompt=True)
                 answered = self._render(chat, index + 1, add_generation_prompt=False)
@@ -254,7 +254,7 @@ class Encoder:
         except DataError as error:
             raise DataError(f"--data {chat.place}: {error}" if chat.place else str(error)) from error
         if not spans:
-            raise DataError("a chat has no answer to learn: no message of the role assistant")
+            raise DataError("a chat has no answer to learn: no message of the role assistant follows another one")
         ids_of_spans = tokenize(self.tokenizer, [span.text for span in spans])
         parts = []
         for ids, span in zip(ids_of_spans, spans, strict=True):

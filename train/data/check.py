@@ -240,7 +240,9 @@ def body(argv: Sequence[str]) -> int:
     chosen = _first_by_hash(example for report in files for example in report.examples)
     for number, (_, ids) in enumerate(chosen, 1):
         shown = rendered(ids[: config.sequence_length], encoder.tokenizer, marks)
-        print(f"\nexample {number} of {len(ids)} tokens:\n{shown}{'...' if len(ids) > config.sequence_length else ''}")
+        learned = "" if sys.stdout.isatty() else ", learned text in [[ ]]"
+        cut = "..." if len(ids) > config.sequence_length else ""
+        print(f"\nexample {number} of {len(ids)} tokens{learned}:\n{shown}{cut}")
     errors = [error for report in reports for error in report.refusals.errors]
     for error in errors[:SHOWN_ERRORS]:
         print(f"\nrefused: {error}")

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 from ...runtime.base.errors import DataError
 from ...runtime.base.extras import extra
 from .chat import Document
-from .records import RECORD_FORMS, ReadContext, document_of
+from .records import ReadContext, document_of, form_of
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -110,7 +110,7 @@ def _read_csv(stream: IO[bytes], context: ReadContext) -> Iterator[Document]:
     with _decoded(stream, context, newline="") as lines:
         rows = csv.DictReader(lines, strict=True)
         try:
-            if any(form.field in (rows.fieldnames or ()) for form in RECORD_FORMS):
+            if form_of(rows.fieldnames or (), context.field):
                 yield from read_records(rows, context, "row")
                 return
             if context.field not in (rows.fieldnames or ()):
@@ -149,8 +149,8 @@ def _read_parquet(stream: IO[bytes], context: ReadContext) -> Iterator[Document]
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         names = file.schema_arrow.names
-        form = next((form for form in RECORD_FORMS if names.count(form.field) == 1), None)
-        if context.field not in names and form is not None:
+        form = form_of([name for name in names if names.count(name) == 1], context.field)
+        if form is not None:
             columns = [name for name in names if name in (form.field, *form.other_fields)]
             batches = file.iter_batches(columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,12 @@ _log = logging.getLogger("efficientllm.train")
 
 OLDER_FIELDS = {"functions": "tools", "function_call": "tool_calls"}
 """OpenAI's older fields for functions and calls, and the fields that replace them."""
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+"""OpenAI's roles, and their names in chat templates."""
+
+TEXT_FIELD = "text"
+"""The field of texts unless the user names another one."""
 
 SHAREGPT_ROLES = {
     **{"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
@@ -95,21 +101,21 @@ class ReadContext:
 
 
 def document_of(context: ReadContext, record: Any, place: str) -> Document:
-    """Return the document of one record: its text field, or the first of RECORD_FORMS whose field it has.
+    """Return the document of one record: the chat of its form, or its text field.
 
     `place` names the record in errors. Raises DataError for a record of no known form or with malformed values.
     """
     field = context.field
     if not isinstance(record, dict):
         raise context.error(f'{place} is not a JSON object with a "{field}" field')
-    if field in record:
-        if not isinstance(record[field], str):
-            raise context.error(f'the "{field}" of {place} is not a string{context.field_hint}')
-        return _checked_unicode(context, record[field], f'the "{field}" of {place}')
-    for form in RECORD_FORMS:
-        if form.field in record:
-            return replace(form.parse(context, record, place), form=form.name, place=f"{context.name}: {place}")
-    raise context.missing(f"{place} has no field", record)
+    has_text = record.get(field) is not None
+    if form := form_of([name for name in record if record[name] is not None or not has_text], field):
+        return replace(form.parse(context, record, place), form=form.name, place=f"{context.name}: {place}")
+    if field not in record:
+        raise context.missing(f"{place} has no field", record)
+    if not isinstance(record[field], str):
+        raise context.error(f'the "{field}" of {place} is not a string{context.field_hint}')
+    return _checked_unicode(context, record[field], f'the "{field}" of {place}')
 
 
 def _checked_unicode(context: ReadContext, text: str, name: str) -> str:
@@ -144,6 +150,12 @@ def _tools(context: ReadContext, record: Mapping[str, Any], place: str) -> tuple
         function = tool.get("function", tool) if isinstance(tool, dict) else None  # some write the function alone
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise context.error(malformed)
+        parameters = function.get("parameters")
+        if isinstance(parameters, str):  # as in tables
+            parameters = _parsed(context, parameters, f'the "parameters" of a function of {place}')
+            function = {**function, "parameters": parameters}
+        if not isinstance(parameters, dict | None):
+            raise context.error(f'the "parameters" of a function of {place} must be a JSON schema, which is an object')
         found.append({"type": "function", "function": function})
     return tuple(found)
 
@@ -163,6 +175,9 @@ def _message(context: ReadContext, message: Any, place: str) -> Message:
         raise malformed
     if role == "function":
         raise context.error(f'{place} has the "role" function; name it tool')
+    if role not in ROLES:
+        raise context.error(f'{place} has the "role" {role}; known are {", ".join(ROLES)}')
+    role = ROLES[role]
     if calls:
         if role != "assistant":
             raise context.error(f'{place} has "tool_calls", which only an assistant\'s message can have')
@@ -170,13 +185,17 @@ def _message(context: ReadContext, message: Any, place: str) -> Message:
             raise context.error(f'the "tool_calls" of {place} must be a list')
         calls = [_call(context, call, f"a call in {place}") for call in calls]
         # OpenAI writes null as the content beside calls
-        content = content if isinstance(content, str) and content != "missing" else ""
+        content = "" if content is None or "content" not in message else content
+        if not isinstance(content, str):
+            raise context.error(f'the "content" of {place} must be a text')
         return {"role": role, "content": content, "tool_calls": calls, **own}
     if content is None:
         error = f'{place} has a "content" that is null; give it a text, or remove the record'
         raise context.error(error, EmptyAnswerError if role == "assistant" else DataError)
-    if not isinstance(content, str) or "content" not in message:
+    if "content" not in message:
         raise malformed
+    if not isinstance(content, str):
+        raise context.error(f'the "content" of {place} must be a text; write JSON as text, too')
     if role == "assistant" and not content.strip():
         error = f'{place} has an empty "content", which is no answer; give it a text, or remove the record'
         raise context.error(error, EmptyAnswerError)
@@ -274,6 +293,8 @@ class RecordForm:
     name: str
     field: str
     """Field by which a record of this form is recognised."""
+    needs: str
+    """Field that a record with a text needs as well to be of this form, "" if none."""
     other_fields: tuple[str, ...]
     """Further columns of a table that `parse` reads."""
     parse: Callable[[ReadContext, dict[str, Any], str], Chat]
@@ -281,9 +302,22 @@ class RecordForm:
 
 
 RECORD_FORMS = (
-    RecordForm("chat", "messages", ("tools", "functions"), _openai_chat),
-    RecordForm("ShareGPT", "conversations", ("tools", "system"), _sharegpt_chat),
-    RecordForm("prompt and completion", "prompt", ("completion", "tools"), _completion),
-    RecordForm("Alpaca", "instruction", ("input", "output", "system"), _alpaca),
+    RecordForm("chat", "messages", "", ("tools", "functions"), _openai_chat),
+    RecordForm("ShareGPT", "conversations", "", ("tools", "system"), _sharegpt_chat),
+    RecordForm("prompt and completion", "prompt", "completion", ("completion", "tools"), _completion),
+    RecordForm("Alpaca", "instruction", "output", ("input", "output", "system"), _alpaca),
 )
-"""Forms that are tried in this order on a record without the text field."""
+"""Forms in the order in which they are tried."""
+
+
+def form_of(names: Collection[str], field: str) -> RecordForm | None:
+    """Return the form of a record with the fields `names`, None if its text field is read.
+
+    A chat that is also there as a text, as in Alpaca's data, is a chat unless the user named the text field.
+    """
+    if field in names and field != TEXT_FIELD:
+        return None
+    for form in RECORD_FORMS:
+        if form.field in names and (field not in names or form.needs in ("", *names)):
+            return form
+    return None
