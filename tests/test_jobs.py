@@ -31,8 +31,9 @@ from efficientllm.train.checkpoint.run_folder import foreign_files
 from efficientllm.train.data.chat import Chat
 from efficientllm.train.evaluation import cli, jobs, sql
 from efficientllm.train.evaluation.evaluate import Evaluation
+from efficientllm.train.evaluation.job_metrics import Example, calls_in, macro_f1, metric_named
 from efficientllm.train.evaluation.job_score import stored_scores
-from efficientllm.train.evaluation.jobs import Example, JobResult, calls_in, metric_named, read_examples
+from efficientllm.train.evaluation.jobs import JobResult, read_examples
 from efficientllm.train.evaluation.scoring import EngineModel
 
 CALL = {"name": "set_light", "arguments": {"area": "loft", "level": 3}}
@@ -81,7 +82,11 @@ def test_no_call_has_none_of_the_arguments_of_a_call_without_any() -> None:
 
 
 def test_calls_may_be_expected_as_json_text() -> None:
-    assert metric_named("call")(json.dumps(CALL), example(json.dumps(CALL)))["exact"] == 1
+    expected = example(json.dumps({"name": CALL["name"], "arguments": json.dumps(CALL["arguments"])}))
+    for right in (expected.expected, json.dumps(CALL)):
+        assert metric_named("call")(right, expected)["exact"] == 1
+    other = {"name": CALL["name"], "arguments": {**CALL["arguments"], "level": True}}
+    assert metric_named("call")(json.dumps(other), expected)["exact"] == 0
 
 
 @pytest.mark.parametrize("metric", ["call", "json"])
@@ -106,6 +111,8 @@ def test_a_refusal_is_right_without_a_call() -> None:
         ("label", "Translate\nmore", "translate", 1),
         ("sql", "select A from T where B = 'X' ;", "SELECT a FROM t WHERE b = 'X'", 1),
         ("sql", "SELECT a FROM t WHERE b = 'x'", "SELECT a FROM t WHERE b = 'X'", 0),
+        ("sql", "SELECT\n a FROM t WHERE b = 'x  y' ", "SELECT a  FROM t WHERE b = 'x  y';", 1),
+        ("sql", "SELECT a FROM t WHERE b = 'x  y'", "SELECT a FROM t WHERE b = 'x y'", 0),
     ],
 )
 def test_metrics_of_texts(metric: str, answer: str, expected: str, value: float) -> None:
@@ -191,6 +198,84 @@ def test_examples_that_a_metric_cannot_score_are_refused_before_a_model_is_loade
     assert reason in said
 
 
+SCHEMA_OF_ANSWERS = {"type": "object", "properties": {"a": {"enum": ["x", None]}}, "required": ["a"]}
+FORM = {
+    "type": "json_schema",
+    "json_schema": {"name": "a", "schema": {**SCHEMA_OF_ANSWERS, "additionalProperties": False}},
+}
+INEFFECTIVE = {
+    "calls": (
+        ["--metric", "call"],
+        {},
+        "--metric call: no example of --task has tools or expects a call; give --metric",
+    ),
+    "no form": (["--constrain", "schema"], {}, "has no effect: no example of --task has tools or a response_format"),
+    "no tools": (["--constrain", "copy"], {"response_format": FORM}, "has no effect: no example of --task has tools"),
+    "other form": (["--constrain", "schema"], {"response_format": {"type": "x"}}, "response_format must be {"),
+    "no call": (
+        ["--metric", "call"],
+        {"tools": [TOOL]},
+        "example 1 of --task: the expected answer is no call; write",
+    ),
+    "bad schema": (
+        ["--constrain", "schema"],
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+        "--constrain schema: example 1 of --task: json_schema: Invalid type: x",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INEFFECTIVE)
+def test_a_metric_or_constraint_without_effect_is_refused(
+    case: str, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, fields, reason = INEFFECTIVE[case]
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps({"prompt": "Which?", "completion": '{"a": "x"}', **fields}), encoding="utf-8")
+    assert run_command(cli.body, [str(artefact), "--task", str(path), *flags]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert reason in said
+
+
+def test_answers_follow_the_response_format_of_their_example(artefact: Path, tmp_path: Path) -> None:
+    path, output = tmp_path / "test.jsonl", tmp_path / "out"
+    record = {"prompt": "Which?", "completion": '{"a": "x"}'}
+    rows = [{**record, "response_format": FORM}, {**record, "response_format": FORM, "tools": [TOOL]}, record]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    arguments = [str(artefact), "--task", str(path), "--task-tokens", "32", "--threads", "1", "--output", str(output)]
+    assert run_command(cli.body, [*arguments, "--metric", "json", "--constrain", "schema"]) == 0
+    (found,) = json.loads((output / "results.json").read_text())["evaluations"]
+    *formed, free = found["job"]["answers"]
+    # a model without a format of calls may name the function, and the grammar leaves no third way
+    assert all(json.loads(answer) in ({"a": "x"}, {"a": None}) or "set_light" in answer for answer in formed)
+    assert json.loads(formed[0])["a"] in ("x", None)
+    assert found["job"]["values"]["valid_json"][0] == 1
+    with pytest.raises(ValueError, match="Expecting"):
+        json.loads(free)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "values"),
+    [
+        ('{"b": 2, "a": 1}', {"a": 1, "b": 2}, (1, 1, 1)),
+        ('{"a": 1, "b": 3, "c": 4}', {"a": 1, "b": 2}, (0, 2 / 5, 1)),
+        ('{"a": 1.0}', {"a": 1}, (1, 1, 1)),
+        ('{"a": true}', {"a": 1}, (0, 0, 1)),
+        ('{"a": NaN}', {"a": 1}, (0, 0, 0)),
+        ("[1]", {"a": 1}, (0, 0, 1)),
+        ("null", {"a": 1}, (0, 0, 1)),
+        ("{", {"a": 1}, (0, 0, 0)),
+        ("[" * 100_000, {"a": 1}, (0, 0, 0)),
+        ("[1, 2]", [1, 2], (1, math.nan, 1)),
+        ("{}", {}, (1, math.nan, 1)),
+    ],
+)
+def test_json_is_compared_as_a_value_and_by_fields(answer: str, expected: Any, values: tuple[float, ...]) -> None:
+    found = metric_named("json")(answer, example(json.dumps(expected)))
+    assert list(found) == ["exact", "field_f1", "valid_json"]
+    assert tuple(found.values()) == pytest.approx(values, nan_ok=True)
+
+
 @pytest.mark.parametrize("metric", ["chrf", "rouge"])
 def test_metrics_of_libraries_take_the_best_reference(metric: str) -> None:
     pytest.importorskip("sacrebleu" if metric == "chrf" else "rouge_score")
@@ -204,17 +289,24 @@ def test_metrics_of_libraries_take_the_best_reference(metric: str) -> None:
 def test_macro_f1_gives_rare_labels_the_same_weight() -> None:
     expected, answers = ["a", "a", "a", "b"], ["A", "a\nmore", "b", "x"]
     # a: 2 right of 3 expected and 2 given, b: none right
-    assert jobs.macro_f1(expected, answers) == pytest.approx((2 * 2 / 5 + 0) / 2)
+    assert macro_f1(expected, answers) == pytest.approx((2 * 2 / 5 + 0) / 2)
     everything = pytest.importorskip("sklearn.metrics")
     given = ["a", "a", "b", "a"]
-    assert jobs.macro_f1(expected, given) == pytest.approx(everything.f1_score(expected, given, average="macro"))
+    assert macro_f1(expected, given) == pytest.approx(everything.f1_score(expected, given, average="macro"))
 
 
 def test_a_metric_may_be_a_function_of_a_module() -> None:
     assert metric_named("python:operator:eq")("x", example("y")) == {"eq": 0.0}
-    for name in ("bleu", "python:no_module_of_this_name:f", "python:json:nothing"):
+    for name in ("bleu", "python:no_module_of_this_name:f", "python:json:nothing", "python::f", "python:.json:f"):
         with pytest.raises(UsageError, match=re.escape(f"--metric {name}: ")):
             metric_named(name)
+
+
+def test_a_metric_may_lie_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metric_of_this_folder.py").write_text("def half(answer, record):\n    return 0.5\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each])
+    monkeypatch.chdir(tmp_path)
+    assert metric_named("python:metric_of_this_folder:half")("x", example("y")) == {"half": 0.5}
 
 
 def test_errors_are_bootstrapped_and_differences_are_paired() -> None:
@@ -271,6 +363,64 @@ def test_a_job_is_scored_on_checkpoints_and_files(
     assert "# Misses of" in page.read_text()
 
 
+def test_answers_are_kept_when_an_evaluation_ends_early(
+    task: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a signal, and by a metric that cannot score one of them."""
+    output, answer, asked = tmp_path / "out", EngineModel.answer, []
+    command = [str(artefact), "--task", str(task), "--metric", "python:of_these_answers:measure"]
+    command += ["--task-tokens", "4", "--threads", "1", "--output", str(output)]
+    module = tmp_path / "of_these_answers.py"
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def interrupted(self: EngineModel, prompts: Any, max_tokens: int) -> Any:
+        for text in answer(self, prompts, max_tokens):
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            asked.append(text)
+            yield text
+
+    monkeypatch.setattr(EngineModel, "answer", interrupted)
+    task.write_text("\n".join(task.read_text(encoding="utf-8").splitlines()[:3]), encoding="utf-8")
+    module.write_text("def measure(answer, record): return {'ok': 1.0}[answer]", encoding="utf-8")
+    assert run_command(cli.body, command) == 130
+    assert len(asked) == 2
+    monkeypatch.setattr(EngineModel, "answer", lambda self, prompts, limit: map(count, answer(self, prompts, limit)))
+
+    def count(text: str) -> str:
+        asked.append(text)
+        return text
+
+    assert run_command(cli.body, command) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: --metric python:of_these_answers:measure: the answer to example 1 of --task cannot")
+    assert len(asked) == 3  # two of them were kept
+    command[command.index("--metric") + 1] = "contains"
+    assert run_command(cli.body, command) == 0
+    assert len(asked) == 3
+    (found,) = json.loads((output / "results.json").read_text())["evaluations"]
+    assert found["job"]["answers"] == asked
+    assert run_command(cli.body, command) == 0  # a finished evaluation leaves none
+    assert len(asked) == 6
+
+
+def test_schemas_are_enforced_as_by_the_server(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A keyword that cannot be enforced is ignored if the function is not strict."""
+    path = tmp_path / "test.jsonl"
+    message = called(CALL).chat.messages[1]
+    for strict in (False, True):
+        parameters = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+        tool = {"type": "function", "function": {"name": "set_light", "parameters": parameters, "strict": strict}}
+        chat = {"messages": [{"role": "user", "content": "Light"}, message], "tools": [tool]}
+        path.write_text(json.dumps(chat), encoding="utf-8")
+        arguments = ["--metric", "call", "--constrain", "schema", "--task-tokens", "4", "--threads", "1"]
+        command = [str(artefact), "--task", str(path), *arguments, "--output", str(tmp_path / "out")]
+        assert run_command(cli.body, command) == (2 if strict else 0)
+    assert "error: --task: example 1: tool 'set_light'" in capsys.readouterr().err
+
+
 def test_two_models_are_compared_example_by_example(
     task: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,7 +458,8 @@ def test_the_page_of_misses_shows_request_expected_and_answer(task: Path) -> Non
 
 
 BAD = {
-    "not a file": (None, "give a .jsonl or .jsonl.gz file of chats"),
+    "not a file": (None, "no such file"),
+    "only an answer": ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1 has no message before its ans"),
     "not JSON": ("{", "line 1 is not JSON"),
     "a text": ('{"text": "a"}', "line 1 does not end with an answer of the assistant"),
     "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "line 1 has no answer to learn"),

@@ -354,7 +354,7 @@ class Trainer:
             if pruner.settings.removals:
                 describe = pruner.budget.measure.describe
                 sizes = (pruner.size, target, pruner.budget.target)
-                self.display.say("removal from {} to {}, of the target {}".format(*map(describe, sizes)))
+                self.display.say("removal from {} to {} (target {})".format(*map(describe, sizes)))
         batch_size, report = self.config.optimizer.batch_size, self.display.update
         event = PruningEvent(pruner, self.trained, self.text, batch_size, self.stop_signal, report)
         if event.needs_restart:

@@ -21,7 +21,8 @@ from typing import Any
 from hassil import Intents, recognize_best
 from hassil.intents import SlotList, TextSlotList
 
-from efficientllm.train.evaluation.jobs import Example, JobResult, calls_in, metric_named, read_examples
+from efficientllm.train.evaluation.job_metrics import Example, calls_in, metric_named
+from efficientllm.train.evaluation.jobs import JobResult, read_examples
 
 from .home import TEST_NAMES, Language, NewNames, split_templates
 

@@ -15,7 +15,8 @@ if importlib.util.find_spec("sklearn") is None:  # every worker collects this fi
 
 from efficientllm.devices.results import Measurement, summarize
 from efficientllm.train.data.chat import Chat
-from efficientllm.train.evaluation.jobs import Example, JobResult, calls_in, read_examples
+from efficientllm.train.evaluation.job_metrics import Example, calls_in
+from efficientllm.train.evaluation.jobs import JobResult, read_examples
 from research.jobs import home
 from research.jobs.baselines import baselines, classifier_answers, matcher_answers, request_of, score
 from research.jobs.table import HEADER, Row, draw

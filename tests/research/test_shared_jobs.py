@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from efficientllm.train.data.documents import DataSpec, open_documents
-from efficientllm.train.evaluation.jobs import check_examples, metric_named, read_examples
+from efficientllm.train.evaluation.job_metrics import metric_named
+from efficientllm.train.evaluation.jobs import check_examples, read_examples
 from research.jobs import shared
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "jobs"

@@ -19,7 +19,7 @@ from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import markdown_table, print_rows
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.contract_text import ALL_TEXTS, with_bits
-from .evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
+from .evaluate import ANSWERS, ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from .job_score import check_target, job_score, write_score
 from .jobs import misses_page
 from .perplexity import Perplexity
@@ -216,15 +216,20 @@ def body(argv: Sequence[str]) -> int:
             results = {"schema_version": 1, "evaluations": [each.to_dict() for each in evaluations]}
             write_json_atomically(output / "results.json", results)  # after each model: a later one may fail
     write_text_atomically(output / "results.md", markdown(evaluations))
+    pages: list[Path] = []
     for number, each in enumerate(evaluations, 1):
         if each.job is not None:
-            page = misses_page(_name(each), config.measures.examples, each.job)
-            write_text_atomically(output / f"misses-{number}-{_name(each)}.md", page)
+            pages.append(output / f"misses-{number}-{_name(each)}.md")
+            write_text_atomically(pages[-1], misses_page(_name(each), config.measures.examples, each.job))
+    for answers in output.glob(f"*{ANSWERS}"):  # a later evaluation measures times anew
+        answers.unlink()
     for path, each in zip(written, evaluations[first_written:], strict=store):
         source = evaluations[0] if each is not evaluations[0] else None
         write_score(path, job_score(each, source, config.measures, config.compute))
     print_rows(rows(evaluations), narrow_width=140)
     print(f"\nresults: {output / 'results.json'}")
+    for page in pages:
+        print(f"misses: {page}")
     return 0
 
 

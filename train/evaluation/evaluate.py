@@ -18,8 +18,11 @@ from ..data.documents import DataSpec, check_documents
 from .jobs import Constrain, Example, JobResult, check_examples, read_examples, run_job
 from .perplexity import WIKITEXT, WIKITEXT_FILE, Perplexity, corpus_documents, measure_perplexity, read_wikitext
 from .quality.contract import Quality, Report, measure_quality
-from .scoring import EngineModel, EvaluatedModel, ScoreCache, fingerprint, is_checkpoint
+from .scoring import EngineModel, EvaluatedModel, LineCache, ScoreCache, fingerprint, is_checkpoint
 from .tasks import TASKS, TaskResult, check_names
+
+ANSWERS = "-answers.jsonl"
+"""End of the name of the cache with a model's answers to --task."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ class MeasureConfig:
     task_tokens: int = flags.count(256, at_least=1)
     """Longest answer to an example of --task, in tokens."""
     constrain: Constrain = "none"
-    """With --task: limit calls by a grammar to the `tools` of each example (schema), and free texts in arguments to
-    words of the request (copy), or texts with `examples` to those in it (examples). For exported files."""
+    """With --task: limit calls by a grammar to the `tools` of each example and other answers to its `response_format`
+    (schema), and free texts in arguments to words of the request (copy), or texts with `examples` to those in it
+    (examples). For exported files."""
     window: int = flags.number(512, at_least=2)
     """Context of a perplexity in tokens. Each token is predicted from the start of its window."""
     min_context: int = flags.number(1, at_least=1)
@@ -155,7 +159,7 @@ def check(config: MeasureConfig) -> None:
     """Raise UsageError or MissingExtraError for settings that would only fail after hours."""
     check_names(config.task_names)
     if config.task:
-        check_examples(config.examples, config.metric)
+        check_examples(config.examples, config.metric, config.constrain)
     data_dir = Path(config.data_dir)
     if config.data_dir and not data_dir.is_dir():
         raise UsageError(f"--data-dir {data_dir}: no such folder")
@@ -213,6 +217,7 @@ def evaluate(
             measures.metric,
             max_tokens=measures.task_tokens,
             constrain=measures.constrain,
+            cache=LineCache(cache_path(ANSWERS)),
             advance=partial(report, "answers"),
         )
     return Evaluation(str(path), digest, perplexities, tasks, quality, job)

@@ -1,21 +1,16 @@
 """Score a model's answers on the held-out examples of a job: calls, labels, JSON, SQL or text.
 
-An example is a chat whose last answer is expected. The model answers greedily after the messages before it. A metric
-returns one or more values in [0, 1] for an answer; the first one is its score.
+An example is a chat whose last answer is expected. The model answers greedily after the messages before it.
 """
 
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import math
-import re
-import statistics
 import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +18,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ...runtime.base.errors import ContextOverflowError, DataError, UsageError
-from ...runtime.base.extras import extra
+from ...runtime.grammar import Grammar
 from ...runtime.tool_format import tool_format
 from ..data.chat import Chat, ChatFormat
 from ..data.records import BadLines, ReadContext, document_of
-from .scoring import Advance, EngineModel, EvaluatedModel
-from .sql import gives_same_rows, has_database, normalised
+from .job_metrics import FORM, Example, Values, calls_in, macro_f1, metric_named
+from .scoring import Advance, EngineModel, EvaluatedModel, LineCache
 
 BOOTSTRAP_SAMPLES = 1000
 """Resamplings of the examples for a standard error."""
@@ -37,39 +32,8 @@ WORST = 20
 """Missed examples on the page of misses."""
 
 Constrain = Literal["none", "schema", "copy", "examples"]
-"""Grammar of calls: none, the functions and their schemas, or in addition texts that are copied from the request, or
-those examples of their schemas that occur in it."""
-
-Values = dict[str, float]
-"""{name: value in [0, 1]}; NaN if the value does not apply to the example."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A held-out example of a job."""
-
-    chat: Chat
-    """The conversation with the expected answer as its last message."""
-    record: Mapping[str, Any]
-    """The whole record, for metrics that read further fields."""
-
-    @property
-    def expected(self) -> str:
-        """Return the expected answer as text. Calls are JSON."""
-        message = self.chat.messages[-1]
-        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
-        texts = [message["content"]] if message["content"] else []
-        return "\n".join([*texts, *calls])
-
-    @property
-    def references(self) -> list[str]:
-        """Return all right answers: the field `references`, or the expected answer."""
-        return list(self.record.get("references") or [self.expected])
-
-    @property
-    def prompt(self) -> Chat:
-        """Return the conversation before the expected answer."""
-        return Chat(self.chat.messages[:-1], self.chat.tools)
+"""Grammar of answers: none, the functions and the response format of the example, or in addition texts in arguments
+that are copied from the request, or those examples of their schemas that occur in it."""
 
 
 def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Example]:
@@ -78,6 +42,8 @@ def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Exampl
     A record's `database` is relative to the file's folder. `database` is that of records without one.
     Raises UsageError for a missing file or another kind of file, and DataError for a malformed record.
     """
+    if not path.exists():
+        raise UsageError(f"--task {path}: no such file")
     if not path.is_file() or not path.name.removesuffix(".gz").endswith(".jsonl"):
         raise UsageError(f"--task {path}: give a .jsonl or .jsonl.gz file of chats")
     context = ReadContext(str(path), "text", BadLines(0, flag="--task"), "--task")
@@ -92,6 +58,8 @@ def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Exampl
             raise DataError(f"--task {path}: line {number} is not JSON: {error}") from error
         if not isinstance(chat, Chat) or chat.messages[-1]["role"] != "assistant":
             raise DataError(f"--task {path}: line {number} does not end with an answer of the assistant")
+        if len(chat.messages) < 2:
+            raise DataError(f"--task {path}: line {number} has no message before its answer")
         references = record.get("references") or []
         if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
             raise DataError(f"--task {path}: line {number}: references must be a list of texts")
@@ -116,172 +84,56 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"--task {path}: cannot be read: {error}") from error
 
 
-def calls_in(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return the (name, arguments) of all calls in an answer.
+def check_examples(examples: Sequence[Example], metric: str, constrain: Constrain = "none") -> None:
+    """Score the expected answers, and compile the grammars of `constrain`.
 
-    A call is a JSON object with a name and arguments (or parameters), or a name before a JSON object, as templates
-    write them. Other objects are ignored.
+    Raises UsageError for a metric or a constraint that has no effect on the examples, and DataError if an example or
+    all of them have no score.
     """
-    decoder = json.JSONDecoder()
-    found: list[tuple[str, dict[str, Any]]] = []
-    position = text.find("{")
-    while position >= 0:
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
-            position = text.find("{", position + 1)
-            continue
-        if isinstance(value, dict):
-            arguments = value.get("arguments", value.get("parameters"))
-            if isinstance(value.get("name"), str) and isinstance(arguments, dict | None):
-                found.append((value["name"], arguments or {}))
-            elif name := re.search(r"([A-Za-z_][\w.-]*)\W*$", text[:position]):
-                found.append((name[1], value))
-        position = text.find("{", end)
-    return found
+    _check_calls(examples, metric, constrain)
+    _scored(examples, [each.expected for each in examples], metric, "example")
 
 
-def _normalised(text: str) -> str:
-    return " ".join(text.split())
-
-
-def exact(answer: str, example: Example) -> Values:
-    """Return 1 if the answer equals a reference except for white space."""
-    return {"exact": float(_normalised(answer) in map(_normalised, example.references))}
-
-
-def contains(answer: str, example: Example) -> Values:
-    """Return 1 if the answer contains a reference, ignoring case and white space."""
-    text = _normalised(answer).casefold()
-    return {"contains": float(any(_normalised(each).casefold() in text for each in example.references))}
-
-
-def json_value(answer: str, example: Example) -> Values:
-    """Return whether the answer is the expected JSON value, and whether it is JSON."""
-    expected = json.loads(example.expected)
-    try:
-        value = json.loads(answer)
-    except (ValueError, RecursionError):  # an answer that repeats itself has thousands of brackets
-        return {"exact": 0.0, "valid_json": 0.0}
-    return {"exact": float(value == expected), "valid_json": 1.0}
-
-
-def call(answer: str, example: Example) -> Values:
-    """Compare calls: exact match, function names, F1 of the arguments, and whether a call can be read.
-
-    An example without a call expects a refusal, which is right if the answer has no call.
-    """
-    expected, found = calls_in(example.expected), calls_in(answer)
-    if not expected:
-        refused = float(not found)
-        return {"exact": refused, "function": refused, "argument_f1": math.nan, "valid": math.nan, "refused": refused}
-    wanted, given = (Counter(_arguments(calls)) for calls in (expected, found))
-    shared, total = (wanted & given).total(), wanted.total() + given.total()
-    return {
-        "exact": float(expected == found),
-        "function": float([name for name, _ in expected] == [name for name, _ in found]),
-        "argument_f1": 2 * shared / total if total else float(bool(found)),
-        "valid": float(bool(found)),
-        "refused": math.nan,
-    }
-
-
-def _arguments(calls: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, str]]:
-    for _, arguments in calls:
-        for name, value in arguments.items():
-            yield name, json.dumps(value, sort_keys=True)
-
-
-def label(answer: str, example: Example) -> Values:
-    """Return 1 if the first line of the answer is the expected label, ignoring case."""
-    return {"accuracy": float(_label(answer) == _label(example.expected))}
-
-
-def _label(answer: str) -> str:
-    lines = answer.strip().splitlines()
-    return _normalised(lines[0] if lines else "").casefold()
-
-
-def macro_f1(expected: Sequence[str], answers: Sequence[str]) -> float:
-    """Return the mean over all expected labels of the F1 of each label."""
-    pairs = [(_label(one), _label(other)) for one, other in zip(expected, answers, strict=True)]
-    right = Counter(one for one, other in pairs if one == other)
-    wanted, given = (Counter(label) for label in zip(*pairs, strict=True))
-    return statistics.fmean(2 * right[label] / (wanted[label] + given[label]) for label in wanted)
-
-
-def sql(answer: str, example: Example) -> Values:
-    """Return whether the query gives the rows of the expected one, if there is a database, and whether it is the same.
-
-    White space and case outside quotes do not count.
-    """
-    exact = float(normalised(answer) == normalised(example.expected))
-    if not has_database(example.record):
-        return {"exact": exact}
-    return {"execution": float(gives_same_rows(answer, example.expected, example.record)), "exact": exact}
-
-
-def chrf(answer: str, example: Example) -> Values:
-    """Return chrF (Popovic 2015) against all references, by sacrebleu."""
-    with extra("eval", "sacrebleu"):
-        import sacrebleu
-    return {"chrf": sacrebleu.sentence_chrf(answer, example.references).score / 100}
-
-
-def rouge(answer: str, example: Example) -> Values:
-    """Return the F-measure of ROUGE-L (Lin 2004) against the best reference, by rouge-score."""
-    with extra("eval", "rouge-score"):
-        from rouge_score import rouge_scorer
-    scorer = rouge_scorer.RougeScorer(["rougeL"])
-    return {"rouge_l": max(scorer.score(each, answer)["rougeL"].fmeasure for each in example.references)}
-
-
-Metric = Callable[[str, Example], Values]
-METRICS: dict[str, Metric] = {
-    "exact": exact,
-    "contains": contains,
-    "json": json_value,
-    "call": call,
-    "label": label,
-    "sql": sql,
-    "chrf": chrf,
-    "rouge": rouge,
-}
-"""Values of `--metric`, besides python:MODULE:FUNCTION."""
-
-
-def metric_named(name: str) -> Metric:
-    """Return a metric of METRICS, or a function (answer, record) -> number of an importable module.
-
-    Raises UsageError with the known names.
-    """
-    if name in METRICS:
-        return METRICS[name]
-    kind, _, target = name.partition(":")
-    module, _, function = target.partition(":")
-    if kind != "python" or not function:
-        raise UsageError(f"--metric {name}: known are {', '.join(METRICS)} and python:MODULE:FUNCTION")
-    try:
-        score = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"--metric {name}: cannot be imported: {error}") from error
-    return lambda answer, example: {function: float(score(answer, dict(example.record)))}
-
-
-def check_examples(examples: Sequence[Example], metric: str) -> None:
-    """Score the expected answers. Raises UsageError, or DataError if an example or all of them have no score."""
+def _scored(examples: Sequence[Example], answers: Sequence[str], metric: str, subject: str) -> list[Values]:
+    """Return the values of each answer. Raises DataError if one, called `subject`, or all of them have no score."""
     score = metric_named(metric)
-    scores = []
-    for number, example in enumerate(examples, 1):
+    found: list[Values] = []
+    for number, (example, answer) in enumerate(zip(examples, answers, strict=True), 1):
         try:
-            scores.append(next(iter(score(example.expected, example).values())))
+            found.append(score(answer, example))
         except UsageError:
             raise
         except Exception as error:  # a metric of the user's may raise anything
             reason = str(error) if isinstance(error, ValueError | DataError) else repr(error)
-            raise DataError(f"--metric {metric}: example {number} of --task cannot be scored: {reason}") from error
-    if all(map(math.isnan, scores)):
+            raise DataError(f"--metric {metric}: {subject} {number} of --task cannot be scored: {reason}") from error
+    if all(math.isnan(next(iter(each.values()))) for each in found):
         raise DataError(f"--metric {metric}: no example of --task has a score")
+    return found
+
+
+def _check_calls(examples: Sequence[Example], metric: str, constrain: Constrain) -> None:
+    has_tools = any(each.chat.tools for each in examples)
+    # a text without a call counts as a refusal, so that every answer would be right
+    if metric == "call" and not has_tools and not any(calls_in(each.expected) for each in examples):
+        remedy = "give --metric json for answers in JSON, or exact, label or another one for texts"
+        raise UsageError(f"--metric call: no example of --task has tools or expects a call; {remedy}")
+    for number, each in enumerate(examples, 1) if metric == "call" else ():
+        if each.expected.lstrip().startswith("{") and not calls_in(each.expected):
+            reason = 'the expected answer is no call; write {"name": ..., "arguments": {...}}'
+            raise DataError(f"--metric call: example {number} of --task: {reason}")
+    if constrain == "none":
+        return
+    has_schema = False
+    for number, each in enumerate(examples, 1):
+        try:
+            if each.schema is not None:
+                Grammar.json_schema(each.schema)
+                has_schema = True
+        except (ValueError, UsageError) as error:
+            raise DataError(f"--constrain {constrain}: example {number} of --task: {error}") from error
+    if not has_tools and not (has_schema and constrain == "schema"):
+        needed = "tools or a response_format" if constrain == "schema" else "tools"
+        raise UsageError(f"--constrain {constrain} has no effect: no example of --task has {needed}")
 
 
 @dataclass(frozen=True)
@@ -344,49 +196,59 @@ def run_job(
     *,
     max_tokens: int = 256,
     constrain: Constrain = "none",
+    cache: LineCache | None = None,
     advance: Advance = lambda done, total: None,
 ) -> JobResult:
-    """Answer all examples greedily and score the answers.
+    """Answer all examples greedily and score the answers. Those in `cache` are not asked for again.
 
-    With `constrain`, a grammar limits calls to the functions of each example, for engines only. Raises UsageError for a
-    model without a chat template.
+    With `constrain`, a grammar limits calls to the functions of each example, and other answers to its response format,
+    for engines only. Raises UsageError for a model without a chat template, and DataError for an example that the model
+    cannot answer or the metric cannot score.
     """
-    score = metric_named(metric)
+    cache = LineCache() if cache is None else cache
     chat_format = ChatFormat.of(model.chat_template, model.bos_token, model.eos_token)
     if chat_format is None:
         raise UsageError("--task needs a model with a chat template")
     if constrain != "none" and not isinstance(model, EngineModel):
         raise UsageError(f"--constrain {constrain} needs an exported file; a Hugging Face folder answers freely")
-    began = time.perf_counter()
-    if constrain != "none" and isinstance(model, EngineModel):
-        chats = [each.prompt for each in examples]
-        answered = model.answer_with_tools(chats, "any" if constrain == "schema" else constrain, max_tokens)
-    else:
-        prompts = [model.encode_markup(chat_format.chat_prompt(each.prompt)) for each in examples]
-        for number, prompt in enumerate(prompts, 1):
-            if len(prompt) >= model.context_length:
-                problem = f"has {len(prompt)} tokens before its answer, the context of the model {model.context_length}"
-                raise DataError(f"--task: example {number} {problem}; shorten or remove it")
-        answered = model.answer(prompts, max_tokens)
-    written: list[str] = []
+    settings = repr((constrain, max_tokens))
+    questions = [f"{settings} {each.prompt.to_json()} {json.dumps(each.record.get(FORM))}" for each in examples]
+    missing = [index for index, question in enumerate(questions) if question not in cache]
+    index = -1  # of the example that the model cannot answer
     try:
-        for text in answered:
-            written.append(text)
-            advance(len(written), len(examples))
-    except ContextOverflowError as error:
-        raise DataError(f"--task: example {len(written) + 1}: {error}") from error
-    elapsed_ms = 1e3 * (time.perf_counter() - began)
+        if constrain != "none" and isinstance(model, EngineModel):
+            chats = [(examples[each].prompt, examples[each].schema) for each in missing]
+            answered = model.answer_in_form(chats, "any" if constrain == "schema" else constrain, max_tokens)
+        else:
+            prompts: list[list[int]] = []
+            for index in missing:
+                prompts.append(model.encode_markup(chat_format.chat_prompt(examples[index].prompt)))
+                if len(prompts[-1]) >= model.context_length:
+                    lengths = f"{len(prompts[-1])} tokens before its answer, the context of the model"
+                    problem = f"has {lengths} {model.context_length}; shorten or remove it"
+                    raise DataError(f"--task: example {index + 1} {problem}")
+            answered = model.answer(prompts, max_tokens)
+        began = time.perf_counter()
+        for done, index in enumerate(missing, len(examples) - len(missing) + 1):
+            text = next(answered)
+            now = time.perf_counter()
+            cache[questions[index]] = text, 1e3 * (now - began)
+            began = now
+            advance(done, len(examples))
+    except (ContextOverflowError, UsageError) as error:
+        raise DataError(f"--task: example {index + 1}: {error}") from error
+    written, elapsed_ms = zip(*(cache[question] for question in questions), strict=True)
     tokens = sum(len(model.tokenize(text)) for text in written)
     format = tool_format(model.chat_template, model.bos_token, model.eos_token)
     answers = [format.plain(text) for text in written]
-    found = [score(answer, example) for answer, example in zip(answers, examples, strict=True)]
+    found = _scored(examples, answers, metric, "the answer to example")
     # in the order of the first example, whose first value is the score
     names = dict.fromkeys(name for each in found for name in each)
     values = {name: [each.get(name, math.nan) for each in found] for name in names}
     whole: dict[str, float] = {}
     if metric == "label":
         whole["macro F1"] = macro_f1([each.expected for each in examples], answers)
-    return JobResult(metric, values, answers, tokens / len(answers), elapsed_ms / len(answers), whole)
+    return JobResult(metric, values, answers, tokens / len(answers), sum(elapsed_ms) / len(answers), whole)
 
 
 def misses_page(name: str, examples: Sequence[Example], result: JobResult) -> str:

@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from ...runtime.copied_arguments import ToolArguments
 from ...runtime.engines.artefact import GENAI_CONFIG, Artefact
 from ...runtime.engines.engine import EngineOptions, load_engine
 from ...runtime.generation import AnswerOptions, Generation
+from ...runtime.grammar import Grammar, GrammarConstraint
 from ...runtime.prompt import ToolUse, tool_prompt
 from ...runtime.sampling import log_softmax
 from ..data.chat import Chat
@@ -105,16 +106,22 @@ class EngineModel:
         for prompt in prompts:
             yield "".join(Generation(self.engine, prompt, AnswerOptions(max_tokens=max_tokens)))
 
-    def answer_with_tools(self, chats: Sequence[Chat], arguments: ToolArguments, max_tokens: int) -> Iterator[str]:
-        """Yield the greedy answer to each chat, whose calls a grammar limits to its functions.
+    def answer_in_form(
+        self, chats: Sequence[tuple[Chat, Mapping[str, Any] | None]], arguments: ToolArguments, max_tokens: int
+    ) -> Iterator[str]:
+        """Yield the greedy answer to each (chat, JSON schema of an answer without calls or None).
 
-        `arguments` limits free texts in arguments.
+        A grammar limits calls to the functions of the chat. `arguments` limits free texts in arguments.
         """
-        for chat in chats:
-            use = ToolUse(chat.tools, arguments=arguments) if chat.tools else None
+        for chat, schema in chats:
+            strict = {tool["function"]["name"] for tool in chat.tools if tool["function"].get("strict")}
+            use = ToolUse(chat.tools, arguments=arguments, otherwise=schema, strict=strict) if chat.tools else None
             prompt = tool_prompt(self.engine, chat.messages, use)
+            constraint = prompt.constraint(self.engine)
+            if use is None and schema is not None:
+                constraint = GrammarConstraint(self.engine, Grammar.json_schema(schema))
             limits = AnswerOptions(max_tokens=max_tokens)
-            yield "".join(Generation(self.engine, prompt.tokens, limits, prompt.constraint(self.engine)))
+            yield "".join(Generation(self.engine, prompt.tokens, limits, constraint))
 
     def num_bytes(self, tokens: Sequence[int]) -> int:
         return sum(len(self.engine.token_bytes(token)) for token in tokens)
@@ -140,41 +147,53 @@ Total = tuple[float, bool]
 """Sum of the scored tokens' log-probabilities in nats, and true if each token was the most likely one."""
 
 
-class ScoreCache:
-    """Totals of requests, appended to a JSON-lines file so that an interrupted evaluation continues."""
+class LineCache:
+    """Pairs of values by question, appended to a JSON-lines file so that an interrupted evaluation continues."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """Load the file at `path`. Without a path the totals are kept in memory only."""
+        """Load the file at `path`. Without a path the values are kept in memory only."""
         self.path = path
-        self._totals: dict[str, Total] = {}
+        self._values: dict[str, tuple[Any, Any]] = {}
         if path is not None and path.is_file():
             for line in path.read_text(encoding="utf-8").split("\n"):
                 try:
-                    key, log_prob, greedy = json.loads(line)
+                    key, first, second = json.loads(line)
                 except ValueError:  # the end of the file, or a line that was cut when the process was killed
                     continue
-                self._totals[key] = (log_prob, greedy)
+                self._values[key] = (first, second)
+
+    def __contains__(self, question: str) -> bool:
+        return _key(question) in self._values
+
+    def __getitem__(self, question: str) -> tuple[Any, Any]:
+        return self._values[_key(question)]
+
+    def __setitem__(self, question: str, values: tuple[Any, Any]) -> None:
+        self._values[_key(question)] = values
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps([_key(question), *values]) + "\n")
+
+
+def _key(question: str) -> str:
+    return hashlib.sha256(question.encode()).hexdigest()[:32]
+
+
+class ScoreCache(LineCache):
+    """Totals of requests."""
 
     def totals(
         self, model: EvaluatedModel, requests: Sequence[ScoreRequest], advance: Advance = lambda done, total: None
     ) -> list[Total]:
         """Return the total of each request. The model scores only requests that are not cached."""
         questions = [repr((request.tokens, request.first)) for request in requests]
-        keys = [hashlib.sha256(question.encode()).hexdigest()[:32] for question in questions]
-        missing = [index for index, key in enumerate(keys) if key not in self._totals]
-        done = len(keys) - len(missing)
+        missing = [index for index, question in enumerate(questions) if question not in self]
+        done = len(questions) - len(missing)
         for index, score in model.score([requests[index] for index in missing]):
-            total = float(score.log_probs.sum()), bool(score.is_greedy.all())
-            self._put(keys[missing[index]], total)
+            self[questions[missing[index]]] = float(score.log_probs.sum()), bool(score.is_greedy.all())
             done += 1
-            advance(done, len(keys))
-        return [self._totals[key] for key in keys]
-
-    def _put(self, key: str, total: Total) -> None:
-        self._totals[key] = total
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps([key, *total]) + "\n")
+            advance(done, len(questions))
+        return [self[question] for question in questions]
 
 
 def fingerprint(path: Path) -> str:

@@ -29,8 +29,9 @@ LIMITS = {sqlite3.SQLITE_LIMIT_LENGTH: 1_000_000, sqlite3.SQLITE_LIMIT_LIKE_PATT
 
 def normalised(query: str) -> str:
     """Return a query in lower case with single spaces, except within quotes, and without the last semicolon."""
-    parts = re.split(r"""("[^"]*"|'[^']*')""", " ".join(query.split()).rstrip("; "))
-    return "".join(part if index % 2 else part.casefold() for index, part in enumerate(parts))
+    parts = re.split(r"""("[^"]*"|'[^']*')""", query)
+    spaced = [part if index % 2 else re.sub(r"\s+", " ", part.casefold()) for index, part in enumerate(parts)]
+    return "".join(spaced).strip().rstrip("; ")
 
 
 def has_database(record: Mapping[str, Any]) -> bool:
