@@ -19,7 +19,7 @@ from efficientllm.runtime.base.errors import DataError, UsageError
 from efficientllm.train.checkpoint.state import as_arrays, as_tensors
 from efficientllm.train.data import packing
 from efficientllm.train.data.chat import tokenize
-from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts, text_of
+from efficientllm.train.data.documents import DataSpec, check_held_out, is_held_out, open_documents, open_texts, text_of
 from efficientllm.train.data.packing import LANES, PackedStream, PrefetchedStream, held_out_windows
 from efficientllm.train.data.tokens import open_tokens, write_tokens
 
@@ -302,6 +302,13 @@ def test_short_data_is_refused(tmp_path: Path, tokenizer: Any) -> None:
         PackedStream([DataSpec(str(path))], tokenizer, 4096, 0.2, 0).check()
     with pytest.raises(DataError, match="holds back no text; give more"):
         held_out_windows([DataSpec(str(path))], tokenizer, 4096, 1e-9, 100)
+
+
+def test_few_documents_of_which_none_is_held_out_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    spec = DataSpec(str(write(tmp_path / "a.jsonl")))
+    check_held_out(spec, 0.999)
+    with pytest.raises(DataError, match=r"--data .*a\.jsonl: holds back no text; give more or a larger --held-out-fr"):
+        check_held_out(spec, 1e-9)
 
 
 def test_a_held_out_part_that_fills_no_window_ends_in_tokens_that_are_not_predicted(

@@ -13,7 +13,7 @@ from ..runtime.latency.profile import DeviceProfile
 from .checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_killed_writes
 from .config.pruning import PruneConfig
 from .config.sections import TrainConfig
-from .data.documents import SELF_CHAT, DataSpec, check_documents, require_readers
+from .data.documents import SELF_CHAT, DataSpec, check_documents, check_held_out, require_readers
 from .evaluation.jobs import check_examples, read_examples
 from .pruning.criteria import uses_gradient
 from .reporting.metrics import check_loggers
@@ -26,15 +26,17 @@ def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
 
 
 def check_text(config: TrainConfig) -> None:
-    """Read the first document of every local corpus, and score the answers that --task expects.
+    """Read the first documents of every local corpus, and score the answers that --task expects.
 
     Raises UsageError, DataError or MissingExtraError.
     """
-    for spec in data_specs(config):
-        if spec.path != SELF_CHAT:
-            check_documents(spec)
+    specs = [spec for spec in data_specs(config) if spec.path != SELF_CHAT]
+    for spec in specs:
+        check_documents(spec)
     if config.score.task:
         check_examples(read_examples(Path(config.score.task), config.score.task_limit), config.score.metric)
+    for spec in specs:
+        check_held_out(spec, config.source.held_out_fraction)
 
 
 def with_resume(config: TrainConfig) -> TrainConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,9 @@ SELF_CHAT = "self-chat"
 
 FINGERPRINT_BYTES = 1 << 16
 """Bytes at the start and at the end of a file that its fingerprint covers, besides its size."""
+
+FEW_DOCUMENTS = 200
+"""With more, the default held-out fraction holds back at least one, except in one of 30,000 corpora."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,20 @@ def is_held_out(document: Document, fraction: float) -> bool:
     """Return True if a document belongs to the held-out part."""
     # by its hash: all runs and ranks agree, and a document moves to no other part when the corpus grows
     return split_hash(document) < fraction * 2**64
+
+
+def nothing_held_out(spec: DataSpec) -> DataError:
+    return DataError(f"{spec.flag} {spec.path}: holds back no text; give more or a larger --held-out-fraction")
+
+
+def check_held_out(spec: DataSpec, fraction: float) -> None:
+    """Raise DataError if a local corpus of few documents holds back none of them. Malformed records are skipped."""
+    if _is_hub_dataset(spec.path):
+        return
+    documents = open_documents(spec, BadLines(sys.maxsize, silent=True, flag=spec.flag))
+    first = list(itertools.islice(documents, FEW_DOCUMENTS + 1))
+    if len(first) <= FEW_DOCUMENTS and not any(is_held_out(each, fraction) for each in first):
+        raise nothing_held_out(spec)
 
 
 def split_hash(document: Document) -> int:

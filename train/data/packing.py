@@ -26,7 +26,7 @@ import numpy as np
 
 from ...runtime.base.errors import DataError
 from .chat import Chat, Encoder
-from .documents import DataSpec, HubPlace, is_held_out, open_documents
+from .documents import DataSpec, HubPlace, is_held_out, nothing_held_out, open_documents
 from .tokens import StoredTokens, open_tokens
 
 if TYPE_CHECKING:  # the help of efficientllm-data needs no transformers
@@ -397,7 +397,7 @@ def held_out_windows(
         if not found:
             ids = [token for document in _held_out_ids(spec, encoder, held_out_fraction) for token in document]
             if not ids:
-                raise DataError(f"--data {spec.path}: holds back no text; give more or a larger --held-out-fraction")
+                raise nothing_held_out(spec)
             _log.warning(f"--data {spec.path}: only {len(ids)} tokens are held out, so perplexities are imprecise")
             window = np.full(sequence_length + 1, ~np.int64(encoder.separator))
             window[: len(ids)] = ids
