@@ -206,37 +206,20 @@ def run_job(
     cannot answer or the metric cannot score.
     """
     cache = LineCache() if cache is None else cache
-    chat_format = ChatFormat.of(model.chat_template, model.bos_token, model.eos_token)
-    if chat_format is None:
-        raise UsageError("--task needs a model with a chat template")
-    if constrain != "none" and not isinstance(model, EngineModel):
-        raise UsageError(f"--constrain {constrain} needs an exported file; a Hugging Face folder answers freely")
     settings = repr((constrain, max_tokens))
     questions = [f"{settings} {each.prompt.to_json()} {json.dumps(each.record.get(FORM))}" for each in examples]
     missing = [index for index, question in enumerate(questions) if question not in cache]
-    index = -1  # of the example that the model cannot answer
-    try:
-        if constrain != "none" and isinstance(model, EngineModel):
-            chats = [(examples[each].prompt, examples[each].schema) for each in missing]
-            answered = model.answer_in_form(chats, "any" if constrain == "schema" else constrain, max_tokens)
-        else:
-            prompts: list[list[int]] = []
-            for index in missing:
-                prompts.append(model.encode_markup(chat_format.chat_prompt(examples[index].prompt)))
-                if len(prompts[-1]) >= model.context_length:
-                    lengths = f"{len(prompts[-1])} tokens before its answer, the context of the model"
-                    problem = f"has {lengths} {model.context_length}; shorten or remove it"
-                    raise DataError(f"--task: example {index + 1} {problem}")
-            answered = model.answer(prompts, max_tokens)
-        began = time.perf_counter()
-        for done, index in enumerate(missing, len(examples) - len(missing) + 1):
+    answered = _answered(model, examples, missing, max_tokens, constrain)
+    began = time.perf_counter()
+    for done, index in enumerate(missing, len(examples) - len(missing) + 1):
+        try:
             text = next(answered)
-            now = time.perf_counter()
-            cache[questions[index]] = text, 1e3 * (now - began)
-            began = now
-            advance(done, len(examples))
-    except (ContextOverflowError, UsageError) as error:
-        raise DataError(f"--task: example {index + 1}: {error}") from error
+        except (ContextOverflowError, UsageError) as error:
+            raise DataError(f"--task: example {index + 1}: {error}") from error
+        now = time.perf_counter()
+        cache[questions[index]] = text, 1e3 * (now - began)
+        began = now
+        advance(done, len(examples))
     written, elapsed_ms = zip(*(cache[question] for question in questions), strict=True)
     tokens = sum(len(model.tokenize(text)) for text in written)
     format = tool_format(model.chat_template, model.bos_token, model.eos_token)
@@ -249,6 +232,30 @@ def run_job(
     if metric == "label":
         whole["macro F1"] = macro_f1([each.expected for each in examples], answers)
     return JobResult(metric, values, answers, tokens / len(answers), sum(elapsed_ms) / len(answers), whole)
+
+
+def _answered(
+    model: EvaluatedModel, examples: Sequence[Example], chosen: Sequence[int], max_tokens: int, constrain: Constrain
+) -> Iterator[str]:
+    """Return an iterator over the answers to the chosen examples. Raises UsageError or DataError."""
+    chat_format = ChatFormat.of(model.chat_template, model.bos_token, model.eos_token)
+    if chat_format is None:
+        raise UsageError("--task needs a model with a chat template")
+    if constrain != "none":
+        if not isinstance(model, EngineModel):
+            raise UsageError(f"--constrain {constrain} needs an exported file; a Hugging Face folder answers freely")
+        chats = [(examples[index].prompt, examples[index].schema) for index in chosen]
+        return model.answer_in_form(chats, "any" if constrain == "schema" else constrain, max_tokens)
+    prompts: list[list[int]] = []
+    for index in chosen:
+        try:
+            prompts.append(model.encode_markup(chat_format.chat_prompt(examples[index].prompt)))
+        except UsageError as error:
+            raise DataError(f"--task: example {index + 1}: {error}") from error
+        if (length := len(prompts[-1])) >= model.context_length:
+            lengths = f"{length} tokens before its answer, the context of the model {model.context_length}"
+            raise DataError(f"--task: example {index + 1} has {lengths}; shorten or remove it")
+    return model.answer(prompts, max_tokens)
 
 
 def misses_page(name: str, examples: Sequence[Example], result: JobResult) -> str:
