@@ -562,6 +562,9 @@ def test_a_score_travels_to_cards_manifests_and_pages(
     manifest = json.loads((artefact / "manifest.json").read_text(encoding="utf-8"))
     cell = report_page._job_cell(manifest)
     assert cell.text == f"{stored['values']['contains']['mean']:.3f} (test.jsonl, contains)"
+    # fewer examples replace no score of more
+    assert run_command(cli.body, [str(model), *score, "--task-limit", "2"]) == 0
+    assert [each["examples"] for each in stored_scores(model)] == [4, 2]
 
 
 def test_a_score_needs_a_folder_and_a_job(task: Path, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
