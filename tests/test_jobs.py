@@ -366,7 +366,7 @@ def test_a_job_is_scored_on_checkpoints_and_files(
 def test_answers_are_kept_when_an_evaluation_ends_early(
     task: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By a signal, and by a metric that cannot score one of them."""
+    """Interrupt one by a signal, and end one by a metric that cannot score an answer."""
     output, answer, asked = tmp_path / "out", EngineModel.answer, []
     command = [str(artefact), "--task", str(task), "--metric", "python:of_these_answers:measure"]
     command += ["--task-tokens", "4", "--threads", "1", "--output", str(output)]
@@ -396,7 +396,10 @@ def test_answers_are_kept_when_an_evaluation_ends_early(
     assert said.startswith("error: --metric python:of_these_answers:measure: the answer to example 1 of --task cannot")
     assert len(asked) == 3  # two of them were kept
     command[command.index("--metric") + 1] = "contains"
+    somebodys = output / "my-answers.jsonl"
+    somebodys.touch()
     assert run_command(cli.body, command) == 0
+    assert somebodys.exists()
     assert len(asked) == 3
     (found,) = json.loads((output / "results.json").read_text())["evaluations"]
     assert found["job"]["answers"] == asked

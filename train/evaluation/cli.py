@@ -19,7 +19,7 @@ from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import markdown_table, print_rows
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.contract_text import ALL_TEXTS, with_bits
-from .evaluate import ANSWERS, ComputeConfig, Evaluation, MeasureConfig, check, evaluate
+from .evaluate import ANSWERS, DIGITS, ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from .job_score import check_target, job_score, write_score
 from .jobs import misses_page
 from .perplexity import Perplexity
@@ -221,8 +221,9 @@ def body(argv: Sequence[str]) -> int:
         if each.job is not None:
             pages.append(output / f"misses-{number}-{_name(each)}.md")
             write_text_atomically(pages[-1], misses_page(_name(each), config.measures.examples, each.job))
-    for answers in output.glob(f"*{ANSWERS}"):  # a later evaluation measures times anew
-        answers.unlink()
+    for each in evaluations:  # a later evaluation measures times anew
+        for answers in output.glob(f"{each.fingerprint[:DIGITS]}-*{ANSWERS}"):
+            answers.unlink()
     for path, each in zip(written, evaluations[first_written:], strict=store):
         source = evaluations[0] if each is not evaluations[0] else None
         write_score(path, job_score(each, source, config.measures, config.compute))

@@ -21,6 +21,9 @@ from .quality.contract import Quality, Report, measure_quality
 from .scoring import EngineModel, EvaluatedModel, LineCache, ScoreCache, fingerprint, is_checkpoint
 from .tasks import TASKS, TaskResult, check_names
 
+DIGITS = 16
+"""Digits of a model's fingerprint at the start of the names of its caches."""
+
 ANSWERS = "-answers.jsonl"
 """End of the name of the cache with a model's answers to --task."""
 
@@ -191,7 +194,7 @@ def evaluate(
     precision = compute.dtype if is_checkpoint(path) else "engine"
 
     def cache_path(suffix: str) -> Path | None:
-        return cache_folder / f"{digest[:16]}-{precision}{suffix}" if cache_folder is not None else None
+        return cache_folder / f"{digest[:DIGITS]}-{precision}{suffix}" if cache_folder is not None else None
 
     model = open_model(path, compute)
     quality = None
