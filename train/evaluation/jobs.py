@@ -23,7 +23,7 @@ from ...runtime.tool_format import tool_format
 from ..data.chat import Chat, ChatFormat
 from ..data.records import BadLines, ReadContext, document_of
 from .job_metrics import FORM, Example, Values, calls_in, macro_f1, metric_named
-from .scoring import Advance, EngineModel, EvaluatedModel, LineCache
+from .scoring import Advance, EngineModel, EvaluatedModel, LineCache, cache_key
 
 BOOTSTRAP_SAMPLES = 1000
 """Resamplings of the examples for a standard error."""
@@ -207,8 +207,9 @@ def run_job(
     """
     cache = LineCache() if cache is None else cache
     settings = repr((constrain, max_tokens))
-    questions = [f"{settings} {each.prompt.to_json()} {json.dumps(each.record.get(FORM))}" for each in examples]
-    missing = [index for index, question in enumerate(questions) if question not in cache]
+    questions = (f"{settings} {each.prompt.to_json()} {json.dumps(each.record.get(FORM))}" for each in examples)
+    keys = [cache_key(question) for question in questions]
+    missing = [index for index, key in enumerate(keys) if key not in cache]
     answered = _answered(model, examples, missing, max_tokens, constrain)
     began = time.perf_counter()
     for done, index in enumerate(missing, len(examples) - len(missing) + 1):
@@ -217,10 +218,10 @@ def run_job(
         except (ContextOverflowError, UsageError) as error:
             raise DataError(f"--task: example {index + 1}: {error}") from error
         now = time.perf_counter()
-        cache[questions[index]] = text, 1e3 * (now - began)
+        cache[keys[index]] = text, 1e3 * (now - began)
         began = now
         advance(done, len(examples))
-    written, elapsed_ms = zip(*(cache[question] for question in questions), strict=True)
+    written, elapsed_ms = zip(*(cache[key] for key in keys), strict=True)
     tokens = sum(len(model.tokenize(text)) for text in written)
     format = tool_format(model.chat_template, model.bos_token, model.eos_token)
     answers = [format.plain(text) for text in written]

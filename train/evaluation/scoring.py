@@ -148,7 +148,7 @@ Total = tuple[float, bool]
 
 
 class LineCache:
-    """Pairs of values by question, appended to a JSON-lines file so that an interrupted evaluation continues."""
+    """Pairs of values by `cache_key`, appended to a JSON-lines file so that an interrupted evaluation continues."""
 
     def __init__(self, path: Path | None = None) -> None:
         """Load the file at `path`. Without a path the values are kept in memory only."""
@@ -162,20 +162,21 @@ class LineCache:
                     continue
                 self._values[key] = (first, second)
 
-    def __contains__(self, question: str) -> bool:
-        return _key(question) in self._values
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
 
-    def __getitem__(self, question: str) -> tuple[Any, Any]:
-        return self._values[_key(question)]
+    def __getitem__(self, key: str) -> tuple[Any, Any]:
+        return self._values[key]
 
-    def __setitem__(self, question: str, values: tuple[Any, Any]) -> None:
-        self._values[_key(question)] = values
+    def __setitem__(self, key: str, values: tuple[Any, Any]) -> None:
+        self._values[key] = values
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps([_key(question), *values]) + "\n")
+                stream.write(json.dumps([key, *values]) + "\n")
 
 
-def _key(question: str) -> str:
+def cache_key(question: str) -> str:
+    """Return the key of a question, 32 hexadecimal digits."""
     return hashlib.sha256(question.encode()).hexdigest()[:32]
 
 
@@ -186,14 +187,14 @@ class ScoreCache(LineCache):
         self, model: EvaluatedModel, requests: Sequence[ScoreRequest], advance: Advance = lambda done, total: None
     ) -> list[Total]:
         """Return the total of each request. The model scores only requests that are not cached."""
-        questions = [repr((request.tokens, request.first)) for request in requests]
-        missing = [index for index, question in enumerate(questions) if question not in self]
-        done = len(questions) - len(missing)
+        keys = [cache_key(repr((request.tokens, request.first))) for request in requests]
+        missing = [index for index, key in enumerate(keys) if key not in self]
+        done = len(keys) - len(missing)
         for index, score in model.score([requests[index] for index in missing]):
-            self[questions[missing[index]]] = float(score.log_probs.sum()), bool(score.is_greedy.all())
+            self[keys[missing[index]]] = float(score.log_probs.sum()), bool(score.is_greedy.all())
             done += 1
-            advance(done, len(questions))
-        return [self[question] for question in questions]
+            advance(done, len(keys))
+        return [self[key] for key in keys]
 
 
 def fingerprint(path: Path) -> str:
