@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -266,6 +267,9 @@ def test_a_greeting_is_only_read(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = Encoder(tokenizer).encode([greeted])[0]
     assert "Welcome." in text_of(tokenizer, ~ids[ids < 0])
     assert text_of(tokenizer, ids[ids >= 0]) == "Hello.<|im_end|>\n"
+    alone = dataclasses.replace(Chat.of(("assistant", "Welcome.")), place="a.jsonl: line 1")
+    with pytest.raises(DataError, match=r"--data a\.jsonl: line 1: a chat has no answer to learn"):
+        Encoder(tokenizer).encode([alone])
 
 
 CALLED = {

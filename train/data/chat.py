@@ -251,10 +251,10 @@ class Encoder:
             raise DataError("the text holds chats (messages), and the source has no chat template to write them with")
         try:
             spans = self.chat_format.spans(chat)
+            if not spans:
+                raise DataError("a chat has no answer to learn: no message of the role assistant follows another one")
         except DataError as error:
             raise DataError(f"--data {chat.place}: {error}" if chat.place else str(error)) from error
-        if not spans:
-            raise DataError("a chat has no answer to learn: no message of the role assistant follows another one")
         ids_of_spans = tokenize(self.tokenizer, [span.text for span in spans])
         parts = []
         for ids, span in zip(ids_of_spans, spans, strict=True):
