@@ -236,11 +236,10 @@ def body(argv: Sequence[str]) -> int:
             reports.append(check_file(spec, encoder, config.sequence_length))
     files, tests = reports[: len(names)], reports[len(names) :]
     print(markdown_table(rows(files, tests, config.sequence_length)))
-    marks = (REVERSE, NORMAL) if sys.stdout.isatty() else ("[[", "]]")
+    marks, learned = ((REVERSE, NORMAL), "") if sys.stdout.isatty() else (("[[", "]]"), ", learned text in [[ ]]")
     chosen = _first_by_hash(example for report in files for example in report.examples)
     for number, (_, ids) in enumerate(chosen, 1):
         shown = rendered(ids[: config.sequence_length], encoder.tokenizer, marks)
-        learned = "" if sys.stdout.isatty() else ", learned text in [[ ]]"
         cut = "..." if len(ids) > config.sequence_length else ""
         print(f"\nexample {number} of {len(ids)} tokens{learned}:\n{shown}{cut}")
     errors = [error for report in reports for error in report.refusals.errors]

@@ -318,6 +318,6 @@ def form_of(names: Collection[str], field: str) -> RecordForm | None:
     if field in names and field != TEXT_FIELD:
         return None
     for form in RECORD_FORMS:
-        if form.field in names and (field not in names or form.needs in ("", *names)):
+        if form.field in names and (field not in names or not form.needs or form.needs in names):
             return form
     return None
