@@ -30,7 +30,11 @@ install: $(VENV)/.installed
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; run: make PYTHON=python3.11 ...")'
 	@$(PYTHON) -m venv $(VENV)
+
+# pip 25.1 reads dependency groups. The pip of Python 3.11 to 3.13.4 is older, also in a .venv that the user made.
+$(VENV)/.pip: | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@touch $@
 
 # The editable installation is a tree of links in build/, which tools can follow: made again where a module comes or goes.
 build/modules.txt: FORCE
@@ -38,12 +42,12 @@ build/modules.txt: FORCE
 	@find train export runtime server devices -name '*.py' -o -path 'server/page/assets/*' -o -path 'export/phone/code/*' | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
-$(VENV)/.installed: pyproject.toml build/modules.txt | $(BIN)/python
+$(VENV)/.installed: pyproject.toml build/modules.txt $(VENV)/.pip
 	@echo "installing into $(VENV); llama-cpp-python is compiled the first time, which takes some minutes"
 	@$(COMPILED) PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --group dev --editable '.[all,openvino,signing]' --config-settings editable_mode=strict
 	@touch $@
 
-$(VENV)/.lint: pyproject.toml | $(BIN)/python
+$(VENV)/.lint: pyproject.toml $(VENV)/.pip
 	@$(BIN)/python -m pip install --quiet --group lint
 	@touch $@
 
@@ -86,7 +90,7 @@ $(LITERT)/.installed: pyproject.toml
 	@touch $@
 
 # What the quickstart runs, without other runtimes, browsers and tools of development, and no bytecode of what is never imported.
-$(VENV)/.quickstart: pyproject.toml build/modules.txt | $(BIN)/python
+$(VENV)/.quickstart: pyproject.toml build/modules.txt $(VENV)/.pip
 	@if [ -f $(VENV)/.installed ]; then $(MAKE) --no-print-directory install; else \
 	  echo "installing into $(VENV); llama-cpp-python is compiled the first time, which takes some minutes"; \
 	  $(COMPILED) PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --group job --editable '.[train,export,gguf,server,bench,demo]' --config-settings editable_mode=strict; \

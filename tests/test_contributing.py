@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,3 +58,24 @@ def test_documents_name_targets_that_exist() -> None:
     for name in ("CONTRIBUTING.md", "README.md", "docs/architecture.md", ".ci/run"):
         named = re.findall(r"(?:^|`)make ([a-z][a-z0-9 -]*)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
         assert {target for names in named for target in names.split()} <= TARGETS, name
+
+
+@pytest.mark.parametrize("target", ["install", "quickstart", "lint"])
+def test_make_upgrades_the_pip_of_an_environment_that_the_user_made(target: str, tmp_path: Path) -> None:
+    """The README's first block makes .venv with the machine's pip, which may not know dependency groups."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    commands = subprocess.run(
+        ["make", "--dry-run", target], cwd=tmp_path, env={"PATH": os.environ["PATH"]}, text=True, capture_output=True
+    ).stdout
+    assert 0 < commands.index("--upgrade 'pip>=25.1'") < commands.index("--group")
+
+
+def test_ci_runs_the_first_blocks_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert script.index("README.md") < script.index("make install") < script.index("make test ")
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert "python3 -m venv .venv" in blocks[0]
+    assert "make quickstart" in blocks[1]
