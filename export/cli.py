@@ -9,8 +9,7 @@ from typing import Any
 
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
-from ..runtime.base.errors import UsageError
-from ..runtime.base.extras import extra, require_extra
+from ..runtime.base.extras import require_extra
 from ..runtime.base.model_names import check_adapter, check_source
 from ..runtime.base.output import atomic_output
 from ..train.data.documents import DataSpec, check_documents
@@ -30,14 +29,13 @@ def export(
     head_dim: int | None = None,
     trust_remote_code: bool = False,
     adapter: str = "",
-    size: str = "",
     **options: Any,
 ) -> Path:
     """Write `checkpoint` as an artefact of `target` into the folder `output` and return the folder.
 
     `checkpoint` is a run folder, a Hugging Face folder or hub id, a .gguf file, or "demo". `options` are the target's
     flags by name (`quantize="q8_0"`, `max_kl=0.3`). `head_dim` and `trust_remote_code` apply to checkpoints of other
-    pruning tools, `adapter` is a LoRA adapter of the checkpoint. `size` is a size of a run, such as "60MB".
+    pruning tools, `adapter` is a LoRA adapter of the checkpoint.
 
     Raises UsageError for unusable arguments, ModelError for an unsupported or damaged checkpoint, and ArtefactError if
     the file does not verify. The folder is whole or absent. Reports to `logging.getLogger("efficientllm.export")`.
@@ -49,8 +47,6 @@ def export(
     check_source(str(checkpoint), str(checkpoint))
     if adapter:
         check_adapter(adapter)
-    if size and not (Path(checkpoint) / "config.toml").is_file():
-        raise UsageError(f"--size {size}: {checkpoint} is no run; give the --output of efficientllm-train, or omit it")
     for name in options:
         if name not in known:
             refuse_option(target, name)
@@ -65,14 +61,12 @@ def export(
     folder = Path(output)
     inputs = [checkpoint, *filter(None, [calibrate])]
     remedy = "give another --output, or --overwrite to replace it"
-    with atomic_output(folder, overwrite, foreign_files, inputs, remedy) as temporary:
-        if size:
-            with extra("train"):
-                from ..train.slices import model_of_size
-            kind = getattr(chosen, "quantize", "")
-            checkpoint = model_of_size(Path(checkpoint), size, kind, exporter.writes_gguf)
-        with open_checkpoint(str(checkpoint), ImportOptions(head_dim, trust_remote_code, adapter)) as opened:
-            exporter.write(opened, ExportRequest(chosen, folder, list(opened.notes)), temporary)
+    imports = ImportOptions(head_dim, trust_remote_code, adapter)
+    with (
+        atomic_output(folder, overwrite, foreign_files, inputs, remedy) as temporary,
+        open_checkpoint(str(checkpoint), imports) as opened,
+    ):
+        exporter.write(opened, ExportRequest(chosen, folder, list(opened.notes)), temporary)
     log.info("artefact: %s", folder)
     return folder
 
@@ -115,12 +109,6 @@ def build_parser() -> ExportParser:
     targets = "{" + ",".join(known_targets()) + "}"
     parser.add_argument("--target", required=True, metavar=targets, help="format to write")
     parser.add_argument("--output", metavar="FOLDER", help="folder to write [CHECKPOINT-TARGET-QUANTIZE]")
-    parser.add_argument(
-        "--size",
-        default="",
-        metavar="SIZE",
-        help="size of a run with --sizes: 0.65, 80M, 60MB or 8ms; cut where it is not trained",
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace the contents of --output")
     return parser
 
@@ -128,7 +116,7 @@ def build_parser() -> ExportParser:
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     checkpoint, target, output = (arguments.pop(name) for name in ("checkpoint", "target", "output"))
-    parts = [Path(checkpoint).name, arguments["size"], target, arguments.get("quantize")]
+    parts = [Path(checkpoint).name, target, arguments.get("quantize")]
     output = "-".join(filter(None, parts)) if output is None else output
     export(checkpoint, target, output, **arguments)
     return 0

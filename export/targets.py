@@ -32,8 +32,6 @@ class Exporter(Generic[OptionsT]):
     not verify; the folder is then discarded."""
     check: Callable[[OptionsT], None] = lambda options: None
     """Raise UsageError for options and missing packages that can be found without importing a package."""
-    writes_gguf: bool = False
-    """Set if the artefact holds a GGUF, whose bytes a run counts."""
 
 
 EXPORTERS = {

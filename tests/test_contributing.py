@@ -76,6 +76,8 @@ def test_make_upgrades_the_pip_of_an_environment_that_the_user_made(target: str,
 def test_ci_runs_the_first_blocks_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert script.index("README.md") < script.index("make install") < script.index("make test ")
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     assert "python3 -m venv .venv" in blocks[0]
     assert "make quickstart" in blocks[1]

@@ -277,7 +277,6 @@ REFUSED = {
     ),
     "export MODEL --target gguf --output out --calibrate no.txt": "--calibrate no.txt: no such file or folder",
     "export MODEL --target gguf --output out --max-kl -1": "--max-kl -1.0: must not be negative",
-    "export MODEL --target gguf --output out --size 0.5": "--size 0.5: MODEL is no run; give the --output of ",
     "bench demo --device ssh://pi@board:port": "--device 'ssh://pi@board:port': give ssh://USER@HOST or ",
     "bench demo --device ssh://[board": "--device 'ssh://[board': give ssh://USER@HOST or ",
     "data check no.txt": "FILE no.txt: no such file or folder",

@@ -51,7 +51,7 @@ MAY_IMPORT = {
     | {"runtime/latency", "train/config", "train/reporting", "train/checkpoint", "train/vocabulary", "train/pruning"}
     | {"train/quantisation", "train/evaluation"}
     | TRAINED,
-    "export": RUNTIME | SOURCES | {"train"},
+    "export": RUNTIME | SOURCES,
     "export/gguf": RUNTIME | SOURCES | {"export"},
     "export/onnx": RUNTIME | SOURCES | {"export"},
     "export/executorch": RUNTIME | SOURCES | {"export"},

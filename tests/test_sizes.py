@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 import shutil
@@ -22,8 +21,6 @@ from efficientllm.devices import hub_folder
 from efficientllm.devices.results import BenchOptions, Measurement, Run, summarize
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.base.errors import UsageError
-from efficientllm.runtime.base.output import locked_output
 from efficientllm.runtime.latency.shape import Workload
 from efficientllm.train.later_steps import LaterSteps, add_later_steps, has_later_steps, link_later_steps
 from efficientllm.train.model.architecture import FAMILIES, Architecture
@@ -31,8 +28,6 @@ from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.planning import fit
 from efficientllm.train.pruning.selection import all_groups, compose
 from efficientllm.train.pruning.surgery import remove_groups
-from efficientllm.train.sizes import members_of
-from efficientllm.train.slices import model_of_size
 from efficientllm.train.trainer import Trainer
 
 RUN = ["--removals", "4", "--prune-start", "0.2", "--prune-end", "0.6", "--lr-decay", "0.25"]
@@ -56,9 +51,9 @@ def files(family: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The GGUF of each size."""
     folder = tmp_path_factory.mktemp("files")
     paths = [folder / size for size in SIZES]
-    for size, path in zip(SIZES, paths, strict=True):
-        arguments = ["--size", size, "--target", "gguf", "--no-verify", "--output", str(path)]
-        assert run_command(export_cli.body, [str(family), *arguments]) == 0
+    for run_folder, path in zip(folders(family), paths, strict=True):
+        arguments = ["--target", "gguf", "--no-verify", "--output", str(path)]
+        assert run_command(export_cli.body, [str(run_folder), *arguments]) == 0
     return paths
 
 
@@ -246,49 +241,6 @@ def test_a_finished_run_is_replaced_only_on_request(
     assert "sizes/0.8/notes.txt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["0.75", "0.65", "110k"])
-def test_a_slice_lies_between_two_trained_sizes(
-    size: str, family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [str(family), "--target", "gguf", "--quantize", "f32", "--output", str(tmp_path / "out")]
-    assert run_command(export_cli.body, [*arguments, "--size", size]) == 0
-    assert "without training, held-out perplexity" in capsys.readouterr().out
-    shapes = [Architecture.from_folder(folder / "model") for folder in folders(family)]
-    found = Architecture.from_folder(family / "slices" / size)
-    whole = json.loads((family / "architecture.json").read_text())["source"]
-    limit = float(size) * Architecture.from_dict(whole).num_parameters if "." in size else 110_000
-    larger, smaller = [
-        (larger, smaller) for larger, smaller in itertools.pairwise(shapes) if larger.num_parameters > limit
-    ][-1]
-    assert smaller.num_parameters <= found.num_parameters <= limit < larger.num_parameters
-    for layer, (low, middle, high) in enumerate(zip(smaller.layers, found.layers, larger.layers, strict=True)):
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            assert getattr(low, name) <= getattr(middle, name) <= getattr(high, name), (layer, name)
-
-
-def test_two_exports_do_not_cut_one_slice_at_once(family: Path) -> None:
-    folder = family / "slices" / "0.63"
-    with locked_output(folder), pytest.raises(UsageError, match=r"--size .*0\.63 is being written by process"):
-        model_of_size(family, "0.63")
-    assert not folder.exists()
-
-
-def test_a_slice_of_a_uniform_run_is_uniform(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    assert run(sized(source_folder, corpus, tmp_path / "run", "--layout", "uniform")) == 0
-    larger, smaller = (Architecture.from_folder(folder / "model") for folder in folders(tmp_path / "run")[:2])
-    found = Architecture.from_folder(model_of_size(tmp_path / "run", "0.75"))
-    assert found.is_uniform
-    assert smaller.num_parameters <= found.num_parameters <= larger.num_parameters
-
-
-def test_a_slice_is_refused_if_the_log_of_the_run_ends_too_early(family: Path, tmp_path: Path) -> None:
-    shutil.copytree(family, tmp_path / "run")
-    log = tmp_path / "run" / "metrics.jsonl"
-    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:5]))
-    with pytest.raises(UsageError, match="lacks some of its removals"):
-        model_of_size(tmp_path / "run", "0.65")
-
-
 def test_a_size_that_a_removal_jumps_over_is_named(
     source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,8 +259,6 @@ def test_a_run_that_was_killed_before_its_table_is_resumed(
     left.mkdir(parents=True)
     assert run_command(fit.body, [str(tmp_path / "run"), "--max-bytes", "1GB"]) == 2
     assert "not all sizes are finished; first run efficientllm-train --resume" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="not all sizes are finished"):
-        model_of_size(tmp_path / "run", "0.75")
     assert run([*sized(source_folder, corpus, tmp_path / "run"), "--resume"]) == 0
     assert (tmp_path / "run" / "sizes.json").read_text() == (family / "sizes.json").read_text()
     assert not left.exists()
@@ -327,48 +277,6 @@ def test_a_branch_without_its_checkpoint_is_not_trained_from_the_source(
     shutil.rmtree(tmp_path / "run" / "sizes" / "0.8")
     assert run([*arguments, "--resume"]) == 0
     assert run([*arguments, "--overwrite"]) == 0
-
-
-def test_bytes_are_those_of_a_gguf(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(family), "--target", "hf", "--output", str(tmp_path / "out")]
-    assert run_command(export_cli.body, [*arguments, "--size", "40kB"]) == 2
-    assert "--size 40kB: bytes are those of a GGUF" in capsys.readouterr().err
-    assert run_command(export_cli.body, [*arguments, "--size", "large"]) == 2
-    assert "--size: 'large' is no size" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("qat", ["none", "q4_0"])
-def test_bytes_are_those_of_the_type_of_the_run(qat: str, family: Path, tmp_path: Path) -> None:
-    run_folder = tmp_path / "run"
-    shutil.copytree(family, run_folder)
-    for folder in folders(run_folder):
-        text = (folder / "config.toml").read_text()
-        (folder / "config.toml").write_text(text.replace('qat = "none"', f'qat = "{qat}"'))
-    larger, middle, _ = members_of(run_folder)
-    assert larger.num_bytes
-    assert middle.num_bytes
-    assert model_of_size(run_folder, f"{larger.num_bytes / 1000:.3f}kB") == larger.folder / "model"
-    assert model_of_size(run_folder, f"{middle.num_bytes / 1000:.3f}kB") == middle.folder / "model"
-    cut = Architecture.from_folder(model_of_size(run_folder, f"{0.98 * larger.num_bytes / 1000:.3f}kB"))
-    assert cut.num_parameters < larger.architecture.num_parameters
-
-
-def test_a_trained_size_is_exported_as_it_is(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(family), "--target", "gguf", "--quantize", "f32", "--output"]
-    assert run_command(export_cli.body, [*arguments, str(tmp_path / "named"), "--size", "0.7"]) == 0
-    assert run_command(export_cli.body, [*arguments, str(tmp_path / "least"), "--size", "0.6"]) == 0
-    assert (tmp_path / "named" / "model.gguf").stat().st_size > (tmp_path / "least" / "model.gguf").stat().st_size
-    assert run_command(export_cli.body, [*arguments, str(tmp_path / "no"), "--size", "0.1"]) == 2
-    assert "--size 0.1: the smallest model of the run has" in capsys.readouterr().err
-    assert run_command(export_cli.body, ["demo", "--target", "gguf", "--size", "0.5"]) == 2
-    assert "--size 0.5: demo is no run" in capsys.readouterr().err
-    (tmp_path / "no" / "own").mkdir(parents=True)
-    assert run_command(export_cli.body, [*arguments, str(tmp_path / "no"), "--size", "0.66"]) == 2
-    assert "is not empty" in capsys.readouterr().err
-    assert not (family / "slices" / "0.66").exists()
-    typed = [str(family), "--target", "gguf", "--quantize", "q4_0", "--output", str(tmp_path / "typed")]
-    assert run_command(export_cli.body, [*typed, "--size", "40kB"]) == 2
-    assert "counts bytes in q8_0, and q4_0 takes others; use --quantize q8_0" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -391,11 +299,12 @@ def test_a_device_gets_the_best_size_within_its_limits(
     family: Path, ordered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = json.loads((family / "sizes.json").read_text())["sizes"]
-    for limit, size in ((sizes[0]["bytes"], "0.8"), (sizes[0]["bytes"] - 1, "0.7"), (sizes[2]["bytes"], "0.6")):
+    limits = (sizes[0]["bytes"], sizes[0]["bytes"] - 1, sizes[2]["bytes"])
+    for limit, size, folder in zip(limits, SIZES, folders(ordered), strict=True):
         assert run_command(fit.body, [str(ordered), "--max-bytes", str(limit)]) == 0
         shown = capsys.readouterr().out
         assert shown.startswith(f"size {size}: ")
-        assert f"efficientllm-export {ordered} --size {size} --target gguf" in shown
+        assert f"efficientllm-export {folder} --target gguf" in shown
     assert run_command(fit.body, [str(family), "--max-bytes", "1kB"]) == 2
     assert "none of its sizes 0.8, 0.7, 0.6 is within the limits" in capsys.readouterr().err
     scored = with_figures(family, tmp_path / "scored", score=[0.5, 0.7, 0.7], stderr=[0.1] * 3)

@@ -173,7 +173,7 @@ def _check_blocks(options: GgufOptions, shape: Architecture) -> None:
             )
 
 
-EXPORTER = Exporter(GgufOptions, export_gguf, check_gguf, writes_gguf=True)
+EXPORTER = Exporter(GgufOptions, export_gguf, check_gguf)
 
 
 def _importance(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], plan: GgufPlan, folder: Path) -> Path:

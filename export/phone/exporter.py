@@ -280,8 +280,8 @@ def export_kit(platform: Platform, checkpoint: Checkpoint, request: ExportReques
     log.info("read %s first", request.output / CARD_FILE)
 
 
-ANDROID = Exporter(PhoneOptions, partial(export_kit, "android"), check_phone, writes_gguf=True)
-IOS = Exporter(PhoneOptions, partial(export_kit, "ios"), check_phone, writes_gguf=True)
+ANDROID = Exporter(PhoneOptions, partial(export_kit, "android"), check_phone)
+IOS = Exporter(PhoneOptions, partial(export_kit, "ios"), check_phone)
 
 
 def _conversation(model: Path, tools: Tools) -> dict[str, Any]:

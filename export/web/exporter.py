@@ -77,7 +77,7 @@ def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folde
     log.info("open it with: efficientllm-serve-web %s", request.output)
 
 
-EXPORTER = Exporter(WebOptions, export_web, check_gguf, writes_gguf=True)
+EXPORTER = Exporter(WebOptions, export_web, check_gguf)
 
 
 def _split_file(path: Path, folder: Path) -> list[Part]:

@@ -41,8 +41,6 @@ SIZES_FOLDER = "sizes"
 LATER_STEPS_FOLDER = "later-steps"
 """Folder with the changes of weights after a larger size, until all sizes are finished."""
 LATER_STEPS_FILES = ("step-*.weights", "step-*.changes", ".step-*.tmp")
-SLICES_FOLDER = "slices"
-"""Folder of models that were cut between two trained sizes of a run."""
 RUN_FILES = (
     SETTINGS_FILE,
     SCORES_FILE,
@@ -60,7 +58,7 @@ REMOVED_SETTINGS = ("teacher_cache",)
 TEACHER_FOLDER = "teacher"
 """Folder of the model that --teacher self distils from."""
 RUN_FOLDERS = (
-    *("checkpoints", "model", TEACHER_FOLDER, SIZES_FOLDER, LATER_STEPS_FOLDER, SLICES_FOLDER),
+    *("checkpoints", "model", TEACHER_FOLDER, SIZES_FOLDER, LATER_STEPS_FOLDER),
     *("tensorboard", "wandb"),
 )
 MODEL_FILES = (
@@ -153,11 +151,10 @@ def foreign_files(folder: Path) -> list[str]:
     """Return the files in a run's folder that no run wrote."""
     hidden = (LOCK_NAME, ASIDE, MOVING, DELETED)
     others = [entry.name for entry in folder.iterdir() if not _is_run_entry(entry) and entry.name not in hidden]
-    for model in (folder / "model", *_entries(folder / SLICES_FOLDER)):
-        for entry in _entries(model):
-            is_known = _matches(entry, MODEL_FILES) or UNFINISHED.fullmatch(entry.name)
-            if entry.is_dir() or not is_known:
-                others.append(entry.relative_to(folder).as_posix())
+    for entry in _entries(folder / "model"):
+        is_known = _matches(entry, MODEL_FILES) or UNFINISHED.fullmatch(entry.name)
+        if entry.is_dir() or not is_known:
+            others.append(f"model/{entry.name}")
     for entry in _entries(folder / "checkpoints"):
         name = entry.name.removeprefix(DAMAGED_PREFIX)
         if UNFINISHED.fullmatch(entry.name):

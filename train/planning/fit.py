@@ -374,7 +374,7 @@ def _fit_run(run: Path, config: FitConfig) -> int:
     others = [f"{row['size']} ({described})" for _, row, described in reversed(found) if row is not best]
     print(f"size {best['size']}: {shown}")
     print(f"also within the limits: {'; '.join(others)}\n" if others else "")
-    words = ["efficientllm-export", str(run), "--size", best["size"], "--target", "gguf", "--output", config.output]
+    words = ["efficientllm-export", str(run / best["folder"]), "--target", "gguf", "--output", config.output]
     print(shlex.join(words))
     return 0
 
