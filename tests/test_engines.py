@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,22 +256,50 @@ def test_other_programs_keep_their_cores(
     busy: tuple[int, int], own_seconds: float, threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     clock = [100.0, 7.0]  # the time and the CPU time of this process
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        (tmp_path / "stat").write_text(_stat(*busy))
+
     monkeypatch.setattr(cpu_load, "STAT", tmp_path / "stat")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(cpu_load.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(cpu_load.time, "process_time", lambda: clock[1])
+    monkeypatch.setattr(cpu_load.time, "sleep", sleep)
     assert FreeCores.where_known(2) is None
     (tmp_path / "stat").write_text(_stat(0).replace("100", "0"))
     free = FreeCores.where_known(2)
     assert free is not None
-    (tmp_path / "stat").write_text(_stat(*busy))
-    clock[:] = [100.1, 7 + own_seconds / 10]
-    assert free.update() == 2  # too early to say
-    clock[:] = [101.0, 7 + own_seconds]
-    assert free.update() == free.update() == threads
+    clock[1] += own_seconds * cpu_load.INTERVAL
+    assert free.update() == threads  # before the first pass
+    assert clock[0] == 100 + cpu_load.INTERVAL
     (tmp_path / "stat").write_text(_stat(0).replace("100", "0"))
+    clock[0] += 0.1
+    assert free.update() == threads  # too early to measure again
     clock[0] += 60
-    assert free.update() == threads  # nothing is known of the last seconds of a long pause
+    free.update()
+    (tmp_path / "stat").write_text(_stat(*busy))
+    clock[:] = [clock[0] + 100, clock[1] + 100 * own_seconds]
+    assert free.update() == threads  # after a pass that took long because its cores were shared
+
+
+def test_first_answer_beside_two_spinning_processes_uses_one_thread(artefact: Path) -> None:
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)[:2]
+    script = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); print(flush=True)\nwhile True: pass"
+    with contextlib.ExitStack() as stack:
+        os.sched_setaffinity(0, cores)
+        stack.callback(os.sched_setaffinity, 0, before)
+        for core in (cores[0], cores[-1]):
+            command = [sys.executable, "-c", script, str(core)]
+            spinning = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+            stack.callback(spinning.kill)
+            assert spinning.stdout is not None
+            spinning.stdout.readline()
+        options = EngineOptions(context=256, tune=False)
+        with contextlib.closing(LlamaCppEngine(artefact / "model.gguf", options)) as engine:
+            engine.extend([Chunk(0, [1, 2, 3, 4], True)])
+            assert llama_cpp.llama_n_threads(engine._context._context) == 1
 
 
 def test_a_pass_uses_the_threads_that_have_cores(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

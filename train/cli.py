@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from ..runtime.base import flags
 from ..runtime.base.command import is_main_process, run_command
-from ..runtime.base.cpu_load import INTERVAL, FreeCores
+from ..runtime.base.cpu_load import FreeCores
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from .checkpoint.run_folder import SETTINGS_FILE, saved_config
@@ -79,7 +78,6 @@ def set_environment() -> None:
     if "torch" in sys.modules or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return
     if load := FreeCores.where_known(1):
-        time.sleep(INTERVAL)
         load.update()
         if load.others >= BUSY_SHARE * len(load.cores):
             os.environ["OMP_WAIT_POLICY"] = "passive"

@@ -13,9 +13,6 @@ STAT = Path("/proc/stat")
 INTERVAL = 0.2
 """Least seconds of a measurement. The kernel counts in hundredths of a second."""
 
-STALE_SECONDS = 5.0
-"""Age above which the last sample is replaced and not used."""
-
 BUSY_LOAD = 2.0
 """Processes a core that want to run, above which nothing is timed. At 6, attention took over ten minutes."""
 
@@ -45,8 +42,10 @@ class FreeCores:
     """
 
     def __init__(self, most: int) -> None:
-        self._most = self.count = most
-        """Threads that have a core each, 1 to `most`."""
+        """Begin to measure. The first `update` ends the measurement, so create it as early as possible."""
+        self._most = most
+        self.count = 0
+        """Threads that have a core each, 1 to `most`. 0 before the first `update`."""
         self.others = 0.0
         """Cores that other programs use."""
         self.cores = os.sched_getaffinity(0)
@@ -58,16 +57,19 @@ class FreeCores:
         return cls(most) if STAT.is_file() else None
 
     def update(self) -> int:
-        """Return the count, measured again if INTERVAL has passed."""
+        """Return the count, measured again if INTERVAL has passed. The first call waits for the end of INTERVAL."""
         seconds = time.monotonic() - self._time
-        if seconds < INTERVAL:
+        if seconds < INTERVAL and self.count:
             return self.count
+        if seconds < INTERVAL:
+            time.sleep(INTERVAL - seconds)
+            seconds = time.monotonic() - self._time
         before, own = self._stat, self._own_seconds
         self._sample()
-        if seconds < STALE_SECONDS:
-            self.others = busy_cores(before, self._stat, self.cores) - (self._own_seconds - own) / seconds
-            free = math.floor(len(self.cores) - self.others + 0.5)
-            self.count = max(1, min(self._most, free))
+        # however long ago `before` is: on shared cores, one pass may take many seconds
+        self.others = busy_cores(before, self._stat, self.cores) - (self._own_seconds - own) / seconds
+        free = math.floor(len(self.cores) - self.others + 0.5)
+        self.count = max(1, min(self._most, free))
         return self.count
 
     def _sample(self) -> None:

@@ -65,6 +65,8 @@ class LlamaCppEngine:
     def __init__(self, path: Path, options: EngineOptions) -> None:
         self._llama: Any = load_llama()
         self._llama.llama_log_set(_DROP_LOG_LINE, ctypes.c_void_p(0))
+        # it measures while the model is loaded
+        free_cores = None if options.threads else FreeCores.where_known(os.cpu_count() or 1)
         began = time.perf_counter()
         with huge_pages(options.huge_pages):
             self._model = _load(path, options.memory_map)
@@ -74,6 +76,7 @@ class LlamaCppEngine:
         except BaseException:
             self._llama.llama_model_free(self._model)
             raise
+        self._context.free_cores = free_cores
         self._vocab: Any = self._llama.llama_model_get_vocab(self._model)
         self._read_vocabulary()
 
@@ -110,8 +113,6 @@ class LlamaCppEngine:
             make_another = partial(make, attention)
             self._passes = PassMeasurement(path, f"{release}, {attention}", make_another, self.num_sequences)
             self._use_times(self._passes.stored())
-        if not options.threads:
-            self._context.free_cores = FreeCores.where_known(threads)
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
 
     def measure_passes(self, should_stop: Callable[[], bool]) -> None:
