@@ -62,12 +62,14 @@ def export(
     inputs = [checkpoint, *filter(None, [calibrate])]
     remedy = "give another --output, or --overwrite to replace it"
     imports = ImportOptions(head_dim, trust_remote_code, adapter)
-    with (
-        atomic_output(folder, overwrite, foreign_files, inputs, remedy) as temporary,
-        open_checkpoint(str(checkpoint), imports) as opened,
-    ):
-        exporter.write(opened, ExportRequest(chosen, folder, list(opened.notes)), temporary)
-    log.info("artefact: %s", folder)
+    request = ExportRequest(chosen, folder)
+    with atomic_output(folder, overwrite, foreign_files, inputs, remedy) as temporary:
+        request.clock.begin(f"reading {checkpoint}")
+        with open_checkpoint(str(checkpoint), imports) as opened:
+            request.notes.extend(opened.notes)
+            exporter.write(opened, request, temporary)
+    request.clock.end()
+    log.info("; ".join((f"artefact: {folder} in {request.clock}", *request.limits)))
     return folder
 
 

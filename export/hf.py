@@ -65,6 +65,7 @@ def write_model(
     """
     from safetensors.numpy import save_file
 
+    request.clock.begin("writing")
     tensors = to_stock(_stored_gains(checkpoint, after), after, np.stack)
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     require_room(folder / MODEL_FILE, sum(tensor.nbytes for tensor in tensors.values()))
@@ -129,6 +130,7 @@ def _verify(
     read_logits: Callable[[Path, list[int]], np.ndarray],
 ) -> dict[str, dict[str, object]]:
     """Compare the written model with the checkpoint, both in torch."""
+    request.clock.begin("verifying")
     sample = torch_sample(checkpoint)
     agreement = compare_logits(sample.logits, read_logits(folder, sample.tokens), sample.tokens)
     difference = agreement.max_logit_difference

@@ -55,6 +55,7 @@ class Contents:
 
 def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: Path, contents: Contents) -> None:
     """Write the manifest of an artefact and report its size."""
+    request.clock.begin("hashing")
     bits = bits_per_weight(checkpoint, contents.weight_bytes)
     training = checkpoint.json_file("training.json")
     pruned_for = training.get("latency", {}).get("of", {})
@@ -63,10 +64,12 @@ def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: 
             f"pruned for the milliseconds of {pruned_for['engine']} {pruned_for['quantization']}; those of "
             f"{contents.engine} {contents.quantization} are others: efficientllm-bench measures them"
         )
+    files = describe_files(folder, contents.files)
+    request.clock.end()
     manifest = Manifest(
         engine=contents.engine,
         model_file=contents.files[0],
-        files=describe_files(folder, contents.files),
+        files=files,
         quantization=contents.quantization,
         bits_per_weight=round(bits, 3),
         architecture=checkpoint.architecture.to_dict(),
@@ -77,6 +80,8 @@ def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: 
         jobs=tuple(checkpoint.json_file(JOB_FILE).get("jobs", ())),
         sampling=checkpoint.sampling,
         notes=tuple(request.notes),
+        limits=tuple(request.limits),
+        stage_seconds=request.clock.seconds,
         editable={name: sha256_of(folder / name) for name in contents.editable},
     )
     manifest.write(folder)

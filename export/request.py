@@ -1,8 +1,9 @@
-"""The user's request to an exporter, and the channel for notes."""
+"""The user's request to an exporter, the channel for notes, and the clock of its stages."""
 
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -43,6 +44,34 @@ class PaddingOptions(RoundingOptions):
     """auto: zero-pad widths (exactly) if the quantised format would otherwise fall back to a larger type."""
 
 
+class Clock:
+    """Times of the stages of an export, which follow each other."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self._stage = ""
+        self.seconds: dict[str, float] = {}
+        """{stage: seconds} of the stages that ended."""
+
+    def begin(self, stage: str) -> None:
+        """End the present stage, and report the next one with the seconds since the first."""
+        self.end()
+        self._stage = stage.partition(" ")[0]
+        log.info("%.1f s: %s", self._last - self._began, stage)
+
+    def end(self) -> None:
+        """Add the time of the present stage to `seconds`."""
+        now = time.monotonic()
+        if self._stage:
+            self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + now - self._last, 3)
+        self._stage, self._last = "", now
+
+    def __str__(self) -> str:
+        """Return the seconds of all stages in words."""
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s ({stages})"
+
+
 @dataclass(frozen=True)
 class ExportRequest(Generic[OptionsT_co]):
     """The target's options and a channel for notes to the user."""
@@ -52,6 +81,9 @@ class ExportRequest(Generic[OptionsT_co]):
     """Final folder of the artefact."""
     notes: list[str] = field(default_factory=list)
     """Reported notes, for the manifest."""
+    limits: list[str] = field(default_factory=list)
+    """Statements of what differs from the checkpoint or was not verified, for manifest, model card and last line."""
+    clock: Clock = field(default_factory=Clock)
 
     def say(self, text: str) -> None:
         """Report a line and keep it for the manifest."""

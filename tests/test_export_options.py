@@ -99,7 +99,11 @@ def test_python_exports_what_the_command_does(
     with caplog.at_level(logging.INFO, "efficientllm"):
         folder = export(checkpoint, "gguf", tmp_path / "gguf", quantize="q8_0", verify=False)
     assert (folder, Manifest.read(folder).quantization) == (tmp_path / "gguf", "q8_0")
-    assert caplog.messages[-1] == f"artefact: {folder}"
+    assert caplog.messages[0] == f"0.0 s: reading {checkpoint}"
+    assert caplog.messages[-1].startswith(f"artefact: {folder} in ")
+    seconds = Manifest.read(folder).stage_seconds
+    assert list(seconds) == ["reading", "writing", "quantising", "hashing"]
+    assert caplog.messages[-1].endswith(f"({', '.join(f'{stage} {each:.1f}' for stage, each in seconds.items())})")
     with pytest.raises(UsageError, match="is not empty"):
         export(checkpoint, "gguf", folder)
     assert export(str(checkpoint), "gguf", str(folder), overwrite=True, verify=False) == folder

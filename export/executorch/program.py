@@ -5,9 +5,7 @@ Export, partition and serialise a StaticDecoder.
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from ..exporter_config import ExecutorchDecoderConfig
 from ..manifest import Contents, copy_tokenizer
 from ..padding import pad_rows, padding_notes
 from ..parity import check_written
-from ..request import ExportRequest, log
+from ..request import ExportRequest
 from ..verification import StoredWeights, Written, run_chunks, step_through, torch_sample
 from .options import ExecutorchOptions, find_recipe
 from .quantize import ALIGNMENT, given_weights, quantize_decoder, weight_format
@@ -54,32 +52,33 @@ def lower(
     config: ExecutorchDecoderConfig,
     partitioners: list[Any],
     constants: dict[str, Any],
+    begin: Callable[[str], None],
 ) -> LoweredProgram:
-    """Export `model` with the dynamic axes of `config`, lower it and serialise it."""
+    """Export `model` with the dynamic axes of `config`, lower it and serialise it. `begin` is told the stages."""
     with torch.no_grad():
-        with _stage("tracing"):
-            # torch.export makes an axis of length 1 a constant
-            inputs = config.generate_dummy_inputs(framework="pt", batch_size=1, sequence_length=3)
-            exported = torch.export.export(
-                model, (), kwargs=inputs, dynamic_shapes=_dynamic_shapes(model, config), strict=False
+        begin("tracing")
+        # torch.export makes an axis of length 1 a constant
+        inputs = config.generate_dummy_inputs(framework="pt", batch_size=1, sequence_length=3)
+        exported = torch.export.export(
+            model, (), kwargs=inputs, dynamic_shapes=_dynamic_shapes(model, config), strict=False
+        )
+        begin("lowering")
+        edge = to_edge_transform_and_lower(
+            exported,
+            partitioner=partitioners,
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            constant_methods=constants,
+        )
+        begin("serialising")
+        program = edge.to_executorch(
+            ExecutorchBackendConfig(
+                extract_delegate_segments=True,
+                do_quant_fusion_and_const_prop=True,
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),  # the caller has the inputs
+                sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
             )
-        with _stage("partitioning and lowering"):
-            edge = to_edge_transform_and_lower(
-                exported,
-                partitioner=partitioners,
-                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-                constant_methods=constants,
-            )
-        with _stage("serialising"):
-            program = edge.to_executorch(
-                ExecutorchBackendConfig(
-                    extract_delegate_segments=True,
-                    do_quant_fusion_and_const_prop=True,
-                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),  # the caller has the inputs
-                    sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-                )
-            )
-            buffer = program.buffer
+        )
+        buffer = program.buffer
     plan = program.executorch_program.execution_plan[0]
     operators = sorted({f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators})
     return LoweredProgram(buffer, len(plan.delegates), tuple(operators))
@@ -123,22 +122,22 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
 def _build(
     checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], padded: Architecture, context: int
 ) -> tuple[bytes, StoredWeights]:
-    """Return the serialised program and its weights, and report the time of each step and the contents.
+    """Return the serialised program and its weights, and report the contents.
 
     `padded` is the shape in the program, and `context` the slots of its caches.
     """
     options = request.options
     weights = weight_format(options)
-    with _stage("building"):
-        model: Any = StaticDecoder(checkpoint, padded, context, custom_ops=options.custom_ops, dtype=weights.dtype)
-        grams = _grams(checkpoint, options.calibrate) if weights.linear == "int4" else None
-        for note in quantize_decoder(model, weights, options, grams):
-            request.say(note)
-        stored = given_weights(model, weights)
+    request.clock.begin("building")
+    model: Any = StaticDecoder(checkpoint, padded, context, custom_ops=options.custom_ops, dtype=weights.dtype)
+    grams = _grams(checkpoint, options.calibrate) if weights.linear == "int4" else None
+    for note in quantize_decoder(model, weights, options, grams):
+        request.say(note)
+    stored = given_weights(model, weights)
     config = ExecutorchDecoderConfig(checkpoint.config)
     partitioners = find_recipe(options.recipe).partitioners()
     constants = _constant_methods(checkpoint, context, options.custom_ops)
-    lowered = lower(model, config, partitioners, constants)
+    lowered = lower(model, config, partitioners, constants, request.clock.begin)
     request.say(f"{options.recipe}: {lowered.describe()}")
     return lowered.buffer, stored
 
@@ -167,13 +166,6 @@ def _constant_methods(checkpoint: Checkpoint, context: int, custom_ops: bool) ->
     }
 
 
-@contextlib.contextmanager
-def _stage(title: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    log.info("%s: %.1f s", title, time.perf_counter() - began)
-
-
 def _verify(
     checkpoint: Checkpoint,
     request: ExportRequest[ExecutorchOptions],
@@ -182,6 +174,7 @@ def _verify(
     stored: StoredWeights,
 ) -> dict[str, dict[str, object]]:
     """Compare the written file in our engine with torch, on the source's weights (f32) or on the program's own."""
+    request.clock.begin("verifying")
     name = request.options.weight_type
     sample = torch_sample(checkpoint, context)
 

@@ -101,8 +101,10 @@ def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         request.say(f"llama.cpp's {plan.name} has no windows: the context ends at the model's window, {window} tokens")
     _check_blocks(options, plan.architecture)
     target, exact = folder / MODEL_FILE, folder / (MODEL_FILE if name == "f32" else "exact.gguf")
+    request.clock.begin("writing")
     write_gguf(checkpoint, plan, exact)
     if exact != target:
+        request.clock.begin("quantising")
         if types.are_trained and options.calibrate:
             request.say(f"--calibrate changes nothing: the weights are on the grid of {name} already")
         calibrates = options.calibrate and not types.are_trained
@@ -208,6 +210,7 @@ def _verify(
     checkpoint: Checkpoint, request: ExportRequest[GgufOptions], plan: GgufPlan, exact: Path, target: Path, name: str
 ) -> dict[str, dict[str, object]]:
     """Compare the F32 file with torch, its tokens with tokenizer.json, and the file with its own weights in torch."""
+    request.clock.begin("verifying")
     # a quantised file is run in all ways itself, so its F32 file needs one run
     agreement, sample = _verify_exact(checkpoint, request, exact, RUNS if target == exact else RUNS[:1])
     results = {"exact": agreement.to_dict()}

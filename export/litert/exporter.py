@@ -61,6 +61,7 @@ def export_litert(checkpoint: Checkpoint, request: ExportRequest[LitertOptions],
     options = request.options
     context = min(options.max_context, checkpoint.context_length)
     with tempfile.TemporaryDirectory(dir=folder) as work:
+        request.clock.begin("converting")
         program = convert(checkpoint, Path(work), RECIPES[options.quantize], context, PREFILL_LENGTHS)
         size = program.tflite.stat().st_size
         program.bundle.replace(folder / MODEL_FILE)
@@ -81,6 +82,7 @@ def _verify(
     checkpoint: Checkpoint, request: ExportRequest[LitertOptions], tflite: Path, folder: Path
 ) -> dict[str, dict[str, object]]:
     """Compare the program with torch on its own weights, and LiteRT-LM's greedy text with the program's."""
+    request.clock.begin("verifying")
     with extra("train"):
         from ..parity import check_written
     quantize = request.options.quantize

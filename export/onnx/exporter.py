@@ -65,6 +65,7 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
     asked = options.quantize or ("f32" if options.portable else "")
     name = choose_type(checkpoint, request, "onnx", asked, DEFAULT)
     bits = preset(name)
+    request.clock.begin("writing")
     write_model(checkpoint, options, bits, folder)
     write_json(folder / "genai_config.json", genai_config(checkpoint, options.portable))
     write_json(folder / "generation_config.json", generation_config(checkpoint))
@@ -185,6 +186,7 @@ def _verify(
     checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path, name: str, bits: Bits
 ) -> dict[str, dict[str, object]]:
     """Compare our engine and a padded batch with torch, on the source's weights (f32) or on the file's own."""
+    request.clock.begin("verifying")
     with extra("train"):
         from ..parity import check_written
     from .reader import read_weights, run_padded_batch

@@ -82,6 +82,7 @@ def export_openvino(checkpoint: Checkpoint, request: ExportRequest[OpenvinoOptio
     check_target("openvino", checkpoint.config, checkpoint.architecture)
     name = choose_type(checkpoint, request, "onnx", options.quantize, DEFAULT)
     _check_type(name)
+    request.clock.begin("writing")
     with tempfile.TemporaryDirectory(dir=folder) as work:
         graph = Path(work) / MODEL_FILE
         with writing(folder):  # a full disk is recognised before the graph is removed from it
@@ -158,6 +159,7 @@ def _verify(
     stored: StoredWeights | None,
 ) -> dict[str, dict[str, object]]:
     """Compare three runs of the model with torch, and OpenVINO GenAI with this model."""
+    request.clock.begin("verifying")
     with extra("train"):
         from ..parity import check_written
     sample = torch_sample(checkpoint)

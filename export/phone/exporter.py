@@ -255,6 +255,7 @@ def export_kit(platform: Platform, checkpoint: Checkpoint, request: ExportReques
     if profile is not None:
         _check_profile(profile, models)
     context = min(options.max_context, checkpoint.context_length)
+    request.clock.begin("answering")
     checks = {each.engine: greedy_check(folder / each.files[0], context) for each in models}
     write_json_atomically(folder / CHECK_FILE, {engine: asdict(check) for engine, check in checks.items()})
     tools = read_functions(Path(options.functions)) if options.functions else ()
@@ -309,6 +310,6 @@ def _write_models(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], 
             verify=options.verify, calibrate=options.calibrate, max_kl=options.max_kl, max_context=options.max_context
         )
         # with the same notes: what is said of the program is said of the kit
-        part = ExportRequest(program, request.output, request.notes)
+        part = ExportRequest(program, request.output, request.notes, request.limits, request.clock)
         found.append(write_program(checkpoint, part, folder))
     return found

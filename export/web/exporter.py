@@ -54,6 +54,7 @@ def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folde
     runtime_files = copy_wllama(folder, request.options.wllama)  # first: what it lacks is known before minutes of work
     contents = write_model(checkpoint, request, folder)
     model = folder / contents.files[0]
+    request.clock.begin("answering")
     check = greedy_check(model, count=CHECKED_TOKENS)
     parts = _split_file(model, folder)
     model.unlink()

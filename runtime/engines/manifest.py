@@ -55,6 +55,10 @@ class Manifest:
     """Sampling defaults of the model's maker: temperature, top_k, ... of the checkpoint's generation_config.json."""
     notes: tuple[str, ...] = ()
     """Printed notes of the exporter on changes and losses."""
+    limits: tuple[str, ...] = ()
+    """Statements of what differs from the checkpoint or was not verified."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """{stage: wall time in seconds} of the export."""
     editable: dict[str, str] = field(default_factory=dict)
     """{relative name: SHA-256 when written} of files in the folder that their owner may change."""
     format_version: int = FORMAT_VERSION
