@@ -13,6 +13,7 @@ from chromium import CHROMIUM, chromium
 from serving import loaded_pool, serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 
 expect: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
@@ -25,8 +26,12 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def address(artefact: Path) -> Iterator[str]:
-    pool = loaded_pool({"tiny": str(artefact), "twin": str(artefact / "model.gguf")}, EngineOptions(threads=1))
+def pool(artefact: Path) -> ModelPool:
+    return loaded_pool({"tiny": str(artefact), "twin": str(artefact / "model.gguf")}, EngineOptions(threads=1))
+
+
+@pytest.fixture(scope="module")
+def address(pool: ModelPool) -> Iterator[str]:
     with serve(pool, AppOptions()) as address:
         yield address
 
@@ -83,6 +88,47 @@ def test_answers_stream_and_figures_show(page: Any) -> None:
     assert page.input_value("#max_tokens") == "24"
     page.click("#new")
     assert page.locator(".assistant").count() == 0
+
+
+def test_page_shows_answer_whose_first_token_takes_two_seconds(page: Any, pool: ModelPool) -> None:
+    """The server sends a comment after a second without a token."""
+    with pool.loaded["tiny"].engine.caches():  # no pass of the engine can start
+        ask(page, "Hello", max_tokens=4, seed=7)
+        page.wait_for_timeout(2000)
+    assert wait_for_answer(page)
+    assert page.locator(".error").count() == 0
+
+
+EVENT = '{"choices": [{"delta": {"content": "%s"}}]}'
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_page_reads_events_by_their_standard(page: Any, end: str) -> None:
+    first, second = EVENT % "A", EVENT % "B"
+    lines = [": ping", "event: x", f"data:{first}", "", "id", ":", "", f"data: {second[:12]}", f"data: {second[12:]}"]
+    lines += ["retry: 5", "", "data: [DONE]", "", ""]
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=end.join(lines)))
+    ask(page, "Hello")
+    assert wait_for_answer(page) == "AB"
+    assert page.locator(".error").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "The server does not answer. Check that it is running."),
+        ((502, "<html>"), "The server refused the request: 502 Bad Gateway"),
+        ((200, "data: <html>\n\n"), "The server sent an answer that this page cannot read. Reload the page."),
+        ((200, f"data: {EVENT}\n\n"), "The connection to the server broke before the answer was complete. Ask again."),
+    ],
+)
+def test_page_tells_failure_in_sentence(page: Any, answer: tuple[int, str] | None, message: str) -> None:
+    def reply(route: Any) -> None:
+        route.fulfill(status=answer[0], body=answer[1]) if answer else route.abort()
+
+    page.route("**/v1/chat/completions", reply)
+    ask(page, "Hello")
+    expect(page.locator(".error .text")).to_have_text(message)
 
 
 def test_an_answer_can_be_stopped(page: Any) -> None:
