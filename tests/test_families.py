@@ -17,7 +17,7 @@ from exporting import TOKENS, export
 from pruning import some_removal
 from shared import made_once
 from tiny import SETTINGS, SIMILAR, tiny_architecture, tiny_model
-from training import command, run, stopped_between_compactions, without
+from training import command, run, stopped_and_resumed, without
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from efficientllm.export.gguf.exporter import table_gelu
@@ -83,9 +83,9 @@ def test_a_stock_model_is_pruned_distilled_stopped_and_resumed(
 
     source = save_tiny(tiny_architecture(family, (LayerShape(4, 4, 128),) * 4, head_dim=16))
     assert Architecture.from_folder(source).family == family
-    more = ["--distill", "1", "--compact-every", "3", "--checkpoint-every", "0", "--tokens", "768"]
+    more = ["--distill", "1", "--checkpoint-every", "0", "--tokens", "768"]
     more += ["--prune", "attention,stem", "--weight-update", "obs"]
-    resumed = stopped_between_compactions(source, corpus, tmp_path, monkeypatch, *more)
+    resumed = stopped_and_resumed(source, corpus, tmp_path, monkeypatch, *more)
     final = Architecture.from_folder(resumed / "model")
     assert final.family == family
     assert final.hidden_size < 64

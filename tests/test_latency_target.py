@@ -13,7 +13,7 @@ from exporting import export
 from priced import cheap_attention_profile, stepped_profile, tiny_profile, tiny_time
 from pruning import LAYERS, past, random_scores
 from tiny import tiny_architecture
-from training import command, expect_same_run, metrics, run, run_until, weights, without
+from training import command, expect_same_run, metrics, run, run_until, without
 
 from efficientllm.runtime.base.errors import OptionError, UsageError
 from efficientllm.runtime.engines.manifest import Manifest
@@ -277,20 +277,6 @@ def test_where_another_device_gains_nothing_more_the_own_one_decides() -> None:
     target = own.of(smallest_architecture(source, rules))
     removal = select_removal(source, scores, rules, target)
     assert own.of(removal.after) <= target
-
-
-@pytest.mark.slow
-def test_zeroed_blocks_give_the_same_run_as_removed_ones(
-    device: Path, source_folder: Path, corpus: Path, tmp_path: Path
-) -> None:
-    for name, every in (("each", "1"), ("third", "3")):
-        arguments = latency_command(source_folder, corpus, tmp_path / name, device, *SPACE, "--compact-every", every)
-        assert run(arguments) == 0
-    removed = [[record.get("removed") for record in metrics(tmp_path / name)] for name in ("each", "third")]
-    assert removed[0] == removed[1]
-    assert any(kind in BLOCKS for record in removed[0] for kind, *_ in record or ())
-    for name, tensor in weights(tmp_path / "each").items():
-        torch.testing.assert_close(weights(tmp_path / "third")[name], tensor, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.slow

@@ -394,7 +394,7 @@ def stop_while_measuring(name: str, monkeypatch: pytest.MonkeyPatch, number: int
 @pytest.mark.parametrize(
     ("measurement", "number", "more"),
     [
-        ("stage", signal.SIGTERM, ("--qat", "q4_0", "--compact-every", "3", "--checkpoint-every", "0")),
+        ("stage", signal.SIGTERM, ("--qat", "q4_0", "--checkpoint-every", "0")),
         ("quality", signal.SIGINT, ()),
     ],
 )

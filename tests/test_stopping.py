@@ -22,11 +22,9 @@ PLAIN = ["--checkpoint-every", "0", "--eval-every", "5"]
 RUNS: dict[str, list[str]] = {
     "samples": [
         *("--batch-size", "2", "--gradient-accumulation", "2", "--saliency", "taylor2", "--weight-update", "obs"),
-        *("--qat", "q4_0", "--compact-every", "3"),
+        *("--qat", "q4_0"),
     ],
-    "blocks": [
-        *("--prune", "attention,ffn,blocks", "--block-tokens", "256", "--compact-every", "2", "--removals", "3")
-    ],
+    "blocks": [*("--prune", "attention,ffn,blocks", "--block-tokens", "256", "--removals", "3")],
     "rows": [
         *("--prune", "attention,ffn,vocabulary", "--block-tokens", "256", "--vocabulary-tokens", "20000"),
         *("--target-ratio", "0.7", "--removals", "2", "--prune-start", "0.3", "--distill", "1"),

@@ -14,7 +14,7 @@ from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.model.rescaling import width_factor
 from efficientllm.train.pruning.saliency import FOLDS
 from efficientllm.train.pruning.selection import Removal
-from efficientllm.train.pruning.surgery import remove_groups, slice_tensor, zero_gradients, zero_groups
+from efficientllm.train.pruning.surgery import remove_groups, slice_tensor, zero_groups
 
 ALL_KINDS = (*FOLDS, *BLOCKS)
 """Of what can be zeroed: a vocabulary row that is zero still has a logit."""
@@ -24,10 +24,10 @@ TOKENS = torch.randint(0, 400, (2, 9), generator=torch.Generator().manual_seed(3
 
 def train_step(model: Any, optimizer: torch.optim.Optimizer, masked: Removal | None = None) -> None:
     model(TOKENS, labels=TOKENS).loss.backward()
-    if masked is not None:
-        zero_gradients(model, masked)
     optimizer.step()
     optimizer.zero_grad()
+    if masked is not None:
+        zero_groups(model, masked, optimizer)
 
 
 CASES = [

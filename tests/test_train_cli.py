@@ -186,7 +186,6 @@ BAD_INPUT = [
     (["--removals", "3", "--prune-start", "0.1", "--prune-end", "0.1"], "--removals 3: needs --prune-end after"),
     (["--removals", "3", "--prune-every", "2"], "--removals 3: are evenly spread; omit --prune-every"),
     (["--removals", "300"], "--prune-end (9); use fewer, or give at least --tokens "),
-    (["--compact-every", "0"], "--compact-every 0: must be positive"),
     (["--keep-score", "0.9"], "--keep-score 0.9: needs examples; add --task"),
     (["--task", "nothere.jsonl"], "--task nothere.jsonl: no such file"),
     (["--config", "nothere.toml"], "--config nothere.toml: cannot be read: No such file or directory"),

@@ -16,7 +16,6 @@ from training import (
     expect_equal_weights,
     metrics,
     run,
-    stopped_between_compactions,
     unpruned,
     weights,
     without,
@@ -89,31 +88,6 @@ def test_every_criterion_reaches_the_target(saliency: str, source_folder: Path, 
     assert final(tmp_path / "run").num_parameters <= 0.6 * Architecture.from_folder(source_folder).num_parameters
 
 
-def test_zeroed_in_between_gives_the_same_run_as_physical_removal(
-    source_folder: Path, corpus: Path, tmp_path: Path
-) -> None:
-    space = ["--prune", "attention,ffn"]
-    for name, every in (("each", "1"), ("fourth", "4")):
-        assert run(command(source_folder, corpus, tmp_path / name, *space, "--compact-every", every)) == 0
-    removed = [[record.get("removed") for record in metrics(tmp_path / name)] for name in ("each", "fourth")]
-    assert removed[0] == removed[1]
-    for name, tensor in weights(tmp_path / "each").items():
-        torch.testing.assert_close(weights(tmp_path / "fourth")[name], tensor, atol=1e-3, rtol=1e-2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "removal",
-    [["--weight-update", "obs"], ["--saliency", "wanda", "--prune", "attention,ffn", "--target-ratio", "0.8"]],
-)
-def test_stopped_between_compactions_resumes_bit_identically(
-    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removal: list[str]
-) -> None:
-
-    more = ["--compact-every", "3", "--checkpoint-every", "0", *removal]
-    stopped_between_compactions(source_folder, corpus, tmp_path, monkeypatch, *more)
-
-
 def test_uniform_layout_gives_a_plain_llama(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     assert run(command(source_folder, corpus, tmp_path / "run", "--layout", "uniform", "--prune", "ffn")) == 0
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
@@ -176,7 +150,7 @@ def test_activation_checkpointing_changes_nothing(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_compiled_run_removes_the_same_groups(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    more = ["--compact-every", "4", "--removals", "2", "--prune", "ffn", "--checkpoint-every", "0"]
+    more = ["--removals", "2", "--prune", "ffn", "--checkpoint-every", "0"]
     assert run(command(source_folder, corpus, tmp_path / "eager", *more)) == 0
     assert run(command(source_folder, corpus, tmp_path / "compiled", *more, "--compile")) == 0
     assert final(tmp_path / "eager") == final(tmp_path / "compiled")

@@ -51,9 +51,6 @@ class Scores:
     def needs_microbatches(self) -> bool:
         return self.tracker.needs_microbatches
 
-    def mask_gradients(self, model: Any) -> None:
-        pass
-
     def observe_gradients(self, model: Any, sample_weight: float = 1.0) -> None:
         self.tracker.accumulate(model.named_parameters(), sample_weight)
 

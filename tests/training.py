@@ -81,10 +81,8 @@ def run_until(last: int, arguments: Sequence[str]) -> None:
         assert run(arguments) == 130
 
 
-def stopped_between_compactions(
-    source: Path, corpus: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str
-) -> Path:
-    """Run; run again, stopped where groups are zeroed but still there, and resumed: the two must be the same run.
+def stopped_and_resumed(source: Path, corpus: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> Path:
+    """Run; run again, stopped after the first removal, and resumed: the two must be the same run.
 
     Returns the folder of the second.
     """
@@ -93,7 +91,7 @@ def stopped_between_compactions(
 
     def stopping(self: Trainer) -> dict[str, Any]:
         record = step(self)
-        if self.pruner is not None and self.pruner.zeroed is not None and not stopped:
+        if "removed" in record and not stopped:
             stopped.append(self.progress.step)
             self.stop_signal.name = "SIGTERM"
         return record

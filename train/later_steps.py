@@ -6,7 +6,7 @@ changes by removals and by their refits are left out, because they make up for g
 The share is the one of the lowest perplexity on some text of the training.
 
 For each removal there are two files: the weights after it, and their changes until the next removal or the end. There
-are none if every step may be a removal (without --removals), or with --compact-every above 1.
+are none if every step may be a removal (without --removals).
 """
 
 from __future__ import annotations

@@ -101,12 +101,11 @@ class PruningEvent:
             rows, vocabulary = self._prune_vocabulary()
             pruner.is_vocabulary_due = False
         groups = self._prune_groups(target)
-        is_compacting = pruner.is_done or pruner.events_since_compaction >= self.settings.compact_every
-        if groups is not None and is_compacting:
+        if groups is not None:
             pruner.compact(trained)
-        if groups is not None and former is not None:
-            surviving_rows = rows.kept["vocabulary"][0] if rows is not None else None
-            self._recover(former, groups, surviving_rows)
+            if former is not None:
+                surviving_rows = rows.kept["vocabulary"][0] if rows is not None else None
+                self._recover(former, groups, surviving_rows)
         removals = [removal for removal in (rows, groups) if removal is not None]
         parts = [(unit, part) for removal in removals for unit in removal.units for part in unit.parts]
         if not parts:
@@ -163,7 +162,6 @@ class PruningEvent:
         removal = pruner.add(Removal(shape, after, all_groups(shape) | {"vocabulary": rows}, units))
         if pruner.blocks is not None:
             pruner.blocks.shift_renewal(pruner.size)
-        # at once, whatever --compact-every says: from now on text has the new numbers of the tokens
         pruner.compact(self.trained)
         self.parallel.together(lambda: switch_vocabulary(pruner, self.trained, self.text))
         return removal
@@ -210,7 +208,6 @@ class PruningEvent:
         units, pruner.units_of_event = pruner.units_of_event, None
         if not units:
             return None
-        pruner.events_since_compaction += 1
         return Removal(before, pruner.architecture, kept, tuple(units))
 
     def _ranking_scores(self) -> Scores:

@@ -209,8 +209,6 @@ class Trainer:
                 f"written: {self._recovery_hint()}"
             )
         self.later_steps.end(self.model)
-        if self.pruner is not None:
-            self.pruner.compact(self.trained)
         self._check_score()
 
     def _add_later_steps(self) -> None:

@@ -240,11 +240,9 @@ def accumulate_gradients(
             loss, cross_entropy = wrapped_loss(*to_device(windows, parallel.device), text=text)
             (loss / divisor).backward()
         cross_entropies.append(cross_entropy.detach())
-        if pruner is not None:
-            pruner.mask_gradients(model)
-            if per_microbatch:
-                pruner.observe_gradients(model, weight)
         if per_microbatch:
+            assert pruner is not None
+            pruner.observe_gradients(model, weight)
             _move_gradients(model.parameters(), accumulated, weight)
     if per_microbatch:
         for parameter, gradient in accumulated.items():

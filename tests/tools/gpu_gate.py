@@ -51,7 +51,7 @@ RUNS: dict[str, str] = {
     "taylor2": "--saliency taylor2 --prune attention,ffn,stem --gradient-accumulation 2 --batch-size 2",
     "fisher": "--saliency fisher --prune layers,ffn --block-tokens 128 --gradient-accumulation 2 --batch-size 2",
     "magnitude": "--saliency magnitude --qat q4_0",
-    "random": "--saliency random --compact-every 2",
+    "random": "--saliency random",
     "flap": "--saliency flap --prune attention,ffn --distill 1 --layout uniform",
     "wanda": "--saliency wanda --prune attention,ffn --weight-update obs",
     "minitron": "--saliency minitron --prune attention,ffn --qat int4-block32",

@@ -131,8 +131,6 @@ class PruneConfig:
     removals: int = flags.number(0, at_least=0)
     """Total number of removals, evenly spread from --prune-start to --prune-end, each of an equal part of the budget;
     replaces --prune-every."""
-    compact_every: int = flags.number(1, at_least=1)
-    """Pruning events between physical removals. Groups removed in between are only zeroed."""
     weight_update: Literal["none", "obs"] = "none"
     """obs: the remaining weights of a layer compensate the removed ones (second order)."""
     obs_decay: float = flags.number(0.95, at_least=0, below=1)
@@ -187,8 +185,6 @@ class PruneConfig:
         flags.require(self, "removals", is_spread, "needs --prune-end after --prune-start")
         one_spacing = not self.removals or self.prune_every == 1
         flags.require(self, "removals", one_spacing, "are evenly spread; omit --prune-every")
-        at_once = self.recover == "none" or self.compact_every == 1
-        flags.require(self, "compact_every", at_once, "must be 1 with --recover, which refits the remaining weights")
 
     def _check_sizes(self) -> None:
         """Raise OptionError unless the sizes have one unit and fall."""
@@ -256,8 +252,7 @@ class PruneConfig:
     @property
     def keeps_later_steps(self) -> bool:
         """Tell whether a run with --sizes writes the changes between its removals, which takes few removals."""
-        has_few_removals = self.removals > 0 or self.prune_start == self.prune_end
-        return has_few_removals and self.compact_every == 1
+        return self.removals > 0 or self.prune_start == self.prune_end
 
     @property
     def measures_blocks(self) -> bool:

@@ -1,7 +1,7 @@
 """State of pruning in a run: saliency, survivors, and groups that are zeroed but still in the tensors.
 
-A pruning event (train/pruning_event.py) zeroes groups, and `compact` takes zeroed groups out of the tensors. One event
-does both unless --compact-every is above 1. No object here holds the model: it is an argument.
+A pruning event (train/pruning_event.py) zeroes groups in rounds, and `compact` takes zeroed groups out of the tensors
+at its end. No object here holds the model: it is an argument.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .plan import PruningPlan
 from .recovery import InputGrams
 from .running_scores import Scores, scores_of_kept
 from .selection import Kept, Removal, SelectionRules, Unit, all_groups, compose
-from .surgery import compact_model, kept_channels, set_survivors, zero_gradients
+from .surgery import compact_model, kept_channels, set_survivors
 
 
 class Pruner:
@@ -36,7 +36,6 @@ class Pruner:
         """Shape without the removed groups."""
         self.zeroed: Removal | None = None
         """Groups that are zeroed and still in the tensors; `before` is the shape of the tensors."""
-        self.events_since_compaction = 0
         self.survivors = all_groups(plan.source)
         """Surviving groups as positions in the source model."""
         self.is_vocabulary_due = "vocabulary" in plan.rules.kinds
@@ -95,11 +94,6 @@ class Pruner:
         if not self.is_done:
             self.tracker.accumulate(model.named_parameters(), sample_weight)
 
-    def mask_gradients(self, model: Any) -> None:
-        """Zero the gradients of zeroed groups, so that their weights stay zero."""
-        if self.zeroed is not None:
-            zero_gradients(model, self.zeroed)
-
     def finish_step(self) -> None:
         """Average the step's saliency in, before the weights change."""
         if not self.is_done:
@@ -139,7 +133,7 @@ class Pruner:
         removal = self.zeroed
         if removal is None:
             return
-        self.zeroed, self.events_since_compaction = None, 0
+        self.zeroed = None
         compact_model(trained, removal)
         self.tracker.keep(removal.after, removal.kept)
         if self.is_done:
@@ -167,7 +161,6 @@ class Pruner:
             "pending": kept,
             "wants_rows": self.is_vocabulary_due,
             "logical": self.architecture.to_dict(),
-            "events_since_compaction": self.events_since_compaction,
             "units_of_event": [asdict(unit) for unit in units] if units is not None else None,
         }
 
@@ -186,7 +179,6 @@ class Pruner:
         """Continue from a checkpoint whose model is loaded already, in the shape of its tensors."""
         self.survivors = kept_from_json(values["survivors"], self.plan.source)
         self.is_vocabulary_due = values["wants_rows"]
-        self.events_since_compaction = values["events_since_compaction"]
         units = values.get("units_of_event")  # absent in checkpoints of earlier releases
         self.units_of_event = [_unit_from_json(unit) for unit in units] if units is not None else None
         before, self.architecture = self.architecture, Architecture.from_dict(values["logical"])

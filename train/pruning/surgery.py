@@ -235,15 +235,6 @@ def zero_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer |
                 _fill_zero(tensor, dim, index)
 
 
-@torch.no_grad()
-def zero_gradients(model: Any, removal: Removal) -> None:
-    """Zero the gradients of zeroed groups, so that the next optimizer step leaves them at zero."""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            for dim, index in _removed_channels(name, parameter, removal):
-                _fill_zero(parameter.grad, dim, index)
-
-
 def _fill_zero(tensor: Tensor, dim: int, index: Tensor) -> None:
     """Zero positions `index` along `dim`. Of a tensor that FSDP2 shards by rows, this rank's rows are zeroed."""
     if isinstance(tensor, DTensor):
