@@ -207,7 +207,7 @@ class MessageBuilder(ChatBuilder):
                 for event in self._piece_events(piece):
                     yield event
         except APIError as error:
-            yield _written("error", error=anthropic_error(error)["error"])
+            yield _written("error", error=AnthropicEndpoints.error_body(error)["error"])
             return
         message = self._message()
         delta = {"stop_reason": message.stop_reason, "stop_sequence": None}
@@ -281,21 +281,23 @@ def _written(kind: str, **fields: Any) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n"
 
 
-def anthropic_error(error: APIError) -> dict[str, Any]:
-    """Return the body of an error in the shape of Anthropic's API."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
-    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.body["error"]["message"]}}
-
-
 class AnthropicEndpoints:
     """The routes of Anthropic's API, which answer like those of OpenAI's."""
 
+    prefix = "/v1/messages"
+
     def __init__(self, endpoints: Endpoints) -> None:
         self._endpoints = endpoints
-        self.router = router = APIRouter(prefix="/v1/messages", include_in_schema=False, route_class=BodyRoute)
+        self.router = router = APIRouter(prefix=self.prefix, include_in_schema=False, route_class=BodyRoute)
         router.post("")(self.messages)
         router.post("/count_tokens")(self.count_tokens)
+
+    @staticmethod
+    def error_body(error: APIError) -> dict[str, Any]:
+        """Return the body of an error in the shape of this API."""
+        kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+        kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
     async def messages(self, request: MessagesRequest, http: Request) -> Response:
         chat = request.translation

@@ -13,9 +13,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ..runtime.sampling import SamplingDefaults
-from .access.guard import LOCAL_HOSTS, Guard
+from .access.guard import LOCAL_HOSTS, Guard, Refuse
 from .access.log import AccessLog
-from .anthropic import AnthropicEndpoints, anthropic_error
+from .anthropic import AnthropicEndpoints
 from .endpoints import Endpoints
 from .llama_server import LlamaServerEndpoints
 from .models.metrics import Metrics
@@ -48,14 +48,15 @@ def create_app(
     is_named = (is_local or options.allow_host) and not options.keys
     names = frozenset((*LOCAL_HOSTS, *options.allow_host) if is_named else ())
     limits = {"max_body_bytes": options.max_body_bytes, "body_timeout": options.body_timeout}
+    refuse = _refusal(metrics)
     # the last one added is the outermost: the log and the headers of CORS cover refusals of the guard, too
-    app.add_middleware(Guard, api_keys=options.keys, hosts=names, count_refusal=metrics.count_request, **limits)
+    app.add_middleware(Guard, api_keys=options.keys, hosts=names, refuse=refuse, **limits)
     if options.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origin), allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(AccessLog, prints=options.access_log)
-    _add_error_handlers(app, metrics)
+    _add_error_handlers(app, refuse)
     endpoints = Endpoints(pool, metrics, options, sampling or SamplingDefaults())
     app.include_router(endpoints.router)
     app.include_router(OllamaEndpoints(endpoints, pool).router)
@@ -82,30 +83,33 @@ def _complete_document(app: FastAPI, models: Iterable[str]) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Answer every error in the shape of OpenAI's, Ollama's or Anthropic's API and count it."""
+def _refusal(metrics: Metrics) -> Refuse:
+    """Return the function that answers an error in the shape of the API that the path belongs to, and counts it."""
 
-    def refuse(request: Request, error: APIError) -> JSONResponse:
-        route = request.scope.get("route")  # a label is the route's pattern, not the path that the client sent
+    def refuse(scope: Any, error: APIError) -> JSONResponse:
+        route = scope.get("route")  # a label is the route's pattern, not the path that the client sent
         metrics.count_request(error.status, route.path if route else "other")
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         body = error.body
-        if request.url.path.startswith("/api/"):
-            body = {"error": error.body["error"]["message"]}
-        elif request.url.path.startswith("/v1/messages"):
-            body = anthropic_error(error)
+        for dialect in (OllamaEndpoints, AnthropicEndpoints):
+            if f"{scope['path']}/".startswith(f"{dialect.prefix}/"):
+                body = dialect.error_body(error)
         return JSONResponse(body, error.status, headers)
 
+    return refuse
+
+
+def _add_error_handlers(app: FastAPI, refuse: Refuse) -> None:
     @app.exception_handler(APIError)
     async def answer_api_error(request: Request, error: APIError) -> JSONResponse:
-        return refuse(request, error)
+        return refuse(request.scope, error)
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        metrics.count_request(error.status_code)
-        body = APIError(error.status_code, str(error.detail)).body
-        return JSONResponse(body, error.status_code, error.headers)
+        response = refuse(request.scope, APIError(error.status_code, str(error.detail)))
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Exception)
     async def answer_failure(request: Request, error: Exception) -> JSONResponse:
-        return refuse(request, APIError(500, f"the server failed: {type(error).__name__}", "server_error"))
+        return refuse(request.scope, APIError(500, f"the server failed: {type(error).__name__}", "server_error"))

@@ -290,7 +290,7 @@ class OllamaBuilder(ChatBuilder):
                 for line in self._lines(piece):
                     yield line
         except APIError as error:
-            yield json.dumps({"error": error.body["error"]["message"]}) + "\n"
+            yield json.dumps(OllamaEndpoints.error_body(error)) + "\n"
             return
         yield self._end("").model_dump_json() + "\n"
 
@@ -351,9 +351,11 @@ def _is_json(text: str) -> bool:
 class OllamaEndpoints:
     """The routes of Ollama's API, which answer like those of OpenAI's."""
 
+    prefix = "/api"
+
     def __init__(self, endpoints: Endpoints, pool: ModelPool) -> None:
         self._endpoints, self._pool = endpoints, pool
-        self.router = router = APIRouter(prefix="/api", include_in_schema=False, route_class=BodyRoute)
+        self.router = router = APIRouter(prefix=self.prefix, include_in_schema=False, route_class=BodyRoute)
         router.get("/version")(self.version)
         router.get("/tags")(self.tags)
         router.post("/show")(self.show)
@@ -362,6 +364,11 @@ class OllamaEndpoints:
         router.post("/embeddings")(self.embed_prompt)
         router.post("/chat")(self.chat)
         router.post("/generate")(self.generate)
+
+    @staticmethod
+    def error_body(error: APIError) -> dict[str, Any]:
+        """Return the body of an error in the shape of this API."""
+        return {"error": str(error)}
 
     async def version(self) -> dict[str, str]:
         return {"version": version("efficientllm")}

@@ -258,14 +258,46 @@ def test_a_completion_may_begin_with_its_prompt_and_prompts_may_be_tokens(addres
     assert post(address, "completions", prompt="Hi", echo=True, logprobs=1).status_code == 400
 
 
-def test_bodies_that_do_not_say_that_they_are_json_are_refused(address: str) -> None:
-    """Any page may have a browser send them without asking."""
-    body = json.dumps({"model": "tiny", "messages": MESSAGES})
-    for kind in ("application/x-www-form-urlencoded", "text/plain", ""):
-        headers = {"Content-Type": kind} if kind else {}
-        answer = httpx.post(f"{address}/v1/chat/completions", content=body, headers=headers)
-        assert answer.status_code == 415
-        assert "Content-Type: application/json" in answer.json()["error"]["message"]
+FORM = "application/x-www-form-urlencoded"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "headers", "status"),
+    [
+        *(("/v1/chat/completions", kind, {}, 415) for kind in (FORM, "text/plain", "")),
+        *(("/api/chat", kind, {}, 200) for kind in (FORM, "", "application/json; charset=utf-8")),
+        ("/api/chat", "text/plain", {}, 415),
+        *(("/api/chat", kind, {"Origin": "http://page.example"}, 415) for kind in (FORM, "")),
+        *(("/api/chat", kind, {"Sec-Fetch-Site": "cross-site"}, 415) for kind in (FORM, "")),
+    ],
+)
+def test_server_refuses_bodies_that_any_page_can_send(
+    address: str, path: str, kind: str, headers: dict[str, str], status: int
+) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "options": {"num_predict": 2}, "stream": False}
+    content = json.dumps(body if path.startswith("/api") else {"model": "tiny", "messages": MESSAGES})
+    sent = {"Content-Type": kind, **headers} if kind else headers
+    answer = httpx.post(f"{address}{path}", content=content, headers=sent, timeout=60)
+    assert answer.status_code == status
+    assert status == 200 or "Content-Type: application/json" in answer.text
+
+
+def raw(address: str, head: str, body: str = "") -> bytes:
+    """Return the first line of the answer to a request that a client library would not send."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f"{head}\r\nHost: {host}\r\n\r\n{body}".encode())
+        return connection.makefile("rb").readline()
+
+
+def test_server_answers_path_in_absolute_form(address: str) -> None:
+    assert b" 200 " in raw(address, f"GET {address}/v1/models HTTP/1.1")
+    assert b" 404 " in raw(address, f"GET {address}/v1/nothing HTTP/1.1")
+
+
+def test_server_refuses_body_with_two_lengths(address: str) -> None:
+    lengths = "Content-Type: application/json\r\nContent-Length: 5\r\nTransfer-Encoding: chunked"
+    assert b" 400 " in raw(address, f"POST /tokenize HTTP/1.1\r\n{lengths}", "0\r\n\r\n")
 
 
 def test_errors_name_the_fields_as_clients_wrote_them(address: str) -> None:
@@ -500,6 +532,34 @@ def test_models_say_how_much_fits(address: str, artefact: Path) -> None:
     pool = loaded_pool(dict.fromkeys(("one", "two"), str(artefact)), EngineOptions(threads=1))
     assert pool.context_length("one") == pool.context_length("two") == 4096
     pool.close()
+
+
+def shape_of(body: dict[str, Any]) -> str:
+    if isinstance(body["error"], str):
+        return "Ollama"
+    return "Anthropic" if body.get("type") == "error" else "OpenAI"
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"), [("/api/chat", "Ollama"), ("/v1/messages", "Anthropic"), ("/v1/responses", "OpenAI")]
+)
+def test_errors_before_route_have_shape_of_their_api(artefact: Path, path: str, shape: str) -> None:
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    app = create_app(pool, AppOptions(api_key="secret", max_body_bytes=1000))
+    with TestClient(app) as client:
+        key = {"Authorization": "Bearer secret"}
+        answers = {
+            401: client.post(path, json={}),
+            413: client.post(path, json={"model": "x" * 2000}, headers=key),
+            415: client.post(path, content="{}", headers={**key, "Content-Type": "text/plain"}),
+            404: client.post(f"{path}/nothing", json={}, headers=key),
+            405: client.get(path, headers=key),
+            400: client.post(path, json=[], headers=key),
+        }
+    for status, answer in answers.items():
+        assert (answer.status_code, shape_of(answer.json())) == (status, shape), (status, answer.text)
+    assert answers[401].headers["WWW-Authenticate"] == "Bearer"
+    assert answers[405].headers["Allow"] == "POST"
 
 
 def test_without_the_key_nothing_names_a_model(artefact: Path) -> None:

@@ -14,12 +14,20 @@ from starlette.responses import JSONResponse
 from ..schemas.api_error import APIError
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
+Refuse = Callable[[Any, APIError], JSONResponse]
+"""Returns the answer with an error to the request of an ASGI scope."""
+
+ABSOLUTE_FORM = re.compile(r"^https?://[^/]*/?")
+"""Start of a path that clients send through a proxy (RFC 9112, 3.2.2)."""
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
 """Host names of this machine, as flags and browsers write them."""
 
-OPEN_PATHS = re.compile(r"/|/page/[^/]*|/health|/openapi\.json")
+OPEN_PATHS = re.compile(r"/|/page/[^/]*|(/v1)?/health|/openapi\.json")
 """Paths that need no key. Without it their answers name no model."""
+
+UNTYPED_PATHS = re.compile(r"/api/.*")
+"""Paths of Ollama's API, whose clients send no content type, or curl's for forms."""
 
 DRAIN_SECONDS = 5.0
 """Longest time to receive the rest of a body that was refused."""
@@ -34,8 +42,8 @@ TRUSTED = "efficientllm.trusted"
 class Guard:
     """ASGI middleware that refuses requests.
 
-    403 for a foreign Host, 401 without the key. For a body: 415 if its content type is not JSON, 413 if it is too
-    large, with or without Content-Length, and 408 if it does not arrive in time.
+    403 for a foreign Host, 401 without the key. For a body: 400 if its length is given twice, 415 if its content type
+    is not JSON, 413 if it is too large, with or without Content-Length, and 408 if it does not arrive in time.
     """
 
     def __init__(
@@ -45,31 +53,30 @@ class Guard:
         max_body_bytes: int,
         hosts: frozenset[str] = frozenset(),
         body_timeout: float = 30.0,
-        count_refusal: Callable[[int], None] = lambda status: None,
+        refuse: Refuse = lambda scope, error: JSONResponse(error.body, error.status),
     ) -> None:
         """Protect `app`. Without `api_keys` no key is needed. Empty `hosts` mean any host name.
 
-        `count_refusal` is called with the status of every refusal.
+        `refuse` returns the answer to a refused request.
         """
         self.app, self.max_body_bytes, self.hosts = app, max_body_bytes, hosts
         self.api_keys = [key.encode() for key in api_keys]
-        self.body_timeout = body_timeout
-        self.count_refusal = count_refusal
+        self.body_timeout, self.refuse = body_timeout, refuse
 
     async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
+        scope["path"] = ABSOLUTE_FORM.sub("/", scope["path"])
         scope[TRUSTED] = self._has_key(headers)
         try:
             self._check_head(scope, headers)
             if scope["method"] == "POST":
                 scope[BODY] = await self._read(receive, int(headers.get(b"content-length", b"0") or 0))
         except APIError as error:
-            self.count_refusal(error.status)
-            answer_headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Connection": "close"}
-            response = JSONResponse(error.body, error.status, answer_headers)
+            response = self.refuse(scope, error)
+            response.headers.update({"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Connection": "close"})
             if scope["method"] == "POST":
                 await _send_and_drain(response, receive, send)
             else:
@@ -93,9 +100,10 @@ class Guard:
             return
         if not scope[TRUSTED] and not OPEN_PATHS.fullmatch(scope["path"]):
             raise APIError(401, "invalid API key", code="invalid_api_key")
-        content_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        # browsers let any page send other content types without a preflight request
-        if scope["method"] == "POST" and content_type != b"application/json":
+        # a proxy may believe the other one and take the end of the body for a request
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            raise APIError(400, "Content-Length and Transfer-Encoding cannot be combined; send one of them")
+        if scope["method"] == "POST" and not _has_json_type(scope["path"], headers):
             raise APIError(415, "the body must be JSON with the header Content-Type: application/json")
 
     async def _read(self, receive: Receive, announced: int) -> bytes:
@@ -129,6 +137,16 @@ async def _send_and_drain(response: JSONResponse, receive: Receive, send: Any) -
             while (await receive()).get("more_body", False):
                 pass
     await send({"type": "http.response.body"})
+
+
+def _has_json_type(path: str, headers: Mapping[bytes, bytes]) -> bool:
+    """Return False for a body that any web page can send: browsers ask before they send one that is called JSON."""
+    content_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if content_type == b"application/json":
+        return True
+    is_from_page = b"origin" in headers or b"sec-fetch-site" in headers
+    may_lack = content_type in (b"", b"application/x-www-form-urlencoded") and UNTYPED_PATHS.fullmatch(path)
+    return bool(may_lack) and not is_from_page
 
 
 def _host(headers: Mapping[bytes, bytes]) -> str:
