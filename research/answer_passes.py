@@ -1,7 +1,7 @@
 """Measure the passes and the time of answers: `python -m research.answer_passes ARTEFACT test.jsonl`.
 
 Every setting has an engine of its own and answers the same requests in turn: a token for every pass, then with the
-tokens that a grammar forces, with prompt look-up, and with a draft model. A request begins with a cold cache except for
+tokens that a grammar forces and with prompt look-up. A request begins with a cold cache except for
 what it shares with earlier ones. The times of all settings are compared with those of the first one.
 """
 
@@ -46,8 +46,6 @@ class PassOptions:
     """Texts in arguments of calls, as the server's --tool-arguments."""
     free: bool = False
     """Answer without a grammar."""
-    draft: str = ""
-    """Model that proposes tokens."""
     threads: int = 1
     """CPU threads; 0: all cores."""
     context: int = flags.number(2048, at_least=1)
@@ -110,16 +108,14 @@ def read_requests(task: str, options: PassOptions) -> list[Request]:
 def load_settings(artefact: str, options: PassOptions) -> list[Setting]:
     """Load an engine for every setting, with as many sequences as the server's."""
 
-    def engine(lookup: bool, draft: str = "") -> EngineScheduler:
-        chosen = EngineOptions(options.threads, options.context, parallel=16, lookup=lookup, draft=draft)
+    def engine(lookup: bool) -> EngineScheduler:
+        chosen = EngineOptions(options.threads, options.context, parallel=16, lookup=lookup)
         return load_engine(artefact, chosen)
 
     settings = [Setting("one token a pass", engine(False), False)]
     if not options.free:
         settings.append(Setting("forced tokens", engine(False), True))
     settings.append(Setting("look-up", engine(True), True))
-    if options.draft:
-        settings.append(Setting("look-up and draft", engine(True, options.draft), True))
     return settings
 
 

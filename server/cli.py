@@ -13,7 +13,7 @@ from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
-from ..runtime.engines.artefact import ARTEFACT_HELP, Artefact, open_or_export
+from ..runtime.engines.artefact import ARTEFACT_HELP, open_or_export
 from ..runtime.engines.engine import EngineOptions, find_engine
 from ..runtime.sampling import SamplingDefaults
 from .models.pool_options import PoolOptions
@@ -63,8 +63,6 @@ def check_files(limits: PoolOptions, app_options: AppOptions, engine_options: En
             raise UsageError(f"--pin {path}: no such file; give a text or a .json file with messages")
         if not Path(path).stat().st_size:
             raise UsageError(f"--pin {path}: is empty; write a text or messages into it")
-    if engine_options.draft:
-        Artefact.open(engine_options.draft)
     _ = app_options.keys, app_options.argument_examples  # the app finds them read
 
 

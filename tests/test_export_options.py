@@ -298,7 +298,6 @@ REFUSED = {
     "plan no-such-folder --gpu h100": "no-such-folder: no such folder, and not a hub id",
     "serve demo --allow-host http://x/": "--allow-host http://x/: must be a name without http:// and path",
     "serve demo --pin no.txt": "--pin no.txt: no such file; give a text or a .json file with messages",
-    "serve demo --draft missing.gguf": "missing.gguf does not exist; give a folder",
     "serve demo --api-key-file no.txt": "--api-key-file no.txt: cannot be read: [Errno 2] ",
     "serve demo --examples nothing.jsonl --tool-arguments copy": "--examples nothing.jsonl: Expecting value",
     "serve MODEL": EXPORT_FIRST,

@@ -34,7 +34,6 @@ def test_what_a_file_cannot_be_is_said_before_anything_is_loaded(
     (tmp_path / "model.pte").write_bytes(b"not a flat buffer")
     for arguments, message in (
         ([str(tmp_path / "model.pte"), "Hi"], f"{tmp_path / 'model.pte'} is not a file of ExecuTorch"),
-        ([str(artefact), "Hi", "--draft", "nowhere"], "nowhere does not exist"),
         ([str(artefact), ""], "the prompt is empty"),
     ):
         with mock.patch("efficientllm.runtime.engines.engine._load", side_effect=AssertionError("loaded")):

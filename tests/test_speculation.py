@@ -169,7 +169,7 @@ def test_what_followed_the_last_tokens_is_proposed() -> None:
 def test_as_many_tokens_are_proposed_as_pay() -> None:
     assert Speculation(FREE).draft_length(0, 1, MAX_DRAFT) == MAX_DRAFT
     assert Speculation(LINEAR).draft_length(0, 1, MAX_DRAFT) == 0
-    assert Speculation(None).draft_length(0, 1, 0) == 0
+    assert Speculation().draft_length(0, 1, 0) == 0
     steps = PassTimes((1.0, 1.0, 1.0, 1.0, *[9.0] * 20))
     assert Speculation(steps).draft_length(0, 1, MAX_DRAFT) == 3
     assert Speculation(steps).draft_length(0, 3, MAX_DRAFT) == 1  # beside two other answers
@@ -191,7 +191,7 @@ def test_losing_proposals_end_and_are_tried_again() -> None:
 
 def test_large_passes_are_found_where_small_ones_gain_nothing() -> None:
     """q8_0 on AVX-512: passes of 2 to 7 tokens gain nothing, larger ones do. Nothing is known at first."""
-    speculation, milliseconds, tokens = Speculation(None), 0.0, 0
+    speculation, milliseconds, tokens = Speculation(), 0.0, 0
     sizes = (1, 2, 4, 8, 16, 32)
     while tokens < 300:  # a copy of 300 tokens
         count = speculation.draft_length(tokens, 1, MAX_DRAFT)
@@ -206,7 +206,7 @@ def test_large_passes_are_found_where_small_ones_gain_nothing() -> None:
 @pytest.mark.parametrize("slope", [9.0, 6.2, 0.5])
 def test_text_without_repetitions_loses_at_most_3_percent(slope: float) -> None:
     """Half of the tokens have a proposal, of which one in twenty is right."""
-    chance, speculation, milliseconds, tokens = np.random.default_rng(0), Speculation(None), 0.0, 0
+    chance, speculation, milliseconds, tokens = np.random.default_rng(0), Speculation(), 0.0, 0
     while tokens < 3000:
         has_proposal = chance.random() < 0.5
         count = speculation.draft_length(0, 1, MAX_DRAFT) if has_proposal else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,6 @@ from typing import Any, Literal
 from ..base import flags
 from ..base.errors import ArtefactError, EfficientLLMError, UsageError
 from .artefact import Artefact
-from .draft_model import DraftModel
 from .llama_library import llama_package, load_llama
 from .memory import trim_heap
 from .probe import probe_artefact
@@ -83,9 +82,6 @@ class EngineOptions:
     """gguf: propose tokens that followed the last ones earlier in prompt or answer, and check several in one pass. The
     answer is as without it, but for the rounding of kernels for several tokens. Where this is measured to be slower,
     nothing is proposed."""
-    draft: str = ""
-    """gguf: a smaller model with the same vocabulary or a part of it, such as a smaller size of the same run, which
-    proposes tokens. Answers and their times are as with --lookup."""
     warm_up: bool = False
     """Evaluate one token after loading, so that memory is allocated before the first answer."""
 
@@ -158,19 +154,8 @@ def load_engine(
         raise UsageError(
             f"--kv-cache {options.kv_cache}: the export of {artefact.path.name} fixed its cache type; use auto"
         )
-    if options.draft and artefact.engine != "llama.cpp":
-        raise UsageError(f"--draft {options.draft}: {artefact.engine} checks no proposals; remove it, or export a gguf")
-    draft = Artefact.open(options.draft) if options.draft else None
-    if draft is not None and draft.engine != artefact.engine:
-        raise UsageError(f"--draft {options.draft}: is for {draft.engine}; give a GGUF file")
     manifest = artefact.known_manifest
     loaded = _load(artefact, options, probe)
-    if draft is not None:
-        try:
-            _add_draft(loaded, draft, artefact, options, probe)
-        except BaseException:
-            loaded.close()
-            raise
     engine = EngineScheduler(loaded, manifest.sampling if manifest else {})
     try:
         if measure_passes:
@@ -192,7 +177,7 @@ def _load(artefact: Artefact, options: EngineOptions, probe: bool) -> Any:
     artefact.verify()
     if probe and artefact.known_manifest is None:
         # the child only tells whether the file loads; it must not measure for half a minute or load a second model
-        child_options = asdict(options) | {"tune": False, "draft": ""}
+        child_options = asdict(options) | {"tune": False}
         probe_artefact(artefact, engine_version(artefact.engine), child_options)
     try:
         return engine_class(artefact.model_file, options)
@@ -201,25 +186,6 @@ def _load(artefact: Artefact, options: EngineOptions, probe: bool) -> Any:
     except Exception as error:  # libraries raise anything for a file that they do not expect
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ArtefactError(f"{artefact.path}: {artefact.engine} cannot load it: {reason}") from error
-
-
-def _add_draft(engine: Any, draft: Artefact, artefact: Artefact, options: EngineOptions, probe: bool) -> None:
-    """Load the draft model of `engine`. Raise UsageError if it cannot propose tokens of `artefact`."""
-    flag = f"--draft {options.draft}"
-    plain = replace(options, draft="", lookup=False, cache_memory=0, tune=False, context=engine.context_length)
-    try:
-        proposing = _load(draft, plain, probe)
-    except UsageError:  # it was trained on fewer tokens, and proposes nothing beyond them
-        proposing = _load(draft, replace(plain, context=0), probe)
-    is_cut = engine.cuts_sequences and proposing.cuts_sequences
-    model = DraftModel(proposing, engine, engine.speculation) if is_cut else None
-    if model is not None and model.tokens.is_sound:
-        engine.add_draft(model, draft.file_bytes + proposing.kv_cache_bytes)
-        return
-    proposing.close()
-    if model is None:
-        raise UsageError(f"{flag} for {artefact.path}: a recurrent model cannot be used with a draft; remove it")
-    raise UsageError(f"{flag}: its vocabulary is not that of {artefact.path}; use a model with the same tokenizer")
 
 
 def find_engine(artefact: Artefact) -> EntryPoint:

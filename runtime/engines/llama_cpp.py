@@ -23,7 +23,7 @@ from .manifest import Manifest
 from .memory import huge_pages, trim_heap
 from .protocol import Chunk, Pooling
 from .scheduling_policy import PassTimes
-from .speculation import Draft, Speculation
+from .speculation import Speculation
 from .tuning import PassMeasurement, choose_attention
 
 LOGITS_PASS_TOKENS = 64
@@ -59,8 +59,6 @@ class LlamaCppEngine:
     """None if there is nothing to measure."""
     speculation: Speculation | None = None
     """None if no tokens are proposed."""
-    draft_bytes = 0
-    """Size of the draft model in memory."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         self._llama: Any = load_llama()
@@ -107,8 +105,8 @@ class LlamaCppEngine:
         self.cache_slots, self.max_batch = self._context.slots, self._context.max_batch
         self.crowded_slots = max(MIN_CROWDED_SLOTS, self._crowded_slots()) if self.cuts_sequences else self.cache_slots
         # wrong proposals must be removed from the cache again, which the state of a recurrent model does not allow
-        if self.cuts_sequences and (options.lookup or options.draft):
-            self.speculation = Speculation(None, options.lookup)
+        if self.cuts_sequences and options.lookup:
+            self.speculation = Speculation()
         if self.num_sequences > 1 and options.tune:
             make_another = partial(make, attention)
             self._passes = PassMeasurement(path, f"{release}, {attention}", make_another, self.num_sequences)
@@ -211,14 +209,7 @@ class LlamaCppEngine:
     def embed(self, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
         return embed(self._model, self._context.threads, tokens, pooling)
 
-    def add_draft(self, draft: Draft, num_bytes: int) -> None:
-        """Let `draft`, which takes `num_bytes` in memory, propose tokens. It is closed with the engine."""
-        assert self.speculation is not None
-        self.speculation.draft, self.draft_bytes = draft, num_bytes
-
     def close(self) -> None:
-        if self.speculation is not None and self.speculation.draft is not None:
-            self.speculation.draft.close()
         self._context.close()
         self._llama.llama_model_free(self._model)
         trim_heap()

@@ -34,7 +34,7 @@ from ..base.errors import ContextOverflowError, UsageError
 from .prompt_store import PromptStore
 from .protocol import CacheFullError, Chunk, Embedder, Engine, EvaluationInterrupted, Pooling, StateKeeper
 from .scheduling_policy import SEQUENCE_LOST, CachePool, PassTimer, PassTimes, SequenceCache, common_length, plan_pass
-from .speculation import Proposer, Speculation
+from .speculation import PromptLookup, Speculation
 
 TOGETHER_SECONDS = 0.001
 """Longest time that a pass waits for the threads of the pass before."""
@@ -88,7 +88,6 @@ class EngineScheduler:
         """False if a prompt reuses all cached tokens of a sequence or none."""
         self._pass_times: PassTimes | None = getattr(engine, "pass_times", None)
         self._speculation: Speculation | None = getattr(engine, "speculation", None)
-        self.draft_bytes: int = getattr(engine, "draft_bytes", 0)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Engine]:
@@ -140,9 +139,9 @@ class EngineScheduler:
                 raise UsageError("this engine has no embeddings; export the model with --target gguf")
             return engine.embed(tokens, pooling)
 
-    def proposer(self, prompt: Sequence[int]) -> Proposer | None:
+    def proposer(self, prompt: Sequence[int]) -> PromptLookup | None:
         """Return the proposals for an answer to `prompt`, None if the engine checks none."""
-        return None if self._speculation is None else self._speculation.proposer(prompt)
+        return None if self._speculation is None else PromptLookup(self._speculation, prompt)
 
     def lease(self) -> Lease:
         """Return a new lease without tokens."""
@@ -343,12 +342,11 @@ class EngineScheduler:
                 self._engine.interrupt()
             return True
 
-    def draft(self, proposer: Proposer, longest: int) -> list[int]:
+    def draft(self, proposer: PromptLookup, longest: int) -> list[int]:
         """Return at most `longest` tokens that the next pass checks, [] if that gains nothing or they may not fit."""
         # Proposals must not fill the slots that the next tokens of all answers need.
         room = self.cache_slots - self._caches.held - self.num_sequences
-        with self._open():  # which also keeps a draft model open
-            return proposer.draft(min(longest, room), self._num_leases)
+        return proposer.draft(min(longest, room), self._num_leases)
 
     def prompt_store(self, folder: Path, model_hash: str, max_bytes: int) -> PromptStore | None:
         """Return the stored prompts of this model in `folder`, None if the engine has none. `model_hash`: its files."""

@@ -1,16 +1,14 @@
 """Speculation: propose the next tokens of an answer, and decide how many of them a pass checks.
 
-The proposal is what followed the last tokens at their latest earlier place in prompt and answer (prompt look-up), or a
-smaller model's choice (`draft_model`). A pass evaluates it together with the last token. Each token of the answer is
-then chosen from its own logits, so the proposal only decides how many of them are known after the pass: the text has
-the distribution of the model.
+The proposal is what followed the last tokens at their latest earlier place in prompt and answer (prompt look-up). A
+pass evaluates it together with the last token. Each token of the answer is then chosen from its own logits, so the
+proposal only decides how many of them are known after the pass: the text has the distribution of the model.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -45,30 +43,6 @@ MIN_GAIN = 1.05
 
 TRIED_SHARE = 0.02
 """Share of the time of passes with a refused proposal that tries may lose. They measure the times again."""
-
-
-class Proposer(Protocol):
-    """Proposes tokens of one answer."""
-
-    def push(self, token: int) -> None:
-        """Append the next token of the answer."""
-        ...
-
-    def draft(self, longest: int, num_answers: int) -> list[int]:
-        """Return at most `longest` tokens that the next pass of `num_answers` answers checks."""
-        ...
-
-
-class Draft(Protocol):
-    """A smaller model that proposes tokens."""
-
-    def begin(self, lookup: PromptLookup | None, prompt: Sequence[int]) -> Proposer:
-        """Return the proposals of the answer to `prompt`, those of `lookup` among them."""
-        ...
-
-    def close(self) -> None:
-        """Free the model."""
-        ...
 
 
 class PromptLookup:
@@ -113,13 +87,11 @@ class PromptLookup:
 class Speculation:
     """Measures on one engine how often proposals are right and how long passes take, while it serves."""
 
-    def __init__(self, times: PassTimes | None, looks_up: bool = True, beside: Speculation | None = None) -> None:
-        """Begin with measured `times` of passes, if there are any, and share those of `beside`."""
-        self._looks_up = looks_up
-        self.draft: Draft | None = None
+    def __init__(self, times: PassTimes | None = None) -> None:
+        """Begin with measured `times` of passes, if there are any."""
         self._shares, self._counts = list(PRIOR_SHARES), [PRIOR_COUNT] * len(PRIOR_SHARES)
         """Share of right proposals by the number of right ones before, and how many were counted."""
-        self._ms: dict[int, float] = {} if beside is None else beside._ms
+        self._ms: dict[int, float] = {}
         """{tokens of a pass: mean milliseconds}"""
         if times is not None:
             self.add_times(times)
@@ -130,11 +102,6 @@ class Speculation:
         """Add measured times of passes that none was recorded for."""
         for number, milliseconds in enumerate(times.milliseconds, start=1):
             self._ms.setdefault(number, milliseconds)
-
-    def proposer(self, prompt: Sequence[int]) -> Proposer | None:
-        """Return the proposals for an answer to `prompt`, None if there are none."""
-        lookup = PromptLookup(self, prompt) if self._looks_up else None
-        return lookup if self.draft is None else self.draft.begin(lookup, prompt)
 
     def count(self, num_right: int, is_right: bool) -> None:
         """Count a proposal after `num_right` right ones."""
@@ -148,18 +115,15 @@ class Speculation:
         mean = self._ms.get(num_tokens, milliseconds)
         self._ms[num_tokens] = mean + TIME_RATE * (min(milliseconds, MAX_SLOWDOWN * mean) - mean)
 
-    def draft_length(
-        self, num_right: int, num_answers: int, longest: int, token_ms: float = 0.0, prompt_ms: float = 0.0
-    ) -> int:
+    def draft_length(self, num_right: int, num_answers: int, longest: int) -> int:
         """Return how many tokens to propose after `num_right` right ones, beside a token of each answer of a pass.
 
-        That is the number with the most expected tokens per second, 0 if none gains. A proposed token costs `token_ms`
-        before the pass. The first ones of a try cost `prompt_ms` more.
+        That is the number with the most expected tokens per second, 0 if none gains.
         """
         if longest < 1 or num_answers < 1 or min(self._ms, default=num_answers + 1) > num_answers:
             return 0  # a pass without proposals is measured first
         expected = [0.0, *itertools.islice(self._expected_tokens(num_right), longest)]
-        times = self._pass_ms(num_answers, longest) + token_ms * np.arange(longest + 1)
+        times = self._pass_ms(num_answers, longest)
         tokens = num_answers + np.array(expected)
         speeds = tokens / times
         best = int(speeds.argmax())
@@ -167,7 +131,7 @@ class Speculation:
             return best
         tried = min(longest, max(MIN_MATCH, num_right))
         # in passes without proposals: the time of the try, less the passes that its expected tokens save
-        loss = (times[tried] + prompt_ms) / times[0] - tokens[tried] / num_answers
+        loss = times[tried] / times[0] - tokens[tried] / num_answers
         self._credit += TRIED_SHARE
         # Larger passes may be faster in proportion, which only a try can tell.
         if self._credit < loss and num_answers + tried < 2 * max(self._ms):

@@ -52,8 +52,7 @@ class ModelPool:
         """{name: time in which the model stays loaded without requests}"""
         self._workers: dict[str, EngineWorker] = {}
         self._loading = asyncio.Lock()
-        draft_bytes = Artefact.open(options.draft).file_bytes if options.draft else 0
-        self._sizes = {name: artefact.file_bytes + draft_bytes for name, artefact in self.artefacts.items()}
+        self._sizes = {name: artefact.file_bytes for name, artefact in self.artefacts.items()}
         """{name: bytes in memory}, of the files and, once the model was loaded, also of its caches."""
         self._arriving = Counter[str]()
         """{name: requests that do not have a worker yet}"""
@@ -91,7 +90,7 @@ class ModelPool:
     def _load(self, name: str) -> EngineWorker:
         engine = load_engine(self.artefacts[name], self.options, measure_passes=False)
         caches = engine.kv_cache_bytes + engine.parked_bytes
-        self._sizes[name] = self.artefacts[name].file_bytes + caches + engine.draft_bytes
+        self._sizes[name] = self.artefacts[name].file_bytes + caches
         # Read before a request needs a grammar. Reading cannot be stopped and would keep the place of a lost client.
         threading.Thread(target=read_vocabulary, args=(engine,), daemon=True).start()
         save_prompts = self._restore_prompts(name, engine)

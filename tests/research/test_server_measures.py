@@ -70,10 +70,10 @@ def test_passes_of_settings_beside_each_other(
     record = {"messages": messages, "tools": [{"type": "function", "function": function}]}
     task = tmp_path / "task.jsonl"
     task.write_text(json.dumps(record) + '\n{"text": "A word and a word"}\n{"question": "Who?"}\n', encoding="utf-8")
-    flags = ("--tokens", "8", "--context", "512", "--draft", str(artefact))
+    flags = ("--tokens", "8", "--context", "512")
     assert run_command(answer_passes.body, [str(artefact), str(task), *flags]) == 0
     _, _, *rows = map(cells, capsys.readouterr().out.splitlines())
-    assert [row[0] for row in rows] == ["one token a pass", "forced tokens", "look-up", "look-up and draft"]
+    assert [row[0] for row in rows] == ["one token a pass", "forced tokens", "look-up"]
     assert all(row[-1] == "3 of 3" for row in rows)
     assert float(rows[0][1]) == 8.0
 
