@@ -14,14 +14,12 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..runtime.base import flags
-from ..runtime.base.command import run_command
 from ..runtime.base.errors import ArtefactError, OptionError, UsageError
 from ..runtime.base.files import fill_template, link_or_copy, sha256_of
 from ..runtime.base.output import atomic_output, unknown_files
@@ -436,11 +434,3 @@ def body(argv: Sequence[str]) -> int:
     print(f"folder: {folder}")
     print(f"to publish: hf upload OWNER/{settings.name or folder.absolute().name} {folder}")
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

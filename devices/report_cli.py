@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..runtime.base import flags
-from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_file
 from ..runtime.base.quantities import print_rows
@@ -44,11 +42,3 @@ def body(argv: Sequence[str]) -> int:
         write_page(html_path, runs)
         print(f"page: {html_path}")
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

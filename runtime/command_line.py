@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .base import flags
 from .base.command import run_command
@@ -22,8 +23,8 @@ PROGRAM = "efficientllm"
 class Command:
     """One command."""
 
-    entry: str
-    """ "module:function" below the package efficientllm. The function reads sys.argv."""
+    module: str
+    """Module below the package efficientllm. Its function `body` takes the arguments and returns the exit code."""
     summary: str
     """One line for the help, which starts with a verb."""
     variant_flag: str = ""
@@ -32,29 +33,29 @@ class Command:
 
 GROUPS = {
     "make": {
-        "train": Command("train.cli:main", "prune and train a model"),
-        "data": Command("train.data.check:main", "check files of examples before training"),
-        "corpus": Command("train.data.corpus:main", "write a training corpus as one file"),
-        "fit": Command("train.planning.fit:main", "choose type and size for a budget of bytes or milliseconds"),
-        "plan": Command("train.planning.cli:main", "predict what a latency target leaves of a model"),
+        "train": Command("train.cli", "prune and train a model"),
+        "data": Command("train.data.check", "check files of examples before training"),
+        "corpus": Command("train.data.corpus", "write a training corpus as one file"),
+        "fit": Command("train.planning.fit", "choose type and size for a budget of bytes or milliseconds"),
+        "plan": Command("train.planning.cli", "predict what a latency target leaves of a model"),
     },
     "ship": {
-        "export": Command("export.cli:main", "write a checkpoint as GGUF, ONNX, ExecuTorch, ...", "--target"),
-        "hub": Command("devices.hub_folder:main", "make a folder for a model hub"),
+        "export": Command("export.cli", "write a checkpoint as GGUF, ONNX, ExecuTorch, ...", "--target"),
+        "hub": Command("devices.hub_folder", "make a folder for a model hub"),
     },
     "run": {
-        "chat": Command("runtime.chat:main", "chat with an exported model in the terminal"),
-        "serve": Command("server.cli:main", "serve models with OpenAI's HTTP interface"),
-        "serve-web": Command("server.web:main", "serve an exported page to browsers"),
+        "chat": Command("runtime.chat", "chat with an exported model in the terminal"),
+        "serve": Command("server.cli", "serve models with OpenAI's HTTP interface"),
+        "serve-web": Command("server.web", "serve an exported page to browsers"),
     },
     "know": {
-        "eval": Command("train.evaluation.cli:main", "measure the quality of models"),
-        "bench": Command("devices.cli:main", "measure speed and memory on a device"),
-        "report": Command("devices.report_cli:main", "collect the results of several benchmarks"),
-        "doctor": Command("runtime.doctor:main", "show this machine, its engines and missing packages"),
+        "eval": Command("train.evaluation.cli", "measure the quality of models"),
+        "bench": Command("devices.cli", "measure speed and memory on a device"),
+        "report": Command("devices.report_cli", "collect the results of several benchmarks"),
+        "doctor": Command("runtime.doctor", "show this machine, its engines and missing packages"),
     },
     "shell": {
-        "completion": Command("runtime.completion:main", "print a completion script for bash, zsh or fish"),
+        "completion": Command("runtime.completion", "print a completion script for bash, zsh or fish"),
     },
 }
 """Group -> command name -> command, in the order of the help."""
@@ -72,11 +73,10 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def run(name: str, arguments: Sequence[str]) -> None:
-    """Import and run the command `name`. Its help and errors then show `efficientllm NAME` (see flags.Parser)."""
-    sys.argv = [f"{PROGRAM} {name}", *arguments]
-    module, _, function = COMMANDS[name].entry.partition(":")
-    getattr(importlib.import_module(f"efficientllm.{module}"), function)()
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Import and run the command `name`, and return its exit code."""
+    module = f"efficientllm.{COMMANDS[name].module}"
+    return run_command(lambda argv: importlib.import_module(module).body(argv), arguments)
 
 
 def body(argv: Sequence[str]) -> int:
@@ -93,11 +93,13 @@ def body(argv: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Run the command that the first argument names."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in COMMANDS:
-        run(name, sys.argv[2:])
-    sys.exit(run_command(body))
+    """Run the command that the program's name or the first argument names."""
+    program, *arguments = sys.argv
+    _, _, name = Path(program).stem.partition(f"{PROGRAM}-")
+    if name not in COMMANDS and arguments and arguments[0] in COMMANDS:
+        name, *arguments = arguments
+        sys.argv[:2] = [f"{PROGRAM} {name}"]  # its help and errors then show this name, see flags.Parser
+    sys.exit(run(name, arguments) if name in COMMANDS else run_command(body, arguments))
 
 
 if __name__ == "__main__":

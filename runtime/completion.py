@@ -9,12 +9,10 @@ import contextlib
 import io
 import re
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from . import command_line
 from .base import flags
-from .base.command import run_command
 
 Flags = dict[str, list[str]]
 """Flag -> the values it accepts, [] if they are not a fixed list."""
@@ -23,14 +21,9 @@ Flags = dict[str, list[str]]
 def help_of(name: str, *arguments: str) -> str:
     """Return the help of a command, "" if a package is missing that the command needs to print it."""
     output = io.StringIO()
-    argv = sys.argv
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
-            command_line.run(name, [*arguments, "--help"])
-    except (SystemExit, ImportError):
-        pass
-    finally:
-        sys.argv = argv
+    silenced = contextlib.redirect_stderr(io.StringIO())
+    with contextlib.redirect_stdout(output), silenced, contextlib.suppress(SystemExit, ImportError):
+        command_line.run(name, [*arguments, "--help"])
     return output.getvalue()
 
 
@@ -149,11 +142,3 @@ def body(argv: Sequence[str]) -> int:
     shell = build_parser().parse(argv)["shell"]
     print(SHELLS[shell]({name: flags_of(name) for name in command_line.COMMANDS}), end="")
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

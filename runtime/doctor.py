@@ -17,7 +17,6 @@ from typing import Any
 
 from .base import flags
 from .base.child import run, run_python
-from .base.command import run_command
 from .base.errors import install_command
 from .base.files import json_text
 from .base.quantities import format_bytes
@@ -271,11 +270,3 @@ def body(argv: Sequence[str]) -> int:
     found = examine()
     print(json_text(found) if as_json else "\n".join(lines_of(found)))
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

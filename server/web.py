@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from ..runtime.base import flags
-from ..runtime.base.command import run_command
 from ..runtime.base.errors import ArtefactError, UsageError
 
 HEADERS = {
@@ -92,11 +90,3 @@ def body(argv: Sequence[str]) -> int:
         print(f"http://{server.server_address[0]}:{server.server_port}/", flush=True)
         server.serve_forever()
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

@@ -29,8 +29,8 @@ def output_of(*argv: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 def test_the_table_has_every_script() -> None:
     own = {"doctor", "completion"}
-    table = {f"efficientllm-{name}": each.entry for name, each in command_line.COMMANDS.items() if name not in own}
-    assert table == {name: SCRIPTS[name].removeprefix("efficientllm.") for name in HYPHENATED}
+    assert {f"efficientllm-{name}" for name in command_line.COMMANDS if name not in own} == set(HYPHENATED)
+    assert set(SCRIPTS.values()) == {"efficientllm.runtime.start:main"}
 
 
 @pytest.mark.parametrize("script", HYPHENATED)
@@ -61,6 +61,29 @@ def test_help_imports_nothing_heavy() -> None:
     script = "import sys; from efficientllm.runtime.command_line import help_text; help_text(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "numpy", "asyncio"} & set(done.stdout.split())
+
+
+INTERRUPTED = """
+import os, signal, sys
+from efficientllm.runtime.start import main
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "MODULE":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["efficientllm-train", "--source", "demo"]
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["efficientllm.runtime.command_line", "argparse", "efficientllm.train.cli", "numpy"])
+def test_ctrl_c_while_a_command_is_imported_is_one_line(module: str) -> None:
+    script = [sys.executable, "-c", INTERRUPTED.replace("MODULE", module)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_an_unknown_command_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

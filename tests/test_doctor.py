@@ -32,7 +32,7 @@ def test_a_missing_extra_names_the_command_that_works(
     origin: str | None, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = SimpleNamespace(read_text=lambda name: origin)
-    monkeypatch.setattr("efficientllm.runtime.base.errors.distributions", lambda name: [installed])
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [installed])
     assert install_command("gguf") == command
 
 

@@ -316,11 +316,8 @@ from efficientllm.runtime import command_line
 found = []
 for name, *arguments in commands:
     errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            command_line.run(name, arguments)
-    except SystemExit as ended:
-        found.append([ended.code, errors.getvalue()])
+    with contextlib.redirect_stderr(errors):
+        found.append([command_line.run(name, arguments), errors.getvalue()])
 print(json.dumps(found))
 """
 

@@ -16,6 +16,7 @@ import pytest
 from training import command, expect_same_run, run, without
 
 from efficientllm.train import trainer
+from efficientllm.train.checkpoint.state import HashingWriter
 from efficientllm.train.stop_signal import StopSignal
 
 PLAIN = ["--checkpoint-every", "0", "--eval-every", "5"]
@@ -185,6 +186,35 @@ def test_a_second_signal_interrupts_at_once(
     monkeypatch.setattr(trainer.Trainer, "_step", stopping)
     assert run(command(source_folder, corpus, tmp_path / "run", *PLAIN)) == 130
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_signals_during_a_checkpoint_are_answered_in_one_line(
+    count: int,
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write, folder = HashingWriter.write_data, tmp_path / "run"
+    signals = iter([0, count])
+
+    def interrupted(self: HashingWriter, *arguments: Any) -> Any:
+        for _ in range(next(signals, 0)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(HashingWriter, "write_data", interrupted)
+    given = [*without(command(source_folder, corpus, folder, *PLAIN), "--checkpoint-every"), "--checkpoint-every", "2"]
+    assert run(given) == 130
+    held, last = capfd.readouterr().err.strip().splitlines()[-2:]
+    assert held == "the checkpoint is being written; a further signal gives it up"
+    stopped = "stopped by SIGINT; checkpoint step-00000005 is written; continue with --resume"
+    given_up = "interrupted: this checkpoint is not written, and earlier ones stay"
+    assert last == (stopped if count == 2 else given_up)
+    written = sorted(each.name for each in (folder / "checkpoints").iterdir())
+    assert written[-1] == ("step-00000005" if count == 2 else "step-00000002")
 
 
 def test_ranks_stop_together() -> None:

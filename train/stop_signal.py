@@ -17,8 +17,8 @@ class StopRequested(KeyboardInterrupt):
 class StopSignal:
     """Record the first signal in the block for `check`.
 
-    A second one interrupts at once, except under torchrun. A scheduler signals all processes, and torchrun passes its
-    signal on to the ranks.
+    A second one interrupts at once, and during `saving` a third one. Under torchrun none does: a scheduler signals all
+    processes, and torchrun passes its signal on to the ranks.
     """
 
     def __init__(self, any_rank: Callable[[bool], bool] | None = None) -> None:
@@ -30,6 +30,7 @@ class StopSignal:
         """SIGINT or SIGTERM after the signal."""
         self._any_rank = any_rank
         self._is_held = False
+        self._is_saving = self._is_interrupted = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -44,7 +45,12 @@ class StopSignal:
 
     def _remember(self, number: int, frame: object) -> None:
         if self.name and "WORLD_SIZE" not in os.environ:
-            raise KeyboardInterrupt
+            if not self._is_saving:
+                self._is_interrupted = True
+                raise KeyboardInterrupt
+            self._is_saving = False
+            # not through sys.stderr, in whose write this handler may run
+            os.write(2, b"the checkpoint is being written; a further signal gives it up\n")
         self.name = signal.Signals(number).name
 
     def check(self) -> None:
@@ -67,3 +73,16 @@ class StopSignal:
             yield
         finally:
             self._is_held = before
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Answer a second signal with a line while a checkpoint is written. A third one raises KeyboardInterrupt."""
+        self._is_saving = True
+        try:
+            yield
+        except BaseException as error:  # torch wraps a KeyboardInterrupt in an exception of its own
+            if self._is_interrupted:
+                raise KeyboardInterrupt("this checkpoint is not written, and earlier ones stay") from error
+            raise
+        finally:
+            self._is_saving = False

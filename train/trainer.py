@@ -459,7 +459,8 @@ class Trainer:
         folder, keep = self.checkpoint, self.config.run.keep
         optimizer = self.trained.optimizer
         kept = self.kept_checkpoint
-        training_state.save_training_state(folder, self.model, optimizer, state, keep, self.parallel, kept)
+        with self.stop_signal.saving():
+            training_state.save_training_state(folder, self.model, optimizer, state, keep, self.parallel, kept)
         self._saved_step = self.progress.step
         return folder
 

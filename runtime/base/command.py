@@ -99,8 +99,8 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     try:
         with _terminating():
             return body(arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as a shell shows it
     except (EfficientLLMError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _has_no_reader():

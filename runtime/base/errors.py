@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from importlib.metadata import distributions
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 
 class EfficientLLMError(Exception):
@@ -46,6 +43,11 @@ class OptionError(UsageError, ValueError):
 
 def install_command(extras: str) -> str:
     """Return the pip command that adds `extras`, from the folder of a clone if efficientllm was installed from one."""
+    # here, because the package `runtime` imports this module, and they take half of the start of a command
+    from importlib.metadata import distributions
+    from urllib.parse import urlparse
+    from urllib.request import url2pathname
+
     # a clone also has a folder .egg-info, which comes first where its root is on the path and does not tell the origin
     texts = (each.read_text("direct_url.json") for each in distributions(name="efficientllm"))
     origin = json.loads(next(filter(None, texts), "{}"))

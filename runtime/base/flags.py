@@ -32,6 +32,8 @@ from .quantities import did_you_mean, not_one_of, parse_bytes, parse_count
 
 T = TypeVar("T")
 
+VERSION = version("efficientllm")
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError instead of printing its usage and exiting."""
@@ -48,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_HelpFormatter, **options)
         self.examples = tuple(f"efficientllm {example}" for example in examples)
         self.add_argument("--debug", action="store_true", help="show tracebacks")  # run_command removes it from argv
-        self.add_argument("--version", action="version", version=f"efficientllm {version('efficientllm')}")
+        self.add_argument("--version", action="version", version=f"efficientllm {VERSION}")
         for section in sections:
             add_section(self, section)
 

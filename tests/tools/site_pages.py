@@ -42,8 +42,7 @@ TABLE_STYLE = """.md-typeset table:not([class]) th { min-width: 0; }
 def parser_of(command: str) -> flags.Parser:
     """Return the parser of `efficientllm COMMAND`, with that name in its texts."""
     sys.argv = [f"efficientllm {command}"]
-    module = COMMANDS[command].entry.partition(":")[0]
-    return importlib.import_module(f"efficientllm.{module}").build_parser()
+    return importlib.import_module(f"efficientllm.{COMMANDS[command].module}").build_parser()
 
 
 def _invocation(action: argparse.Action) -> str:

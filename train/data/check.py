@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ...runtime.base import flags
-from ...runtime.base.command import run_command
 from ...runtime.base.errors import DataError
 from ...runtime.base.extras import extra
 from ...runtime.base.model_names import check_source
@@ -251,11 +250,3 @@ def body(argv: Sequence[str]) -> int:
         if not report.forms:
             raise DataError(f"{report.name} has no documents; give other text")
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

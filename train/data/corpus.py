@@ -11,14 +11,12 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, cast
 
 from ...runtime.base import flags
-from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import require_extra
 from ...runtime.base.files import remove_stale_temporaries, written_atomically
@@ -240,11 +238,3 @@ def body(argv: Sequence[str]) -> int:
     print(markdown_table(rows))
     print(f"corpus: {output} ({format_bytes(output.stat().st_size)})")
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

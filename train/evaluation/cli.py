@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...runtime.base import flags
-from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_json_atomically, write_text_atomically
 from ...runtime.base.model_names import may_be_hub_id, source_path
@@ -232,11 +230,3 @@ def body(argv: Sequence[str]) -> int:
     for page in pages:
         print(f"misses: {page}")
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

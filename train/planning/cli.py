@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ...runtime.base import flags
-from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
 from ...runtime.base.model_names import check_source
@@ -140,11 +138,3 @@ def _plan(name: str, source: Architecture, times: Sequence[DeviceTime], config: 
         for text in config.target
     ]
     print(targets.target_table(source, found))
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

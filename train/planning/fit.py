@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.base import flags
-from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
 from ...runtime.base.model_names import check_source
@@ -393,11 +391,3 @@ def _read(source: str) -> tuple[Architecture, int]:
         return shape, tokenizer_bytes(load_tokenizer(source, "source"))
     model, tokenizer = load_source(source, source)
     return architecture_of(model.config), tokenizer_bytes(tokenizer)
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()
