@@ -22,11 +22,13 @@ from ..runtime.base.model_names import check_source
 from ..runtime.chat_template import render_chat
 from ..runtime.engines.hf_tokenizer import read_settings, special_token
 from ..runtime.sampling import LLAMA_CPP_DEFAULTS, SamplingOptions
-from ..runtime.tool_format import LEARNED_MARK, UNSPACED_MARK
+from ..runtime.tool_format import JOB_MARK, LEARNED_MARKS
 from ..train.model.architecture import Architecture
 from ..train.model.attention import LayerAttention, context_length, layer_attention, rope_parameters
 from ..train.model.folder_files import (
     INDEX_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_SETTINGS,
     WEIGHTS_FILE,
     check_folder,
     check_token_ids,
@@ -168,7 +170,7 @@ class Checkpoint:
 
         Invalid values are left out. A model of one job answers greedily, as its score is measured.
         """
-        is_job = (self.chat_template or "").startswith((LEARNED_MARK, UNSPACED_MARK))
+        is_job = (self.chat_template or "").startswith(LEARNED_MARKS)
         settings, found = self.json_file("generation_config.json"), dict(GREEDY if is_job else {})
         for name in LLAMA_CPP_DEFAULTS:
             with contextlib.suppress(ValueError):
@@ -202,12 +204,35 @@ GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}
 
 
 @contextlib.contextmanager
-def open_checkpoint(name: str, foreign: ImportOptions = DEFAULTS) -> Iterator[Checkpoint]:
+def open_checkpoint(name: str, foreign: ImportOptions = DEFAULTS, chat_template: str = "") -> Iterator[Checkpoint]:
     """Open a run folder, a Hugging Face folder, or any `--source` of efficientllm-train.
 
-    Folders of other pruning tools, and sources that are no local folders, are loaded with torch into a temporary
-    folder, and so is one with an adapter. `foreign` has the options of both.
+    `chat_template` replaces the folder's, unless it is "". Folders of other pruning tools, and sources that are no
+    local folders, are loaded with torch into a temporary folder, and so is one with an adapter. `foreign` has the
+    options of both.
     """
+    with _open_folder(name, foreign) as checkpoint:
+        if not chat_template:
+            yield checkpoint
+            return
+        is_job = (checkpoint.chat_template or "").startswith(LEARNED_MARKS)
+        with tempfile.TemporaryDirectory(prefix="efficientllm-") as folder:
+            _link_with_template(checkpoint.folder, Path(folder), (JOB_MARK if is_job else "") + chat_template)
+            yield Checkpoint(Path(folder), name, checkpoint.notes)
+
+
+def _link_with_template(source: Path, folder: Path, template: str) -> None:
+    """Fill `folder` with links to the files of `source`, and with another chat template."""
+    for path in source.iterdir():
+        if path.name not in (TEMPLATE_FILE, TOKENIZER_SETTINGS):
+            (folder / path.name).symlink_to(path.resolve(), path.is_dir())
+    settings = {name: value for name, value in read_settings(source).items() if name != "chat_template"}
+    (folder / TOKENIZER_SETTINGS).write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
+    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _open_folder(name: str, foreign: ImportOptions) -> Iterator[Checkpoint]:
     path = check_source(name, name)
     is_imported = is_foreign(path)
     if path.is_dir():

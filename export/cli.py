@@ -12,6 +12,7 @@ from ..runtime.base.command import run_command
 from ..runtime.base.extras import require_extra
 from ..runtime.base.model_names import check_adapter, check_source
 from ..runtime.base.output import atomic_output
+from ..runtime.chat_template import read_template_file
 from ..train.data.documents import DataSpec, check_documents
 from ..train.model.foreign_configs import ImportOptions
 from .checkpoint import open_checkpoint
@@ -29,13 +30,14 @@ def export(
     head_dim: int | None = None,
     trust_remote_code: bool = False,
     adapter: str = "",
+    chat_template: str = "",
     **options: Any,
 ) -> Path:
     """Write `checkpoint` as an artefact of `target` into the folder `output` and return the folder.
 
     `checkpoint` is a run folder, a Hugging Face folder or hub id, a .gguf file, or "demo". `options` are the target's
     flags by name (`quantize="q8_0"`, `max_kl=0.3`). `head_dim` and `trust_remote_code` apply to checkpoints of other
-    pruning tools, `adapter` is a LoRA adapter of the checkpoint.
+    pruning tools, `adapter` is a LoRA adapter of the checkpoint. `chat_template` is a file with another template.
 
     Raises UsageError for unusable arguments, ModelError for an unsupported or damaged checkpoint, and ArtefactError if
     the file does not verify. The folder is whole or absent. Reports to `logging.getLogger("efficientllm.export")`.
@@ -47,6 +49,7 @@ def export(
     check_source(str(checkpoint), str(checkpoint))
     if adapter:
         check_adapter(adapter)
+    template = read_template_file(chat_template) if chat_template else ""
     for name in options:
         if name not in known:
             refuse_option(target, name)
@@ -59,13 +62,13 @@ def export(
         "export", "ml_dtypes", "safetensors", *(("torch", "transformers") if getattr(chosen, "verify", False) else ())
     )
     folder = Path(output)
-    inputs = [checkpoint, *filter(None, [calibrate])]
+    inputs = [checkpoint, *filter(None, [calibrate, chat_template])]
     remedy = "give another --output, or --overwrite to replace it"
     imports = ImportOptions(head_dim, trust_remote_code, adapter)
     request = ExportRequest(chosen, folder)
     with atomic_output(folder, overwrite, foreign_files, inputs, remedy) as temporary:
         request.clock.begin(f"reading {checkpoint}")
-        with open_checkpoint(str(checkpoint), imports) as opened:
+        with open_checkpoint(str(checkpoint), imports, template) as opened:
             request.notes.extend(opened.notes)
             exporter.write(opened, request, temporary)
     request.clock.end()
@@ -111,6 +114,9 @@ def build_parser() -> ExportParser:
     targets = "{" + ",".join(known_targets()) + "}"
     parser.add_argument("--target", required=True, metavar=targets, help="format to write")
     parser.add_argument("--output", metavar="FOLDER", help="folder to write [CHECKPOINT-TARGET-QUANTIZE]")
+    parser.add_argument(
+        "--chat-template", default="", metavar="FILE", help="file with a chat template instead of the checkpoint's"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the contents of --output")
     return parser
 

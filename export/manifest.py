@@ -13,13 +13,13 @@ from ..runtime.base.files import sha256_of
 from ..runtime.base.output import unknown_files
 from ..runtime.base.quantities import display_name, format_bytes
 from ..runtime.engines.manifest import JOB_FILE, MANIFEST_NAME, Manifest, describe_files
+from ..train.model.folder_files import TEMPLATE_FILE, TOKENIZER_SETTINGS
 from .checkpoint import Checkpoint
 from .request import ExportRequest
 
-TOKENIZER_SETTINGS = "tokenizer_config.json"
 BEGINNING = 8000
 """Bytes at the beginning in which a binary file has a zero, as in git."""
-TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_SETTINGS, "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_SETTINGS, "special_tokens_map.json", TEMPLATE_FILE)
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:

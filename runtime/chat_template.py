@@ -11,9 +11,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -61,15 +63,43 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-@lru_cache(maxsize=16)
-def _compile(template: str) -> jinja2.Template:
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
-    return environment.from_string(template)
+    return environment
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+@lru_cache(maxsize=16)
+def names_in(template: str) -> frozenset[str]:
+    """Return the variables, attributes and constant texts of a template, none if it is malformed."""
+    try:
+        tree = _environment().parse(template)
+    except jinja2.TemplateSyntaxError:
+        return frozenset()
+    found = {name.name for name in tree.find_all(nodes.Name)} | {each.attr for each in tree.find_all(nodes.Getattr)}
+    texts = (each.value for each in tree.find_all(nodes.Const))
+    return frozenset(found.union(each for each in texts if isinstance(each, str)))
+
+
+def read_template_file(path: str) -> str:
+    """Return the chat template in the file of --chat-template. Raises UsageError unless it renders a question."""
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+        render_chat(template, [{"role": "user", "content": "Hello"}])
+    except (OSError, UnicodeDecodeError, ArtefactError, UsageError) as error:
+        reason = getattr(error, "strerror", None) or str(error).replace("the model's chat template", "the template")
+        raise UsageError(f"--chat-template {path}: {reason}; give a Jinja file that writes a conversation") from error
+    return template
 
 
 def render_chat(

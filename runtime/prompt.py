@@ -114,7 +114,7 @@ def tool_prompt(
         found = tool_format(engine.chat_template, engine.bos_token, engine.eos_token).readable_by(engine)
         control, format = found or ((), GENERIC)
         if not format.is_from_template:
-            messages, shown = in_plain_roles(messages, shown, format), ()
+            messages, shown = in_plain_roles(messages, shown, format)
         # a model that was not trained to call functions may repeat a call without end
         is_untrained = use is not None and use.must_call and not format.is_from_template
         # without a text between calls, the grammar ends after the first one
@@ -154,24 +154,27 @@ def text_prompt(engine: EngineScheduler, text: str, special: bool = False) -> li
 
 def in_plain_roles(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], format: ToolFormat
-) -> list[dict[str, Any]]:
-    """Return messages for a template without functions: descriptions, calls and results become plain text.
+) -> tuple[list[dict[str, Any]], Sequence[Mapping[str, Any]]]:
+    """Return messages and tools for a template without functions: descriptions, calls and results become plain text.
 
-    A model that was trained on its functions gets no descriptions.
+    A model that was trained on its functions gets no descriptions. Its template gets as they are what it names.
     """
     plain: list[dict[str, Any]] = []
     for message in messages:
-        content = message.get("content") or ""
-        if message["role"] == "tool":
+        content, role = message.get("content") or "", message["role"]
+        if role == "tool" and "tool" not in format.given:
             content = f"<tool_response>\n{content}\n</tool_response>"
             if plain and plain[-1].get("is_result"):  # results of one turn are one message
                 plain[-1]["content"] += f"\n{content}"
             else:
                 plain.append({"role": "user", "content": content, "is_result": True})
-        else:
-            if calls := message.get("tool_calls"):
-                content = f"{content}\n{format.write(calls)}".strip()
-            plain.append({"role": message["role"], "content": content})
+            continue
+        calls = message.get("tool_calls")
+        if calls and not format.writes_calls:
+            content = f"{content}\n{format.write(calls)}".strip()
+        plain.append({"role": role, "content": content})
+        if calls and "tool_calls" in format.given:  # without ids, which training does not have
+            plain[-1]["tool_calls"] = [{"type": "function", "function": call["function"]} for call in calls]
     if tools and not format.is_learned:
         listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
         instructions = INSTRUCTIONS.format(tools=listed)
@@ -179,7 +182,9 @@ def in_plain_roles(
             plain[0] = {**plain[0], "content": f"{plain[0]['content']}\n\n{instructions}"}
         else:
             plain.insert(0, {"role": "system", "content": instructions})
-    return [{"role": message["role"], "content": message["content"]} for message in plain]
+    for each in plain:
+        each.pop("is_result", None)
+    return plain, tools if "tools" in format.given else ()
 
 
 def _render(engine: EngineScheduler, escape: MessageEscape, messages: Sequence[Message], **options: Any) -> str:

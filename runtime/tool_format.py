@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from .base.errors import EfficientLLMError
-from .chat_template import Message, render_chat
+from .chat_template import Message, names_in, render_chat
 from .copied_arguments import CopiedArguments
 from .engines.scheduler import EngineScheduler
 from .grammar import CALL_JSON, LENIENT_CALL_JSON, Grammar, embedded_schema, schema_part
@@ -43,6 +44,10 @@ class ToolFormat:
     """True if the model was trained on its functions and needs no description of them in the prompt."""
     has_spaced_texts: bool = False
     """True if texts in arguments begin with a space, which is no part of them."""
+    given: frozenset[str] = frozenset()
+    """Those of `tools`, `tool` (the role) and `tool_calls` that a learned template of a job's own names and gets."""
+    writes_calls: bool = False
+    """True if such a template writes calls itself. Otherwise they are part of the content."""
 
     def readable_by(self, engine: EngineScheduler) -> tuple[tuple[int, ...], ToolFormat] | None:
         """Return the control tokens at the start of calls, and the format without control tokens.
@@ -171,6 +176,11 @@ LEARNED_MARK = "{#- efficientllm: the model was trained on its functions, with s
 UNSPACED_MARK = "{#- efficientllm: the model was trained on its functions -#}"
 """The same for models that were trained before texts had spaces."""
 
+JOB_MARK = "{#- efficientllm: the job's own template, and the model was trained on its functions -#}"
+"""Start of a template that gets functions, results and calls where it names them (see `ToolFormat.given`)."""
+
+LEARNED_MARKS = (LEARNED_MARK, UNSPACED_MARK, JOB_MARK)
+
 
 def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
     """Return the JSON schema of a function's arguments, which is an object. Without parameters it has no properties.
@@ -214,12 +224,20 @@ def tool_format(template: str | None, bos_token: str, eos_token: str) -> ToolFor
     for mark, format in ((LEARNED_MARK, LEARNED), (UNSPACED_MARK, UNSPACED)):
         if template and template.startswith(mark):
             return format
-    try:
-        found = _TemplateProbe(template, bos_token, eos_token).format()
-    except EfficientLLMError:  # the template refuses messages with calls
-        found = None
-    return found or GENERIC
+    is_job = bool(template) and template.startswith(JOB_MARK)
+    given = GIVEN & names_in(template) if is_job else frozenset[str]()
+    found = None
+    if not is_job or "tool_calls" in given:
+        with contextlib.suppress(EfficientLLMError):  # the template refuses messages with calls
+            found = _TemplateProbe(template, bos_token, eos_token).format(is_described=not is_job)
+    if not is_job:
+        return found or GENERIC
+    is_written = found is not None
+    return replace(found or LEARNED, is_from_template=False, is_learned=True, given=given, writes_calls=is_written)
 
+
+GIVEN = frozenset({"tools", "tool", "tool_calls"})
+"""Names of which a job's own template gets what it names."""
 
 _NAMES = ("first_probe", "second_probe")
 _ARGUMENTS = {"probe_argument": "probe_value"}
@@ -246,12 +264,17 @@ class _TemplateProbe:
         messages = [{"role": "user", "content": _TEXT}, *answers]
         return render_chat(self._template, messages, *self._tokens, add_generation_prompt=not answers, tools=[_TOOL])
 
-    def format(self) -> ToolFormat | None:
-        """Return the format, None if the template ignores functions or writes calls in another kind of format."""
-        if _NAMES[0] not in self._render():
+    def format(self, is_described: bool) -> ToolFormat | None:
+        """Return the format, None if the template writes calls in another kind of format.
+
+        If functions must be described, also return None if the template ignores them.
+        """
+        if is_described and _NAMES[0] not in self._render():
             return None
-        one, arguments = self._written(_NAMES[0]), json.dumps(_ARGUMENTS)
+        one, arguments, spaced = self._written(_NAMES[0]), json.dumps(_ARGUMENTS), json.dumps(with_spaces(_ARGUMENTS))
         name = one.find(_NAMES[0])
+        has_spaces = not is_described and spaced in one
+        arguments = spaced if has_spaces else arguments
         start = one.find(arguments, name)
         if name < 0 or start < 0:
             return None
@@ -259,7 +282,8 @@ class _TemplateProbe:
         end = one[start + len(arguments) :]
         if not begin.strip() or not middle:
             return None
-        return ToolFormat(begin, middle, self._between(begin, middle, arguments, end), end)
+        between = self._between(begin, middle, arguments, end)
+        return ToolFormat(begin, middle, between, end, has_spaced_texts=has_spaces)
 
     def _written(self, *names: str) -> str:
         """Return the text of an answer with calls of `names`, "" if the template does not write it.

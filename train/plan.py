@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..runtime.base import flags
 from ..runtime.base.errors import ModelError, UsageError
 from ..runtime.base.progress import ProgressDisplay
+from ..runtime.chat_template import read_template_file
 from .checkpoint import state as training_state
 from .checkpoint.run_folder import (
     FINISHED_FILE,
@@ -29,7 +30,7 @@ from .compute.hardware import Hardware, choose_hardware
 from .compute.loss import frozen_copy
 from .config.pruning import PruneConfig
 from .config.sections import GGUF_TYPES, STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
-from .data.chat import learn_functions
+from .data.chat import set_chat_template
 from .data.documents import SELF_CHAT, DataSpec
 from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, self_chat_file
 from .memory import check_memory, device_memory, estimate_memory
@@ -182,8 +183,9 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     if shape is not None:  # before it is read, as it may not fit
         _announce_memory(config, resume, compute, shape)
     source, tokenizer, weights = load_for_ranks(config, compute.parallel, config.source.source)
-    if config.source.functions == "learned":
-        learn_functions(tokenizer)
+    settings = config.source
+    template = read_template_file(settings.chat_template) if settings.chat_template else ""
+    set_chat_template(tokenizer, template, settings.functions == "learned")
     length, longest = config.source.sequence_length, source.config.max_position_embeddings
     architecture = architecture_of(source.config)
     if shape is None:

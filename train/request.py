@@ -9,6 +9,7 @@ from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from ..runtime.base.model_names import check_adapter, check_source
 from ..runtime.base.output import check_output, check_place
+from ..runtime.chat_template import read_template_file
 from ..runtime.latency.profile import DeviceProfile
 from .checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_killed_writes
 from .config.pruning import PruneConfig
@@ -53,6 +54,8 @@ def check_request(config: TrainConfig) -> None:
     teacher = config.optimizer.teacher if config.optimizer.teacher not in ("source", "self") else ""
     if teacher:
         check_source(teacher, f"--teacher {teacher}")
+    if config.source.chat_template:
+        read_template_file(config.source.chat_template)
     for spec in data_specs(config):
         require_readers(spec)
     adapter = config.foreign.adapter
@@ -80,10 +83,9 @@ def check_request(config: TrainConfig) -> None:
     folder = Path(config.run.output)
     replaceable = config.run.overwrite or config.run.resume or holds_only_killed_writes(folder)
     inputs = [config.source.source, *(spec.path for spec in data_specs(config))]
-    pruning = config.pruning
-    inputs += filter(
-        None, [pruning.target_architecture, pruning.device_profile, pruning.ranking_profile, adapter, teacher]
-    )
+    pruning, template = config.pruning, config.source.chat_template
+    others = (template, pruning.target_architecture, pruning.device_profile, pruning.ranking_profile, adapter, teacher)
+    inputs += filter(None, others)
     remedy = "give --overwrite to replace it or --resume to continue it"
     # a resumed run leaves alone what is not a run's
     foreign = foreign_files if config.run.overwrite else lambda folder: []

@@ -35,6 +35,9 @@ class SourceConfig:
     """Held-out tokens per evaluation."""
     init: Literal["source", "random"] = "source"
     """random: train the source's shape from scratch, as a baseline."""
+    chat_template: str = ""
+    """File with a chat template (Jinja) of the job's own instead of the source's. It may render of a long context what
+    the model needs. The model, its exports and the server keep it."""
     functions: Literal["described", "learned"] = "described"
     """learned: leave the descriptions of functions out of prompts, because the model is trained on its functions. Its
     chat template says so, and its calls are one line of JSON."""

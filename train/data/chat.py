@@ -7,6 +7,7 @@ read but not learned is encoded as `~token`.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import numpy as np
 from ...runtime.base.errors import ArtefactError, DataError, UsageError
 from ...runtime.chat_template import Message, render_chat
 from ...runtime.prompt import in_plain_roles
-from ...runtime.tool_format import LEARNED_MARK, tool_format
+from ...runtime.tool_format import JOB_MARK, LEARNED_MARK, ToolFormat, tool_format
 
 if TYPE_CHECKING:  # efficientllm-corpus and the evaluation of artefacts need no transformers
     from transformers import PreTrainedTokenizerBase
@@ -96,6 +97,12 @@ class ChatFormat:
     eos_token: str
     end_of_turn: str
     """Text after an answer, which the model generates to end its turn."""
+    header: str = ""
+    """Text that the generation prompt adds to the question, "" if the template writes an answer in another way."""
+    after: str = ""
+    """All text after the answer, which ends its turn in a conversation."""
+    _num_chats: Counter[tuple[tuple[str, bool], ...]] = field(default_factory=Counter, init=False, compare=False)
+    """Number of chats by the roles of their messages and whether they call."""
 
     @classmethod
     def of(cls, template: str | None, bos: str, eos: str) -> ChatFormat | None:
@@ -105,6 +112,7 @@ class ChatFormat:
         question: list[Message] = [{"role": "user", "content": "Well?"}]
         answered = [*question, {"role": "assistant", "content": _ANSWER}]
         try:
+            asked = render_chat(template, question, bos, eos, add_generation_prompt=False)
             prompt = render_chat(template, question, bos, eos)
             whole = render_chat(template, answered, bos, eos, add_generation_prompt=False)
         except (ArtefactError, UsageError):
@@ -112,7 +120,9 @@ class ChatFormat:
         start = whole.rfind(_ANSWER)
         if start < 0 or not whole.startswith(prompt):
             return None
-        return cls(template, bos, eos, whole[start + len(_ANSWER) :].strip() or eos)
+        after = whole[start + len(_ANSWER) :]
+        has_header = prompt.startswith(asked) and start == len(prompt)
+        return cls(template, bos, eos, after.strip() or eos, prompt[len(asked) :] if has_header else "", after)
 
     @classmethod
     def of_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
@@ -146,21 +156,15 @@ class ChatFormat:
     def spans(self, chat: Chat) -> list[Span]:
         """Split a rendered chat into spans, in order, up to the end of its last answer.
 
+        The chat is rendered once, and its answers are found by the texts around them. If they are not found, it is
+        rendered up to the start and the end of each answer. So are the chats number 1, 2, 4, 8, ... of the same roles.
         Raises DataError if the template rejects the chat or changes earlier turns.
         """
-        spans: list[Span] = []
-        rendered = ""
+        shape = tuple((each["role"], "tool_calls" in each) for each in chat.messages)
+        self._num_chats[shape] += 1
         try:
-            for index, message in enumerate(chat.messages):
-                if message["role"] != "assistant" or not index:  # a greeting answers nothing, and is only read
-                    continue
-                prompt = self._render(chat, index, add_generation_prompt=True)
-                answered = self._render(chat, index + 1, add_generation_prompt=False)
-                if not (prompt.startswith(rendered) and answered.startswith(prompt)):
-                    raise DataError("the source's chat template rewrites earlier turns; give chats of one question")
-                is_learned = message.get("weight", 1) != 0
-                spans += [Span(prompt[len(rendered) :], False), Span(answered[len(prompt) :], is_learned)]
-                rendered = answered
+            spans = self._spans_of_one_rendering(chat) if self._num_chats[shape].bit_count() != 1 else None
+            spans = self._spans_by_turns(chat) if spans is None else spans
         except UsageError as error:
             raise DataError(f"a chat of {len(chat.messages)} turns: {error}") from error
         if chat.is_cut and spans:  # without the end of the turn, which the model did not write
@@ -169,28 +173,81 @@ class ChatFormat:
             spans[-1] = Span(answer[:end], True)
         return spans
 
+    def _spans_by_turns(self, chat: Chat) -> list[Span]:
+        spans: list[Span] = []
+        rendered = ""
+        for index in _answers(chat):
+            prompt = self._render(chat, index, add_generation_prompt=True)
+            answered = self._render(chat, index + 1, add_generation_prompt=False)
+            if not (prompt.startswith(rendered) and answered.startswith(prompt)):
+                raise DataError("the chat template rewrites earlier turns; give chats of one question")
+            spans += [Span(prompt[len(rendered) :], False), Span(answered[len(prompt) :], _is_learned(chat, index))]
+            rendered = answered
+        return spans
+
+    def _spans_of_one_rendering(self, chat: Chat) -> list[Span] | None:
+        """Return the spans if each answer stands between the texts around answers, and these occur nowhere else."""
+        answers = _answers(chat)
+        if not self.header or not self.after or not answers:
+            return None
+        whole = self._render(chat, answers[-1] + 1, add_generation_prompt=False)
+        before, *parts = whole.split(self.header)
+        greetings = [message for message in chat.messages[:1] if message["role"] == "assistant"]
+        if len(parts) != len(answers) + len(greetings):
+            return None
+        messages, format = self._arranged(chat, answers[-1] + 1)[0], self._tool_format()
+        texts = [_written(each, format) for each in messages if each["role"] == "assistant"]
+        spans: list[Span] = []
+        for index, (part, text) in enumerate(zip(parts, texts, strict=True), -len(greetings)):
+            end = next((each + self.after for each in (text, text.strip()) if part.startswith(each + self.after)), "")
+            if not end:
+                return None
+            before += self.header
+            if index < 0:
+                before += part
+                continue
+            spans += [Span(before, False), Span(end, _is_learned(chat, answers[index]))]
+            before = part[len(end) :]
+        return spans if not before else None
+
     def chat_prompt(self, chat: Chat) -> str:
         """Render a whole chat, with its functions, up to the start of the assistant's next answer."""
         return self._render(chat, len(chat.messages), add_generation_prompt=True)
 
-    def _render(self, chat: Chat, count: int, *, add_generation_prompt: bool) -> str:
-        """Render the first `count` messages as the runtime renders them for an answer.
+    def _tool_format(self) -> ToolFormat:
+        return tool_format(self.template, self.bos_token, self.eos_token)
+
+    def _arranged(self, chat: Chat, count: int) -> tuple[Sequence[Message], Sequence[Mapping[str, Any]]]:
+        """Return the first `count` messages and the functions as the runtime gives them to the template.
 
         If the template has no functions, their descriptions, calls and results become text, as in the server.
         """
-        messages: Sequence[Message] = chat.messages[:count]
-        tools = chat.tools
-        format = tool_format(self.template, self.bos_token, self.eos_token)
-        if chat.has_functions and not format.is_from_template:
-            messages, tools = in_plain_roles(messages, tools, format), ()
-        return render_chat(
-            self.template,
-            messages,
-            self.bos_token,
-            self.eos_token,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-        )
+        messages, format = chat.messages[:count], self._tool_format()
+        if not chat.has_functions or format.is_from_template:
+            return messages, chat.tools
+        return in_plain_roles(messages, chat.tools, format)
+
+    def _render(self, chat: Chat, count: int, *, add_generation_prompt: bool) -> str:
+        """Render the first `count` messages as the runtime renders them for an answer."""
+        messages, tools = self._arranged(chat, count)
+        bos, eos = self.bos_token, self.eos_token
+        return render_chat(self.template, messages, bos, eos, add_generation_prompt=add_generation_prompt, tools=tools)
+
+
+def _answers(chat: Chat) -> list[int]:
+    """Return the indices of the assistant's answers. A greeting answers nothing."""
+    return [index for index, message in enumerate(chat.messages) if message["role"] == "assistant" and index]
+
+
+def _is_learned(chat: Chat, index: int) -> bool:
+    return chat.messages[index].get("weight", 1) != 0
+
+
+def _written(message: Message, format: ToolFormat) -> str:
+    """Return the text of an answer, with its calls if the template writes them."""
+    writes = format.is_from_template or format.writes_calls
+    calls = format.write(message["tool_calls"]) if "tool_calls" in message and writes else ""
+    return message["content"] + calls
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -211,12 +268,21 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
     return [encoding.ids for encoding in encodings]
 
 
-def learn_functions(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replace the tokenizer's chat template by that of a model that is trained on its functions.
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str, is_learned: bool) -> None:
+    """Give a tokenizer the job's own `template`, "" for the source's, or that of a model that knows its functions.
 
-    Raises UsageError without a chat template.
+    Raises UsageError without a chat template, and for one that no answer can be found in.
     """
+    if template:
+        tokenizer.chat_template = JOB_MARK + template if is_learned else template
     chat_format = ChatFormat.of_tokenizer(tokenizer)
+    if template and chat_format is None:
+        raise UsageError(
+            "--chat-template: it does not write an answer behind the prompt of its question; write each message, and "
+            "the start of an answer if add_generation_prompt is true"
+        )
+    if not is_learned or str(tokenizer.chat_template).startswith(JOB_MARK):
+        return
     if chat_format is None:
         raise UsageError("--functions learned: the source has no chat template; use a chat model")
     tokenizer.chat_template = chat_format.knowing_functions().template

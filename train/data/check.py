@@ -22,7 +22,8 @@ from ...runtime.base.extras import extra
 from ...runtime.base.model_names import check_source
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import display_name, markdown_table
-from .chat import Chat, Document, Encoder, learn_functions
+from ...runtime.chat_template import read_template_file
+from .chat import Chat, Document, Encoder, set_chat_template
 from .documents import DataSpec, open_documents
 from .packing import is_kept_whole
 from .records import BadLines, EmptyAnswerError
@@ -49,6 +50,8 @@ class CheckConfig:
 
     source: str = "demo"
     """Model whose tokenizer and chat template are used, as in efficientllm-train."""
+    chat_template: str = ""
+    """File with the job's own chat template, as in efficientllm-train."""
     functions: Literal["described", "learned"] = "described"
     """learned: prompts do not describe the functions, as in efficientllm-train --preset job."""
     sequence_length: int = flags.count(512, at_least=8)
@@ -218,6 +221,7 @@ def body(argv: Sequence[str]) -> int:
     del arguments["action"]
     config = flags.take(arguments, CheckConfig)
     check_source(config.source, f"--source {config.source}")
+    template = read_template_file(config.chat_template) if config.chat_template else ""
     named = [*((name, "FILE") for name in names), *((name, "--test") for name in config.test)]
     specs = [DataSpec.parse(name, text_field=config.text_field, flag=flag) for name, flag in named]
     for spec in specs:
@@ -225,8 +229,7 @@ def body(argv: Sequence[str]) -> int:
     with extra("train"):
         from ..model.source import load_tokenizer
     tokenizer = load_tokenizer(config.source)
-    if config.functions == "learned":
-        learn_functions(tokenizer)
+    set_chat_template(tokenizer, template, config.functions == "learned")
     encoder = Encoder(tokenizer)
     reports: list[FileReport] = []
     with ProgressDisplay() as display:

@@ -21,6 +21,7 @@ from ...runtime.base.errors import ModelError
 JSON_FILES = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "training.json")
 """Files that a folder may lack."""
 TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 WEIGHTS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
