@@ -57,6 +57,14 @@ OTHERS = {
     "contents that are trimmed": "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}<assistant>",
     "thoughts that are left out": "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}"
     "{% endfor %}<assistant>",
+    "a list within the system message": "{% for m in messages %}<{{ m.role }}>{% if m.role == 'system' and "
+    "'Stock:' in m.content %}{{ m.content.split('Stock:')[0] }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "<assistant>",
+    "results within a user's message": "{% for m in messages %}<{{ m.role }}>{{ m.content if not "
+    "m.content.startswith('<result>') else 'done' }}{% endfor %}<assistant>",
+    "two conditions": "{% for m in messages %}<{{ m.role }}>{{ 'both' if 'one of' in m.content and 'two of' in "
+    "m.content else m.content }}{% endfor %}<assistant>",
+    "contents that are cut": "{% for m in messages %}<{{ m.role }}>{{ m.content[:900] }}{% endfor %}<assistant>",
     "the day": "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "<assistant>",
 }

@@ -17,11 +17,13 @@ from tiny import tiny_tokenizer
 from training import command, run, unpruned
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from efficientllm.export.gguf.modelfile import NO_TEMPLATE
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.chat_template import Message, read_template_file, render_chat
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.hf_tokenizer import read_chat_template
+from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.prompt import ToolUse, tool_prompt
 from efficientllm.runtime.tool_format import JOB_MARK, LEARNED, UNSPACED, tool_format
@@ -257,6 +259,24 @@ def test_stock_runtimes_render_the_same_tokens(renderer: Any, engine: EngineSche
         ours = tool_prompt(engine, messages, ToolUse(TOOLS)).tokens
         theirs = renderer(trained, engine.chat_template, [dict(each) for each in messages])
         assert engine.tokenize(theirs, special=True) == ours
+
+
+def test_an_export_names_runtimes_that_render_differently(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert NO_TEMPLATE in (trained / "Modelfile").read_text(encoding="utf-8")
+    assert not any("renders" in note for note in Manifest.read(trained).notes)
+    other = tmp_path / "other.jinja"
+    other.write_text("{% set last = messages[-1].content | title %}{{ last }}: " + PLAIN)
+    flags = ("--quantize", "f32", "--no-verify", "--chat-template", str(other))
+    assert export(trained.parent / "run", "gguf", tmp_path / "gguf", *flags) == 0
+    printed, said = "".join(capsys.readouterr()), Manifest.read(tmp_path / "gguf").notes
+    assert NO_TEMPLATE in said
+    assert "efficientllm serve" in printed
+    assert "ollama create" not in printed
+    renders = next(note for note in said if "renders" in note)
+    assert renders.startswith("llama-cpp-python renders 1 of")
+    assert "the first is one with calls and results: " in renders
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx", "hf"])

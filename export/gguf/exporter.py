@@ -41,9 +41,10 @@ from ..verification import (
     torch_sample,
 )
 from .layout import GgufPlan, plan_layout
-from .modelfile import MAX_CONTEXT, modelfile
+from .modelfile import MAX_CONTEXT, NO_TEMPLATE, modelfile, ollama_template
 from .probe import RUNS, Run, probe
 from .quantize import FILE_TYPES, describe_fallbacks, quantize_gguf, tensor_type
+from .renderers import differences
 from .tensor_data import block_of, check_kept, check_rows, read_weights, tensor_bytes
 from .writer import gguf_name, write_gguf
 
@@ -82,10 +83,16 @@ def check_gguf(options: GgufOptions) -> None:
 def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> None:
     """Write FOLDER/model.gguf, its manifest and a Modelfile. A failure leaves nothing behind."""
     contents = write_model(checkpoint, request, folder)
-    write_text_atomically(folder / OLLAMA_FILE, modelfile(checkpoint, MODEL_FILE))
+    template = ollama_template(checkpoint)
+    write_text_atomically(folder / OLLAMA_FILE, modelfile(checkpoint, MODEL_FILE, template))
+    is_plain = not template or not template[0].startswith("#")
+    if not is_plain:
+        for sentence in (NO_TEMPLATE, *differences(folder / MODEL_FILE, checkpoint)):
+            request.say(sentence)
     # people may write other defaults into it
     write_manifest(checkpoint, request, folder, replace(contents, editable=(OLLAMA_FILE,)))
-    for hint in run_hints(request.output, checkpoint.context_length, checkpoint.architecture.head_dim):
+    hints = run_hints(request.output, checkpoint.context_length, checkpoint.architecture.head_dim)
+    for hint in hints if is_plain else hints[:-1]:
         log.info("run it with: %s", hint)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...runtime.base.errors import EfficientLLMError
-from ...runtime.chat_template import Message, render_chat, texts_around
+from ...runtime.chat_template import Message, names_in, render_chat, texts_around
 from ...runtime.engines.hf_tokenizer import HfTokenizer
 from ..checkpoint import Checkpoint
 from ..manifest import generation_defaults
@@ -81,9 +81,20 @@ def derive_turns(template: str, bos: str, eos: str, *, adds_bos: bool) -> Turns 
     for read in (_read_conversations, _read_prompts):
         with contextlib.suppress(EfficientLLMError):  # it refuses a system message, say
             turns = read(rendered)
-            if turns is not None and all(turns.render(each) == rendered(each, True) for each in PROBES):
+            probes = [*PROBES, *probes_of(template)]
+            if turns is not None and all(turns.render(each) == rendered(each, True) for each in probes):
                 return turns
     return None
+
+
+def probes_of(template: str) -> list[list[Message]]:
+    """Return conversations in which each role writes the texts that a template may look for, and a long one.
+
+    One message has all of the texts, because a condition may need two of them.
+    """
+    texts = sorted(each for each in names_in(template) if each.strip())
+    contents = [*(f"One {each} two {each}\nthree" for each in texts), *texts, "\n".join(texts), "Four Five " * 500]
+    return [_conversation(f"s {each}", f"u {each}", f"a {each}", "u six") for each in contents]
 
 
 def _read_prompts(rendered: Rendered) -> Turns | None:
@@ -162,21 +173,27 @@ NAMES = {"temperature": "temperature", "top_p": "top_p", "repetition_penalty": "
 """Our options -> Ollama's."""
 
 
-def modelfile(checkpoint: Checkpoint, model_file: str) -> str:
-    """Return the text of a Modelfile for `model_file` in the same folder."""
+def modelfile(checkpoint: Checkpoint, model_file: str, template: Sequence[str]) -> str:
+    """Return the text of a Modelfile for `model_file` in the same folder, with the lines of `ollama_template`."""
     lines = [f"FROM ./{model_file}", f"PARAMETER num_ctx {min(checkpoint.context_length, MAX_CONTEXT)}"]
     lines += [f"PARAMETER {NAMES[name]} {value:g}" for name, value in generation_defaults(checkpoint).items()]
     ends = [checkpoint.tokenizer.id_to_token(token) for token in checkpoint.end_of_generation_ids]
     lines += [f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}" for end in ends if end]
-    return "\n".join([*lines, *_template(checkpoint)]) + "\n"
+    return "\n".join([*lines, *template]) + "\n"
 
 
-def _template(checkpoint: Checkpoint) -> list[str]:
-    """Return the template lines, or a remark if the model's template does more than write turns."""
+NO_TEMPLATE = (
+    "the Modelfile has no TEMPLATE: the chat template does more than write turns, and Ollama does not run it; use "
+    "efficientllm serve, which has Ollama's API"
+)
+
+
+def ollama_template(checkpoint: Checkpoint) -> list[str]:
+    """Return the template lines, or NO_TEMPLATE as a remark. A model without a template has none."""
     tokenizer = HfTokenizer(checkpoint.folder)
     if tokenizer.chat_template is None:
         return []
     turns = derive_turns(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, adds_bos=tokenizer.adds_bos)
     if turns is None:
-        return ["# no TEMPLATE: the model's template does more than write turns; Ollama uses a similar one that it has"]
+        return [f"# {NO_TEMPLATE}"]
     return [f'TEMPLATE """{turns.go()}"""']
