@@ -58,6 +58,9 @@ CALL_JSON: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_fle
 LENIENT_CALL_JSON: Any = {**CALL_JSON, "lenient": True}
 """The same, without keywords that llguidance does not enforce."""
 
+TIMED_FORMATS = {"time": 24, "date-time": 35, "duration": 32}
+"""Formats with numbers of any length, and the largest length of their texts: nine digits of a second."""
+
 MAX_MULTIPLE = 20_000
 """Largest least common multiple of all `multipleOf` of a grammar, without trailing zeros.
 
@@ -86,7 +89,7 @@ class Grammar:
         Raises UsageError if it is malformed or has keywords that llguidance does not enforce.
         """
         try:
-            source = _matcher().grammar_from_json_schema(dict(schema), defaults=JSON)
+            source = _matcher().grammar_from_json_schema(closed_schema(schema, closes=False), defaults=JSON)
         except (ValueError, RecursionError) as error:  # half of a surrogate pair, a number of hundreds of digits
             raise UsageError(f"json_schema: {_in_one_line(str(error))}") from error
         return cls(source, "json_schema").checked()
@@ -215,15 +218,63 @@ def lark_of(text: str) -> str:
         raise UsageError(f"grammar: {_in_one_line(str(error))}") from error
 
 
-def schema_part(schema: Mapping[str, Any], name: str, format: Any = JSON) -> Grammar:
+def closed_schema(schema: Any, closes: bool = True) -> Any:
+    """Return a JSON schema whose objects have only the properties that they list, unless `additionalProperties` is set.
+
+    JSON Schema allows others, and small models then write names such as "city: " after all properties. Times are
+    limited to `TIMED_FORMATS`, because small models write digits without end. Without `closes`, they are all that
+    changes.
+    """
+    if not isinstance(schema, Mapping):
+        return schema
+    found, properties, required = dict(schema), schema.get("properties"), schema.get("required", [])
+    is_listed = (
+        isinstance(properties, Mapping) and isinstance(required, list) and {*map(str, required)} <= {*properties}
+    )
+    for name in ("properties", "$defs", "definitions"):
+        if isinstance(parts := schema.get(name), Mapping):
+            # the properties of definitions may be joined with others
+            closes_parts = closes and (name == "properties" or "allOf" not in str(schema))
+            found[name] = {key: closed_schema(each, closes_parts) for key, each in parts.items()}
+    for name in ("anyOf", "oneOf"):
+        if isinstance(parts := schema.get(name), list):
+            found[name] = [closed_schema(each, closes and "properties" not in schema) for each in parts]
+    if "items" in schema:
+        found["items"] = closed_schema(schema["items"], closes)
+    if closes and is_listed and not _OPEN & schema.keys():
+        found["additionalProperties"] = False
+    if schema.get("format") in [*TIMED_FORMATS]:
+        found.setdefault("maxLength", TIMED_FORMATS[schema["format"]])
+    return found
+
+
+_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref", "if"}
+"""Keywords that say more about the properties of an object."""
+
+
+def lenient_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `closed_schema` whose keywords that llguidance does not enforce, such as an unknown format, are ignored.
+
+    Raises UsageError if it is nested too deeply.
+    """
+    try:
+        return {**closed_schema(schema), "x-guidance": {**JSON, "lenient": True}}
+    except RecursionError as error:
+        raise UsageError("json_schema: is nested too deeply") from error
+
+
+def schema_part(schema: Mapping[str, Any], name: str, format: Any = None) -> Grammar:
     """Return the grammar of a JSON schema alone, unchecked. Errors call it `name`."""
-    content = {**schema, "x-guidance": format}
-    return Grammar(json.dumps({"grammars": [{"json_schema": content}]}), name)
+    return Grammar(json.dumps({"grammars": [{"json_schema": _formatted(schema, format)}]}), name)
 
 
-def embedded_schema(schema: Mapping[str, Any], format: Any = JSON) -> str:
-    """Return a JSON schema as a part of a Lark rule. The text has a `format` of llguidance."""
-    return "%json " + json.dumps({**schema, "x-guidance": format})
+def embedded_schema(schema: Mapping[str, Any], format: Any = None) -> str:
+    """Return a JSON schema as a part of a Lark rule. The text has a `format` of llguidance, by default the schema's."""
+    return "%json " + json.dumps(_formatted(schema, format))
+
+
+def _formatted(schema: Mapping[str, Any], format: Any) -> dict[str, Any]:
+    return {**schema, "x-guidance": format or schema.get("x-guidance", JSON)}
 
 
 class GrammarConstraint:

@@ -14,7 +14,7 @@ from .base.errors import EfficientLLMError
 from .chat_template import Message, names_in, render_chat
 from .copied_arguments import CopiedArguments
 from .engines.scheduler import EngineScheduler
-from .grammar import CALL_JSON, LENIENT_CALL_JSON, Grammar, embedded_schema, schema_part
+from .grammar import CALL_JSON, LENIENT_CALL_JSON, Grammar, closed_schema, embedded_schema, schema_part
 from .spaced_texts import ObjectScanner, schema_with_spaces, with_spaces
 
 MAX_CALLS = 16
@@ -183,30 +183,8 @@ LEARNED_MARKS = (LEARNED_MARK, UNSPACED_MARK, JOB_MARK)
 
 
 def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of a function's arguments, which is an object. Without parameters it has no properties.
-
-    Objects whose properties are listed have no others unless `additionalProperties` allows them. JSON Schema allows
-    them, and small models then write names such as "city: " after all properties.
-    """
-    return _without_others({**(function.get("parameters") or {"properties": {}}), "type": "object"})
-
-
-_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref", "if"}
-"""Keywords that say more about the properties of an object."""
-
-
-def _without_others(schema: Any) -> Any:
-    if not isinstance(schema, Mapping):
-        return schema
-    closed, properties, required = dict(schema), schema.get("properties"), schema.get("required", [])
-    if isinstance(properties, Mapping):
-        closed["properties"] = {name: _without_others(each) for name, each in properties.items()}
-        is_listed = isinstance(required, list) and all(each in [*properties] for each in required)
-        if is_listed and not _OPEN & schema.keys():
-            closed["additionalProperties"] = False
-    if "items" in schema:
-        closed["items"] = _without_others(schema["items"])
-    return closed
+    """Return the JSON schema of a function's arguments, a closed object. Without parameters it has no properties."""
+    return closed_schema({**(function.get("parameters") or {"properties": {}}), "type": "object"})
 
 
 def _text(engine: EngineScheduler, tokens: Iterable[int]) -> str:

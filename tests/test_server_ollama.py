@@ -89,6 +89,59 @@ def test_an_answer_may_be_json(client: httpx.Client, stream: bool) -> None:
     assert json.loads("".join(line["message"]["content"] for line in lines))["room"] in ("den", "hall")
 
 
+TEXTS = {"type": "array", "items": {"type": "string"}}
+AI_TASK_FIELDS: dict[str, dict[str, Any]] = {
+    "text": {"type": "string"},
+    "texts": TEXTS,
+    "boolean": {"type": "boolean"},
+    "number": {"type": "number", "minimum": 0, "maximum": 100},
+    "select": {"type": "string", "enum": ["red", "blue"]},
+    "select multiple": {"type": "array", "items": {"type": "string", "enum": ["red", "blue"]}, "uniqueItems": True},
+    "entity": {"type": "string", "format": "entity_id"},
+    "entity multiple": {"type": "array", "items": {"type": "string", "format": "entity_id"}},
+    "country": {"type": "string", "format": "ISO 3166-1 alpha-2"},
+    "language": {"type": "string", "format": "RFC 5646"},
+    "template": {"type": "string", "format": "jinja2"},
+    "date": {"type": "string", "format": "date"},
+    "time": {"type": "string", "format": "time"},
+    "color": {"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3, "format": "RGB"},
+    "object": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]},
+    "target": {"type": "object", "properties": {"entity_id": {"anyOf": [{"format": "entity_id"}, TEXTS]}}},
+}
+"""Kinds of fields of Home Assistant's AI Task, as its `selector_serializer` describes them."""
+
+
+@pytest.mark.parametrize("kind", AI_TASK_FIELDS)
+def test_format_accepts_kind_of_ai_task_field(client: httpx.Client, kind: str) -> None:
+    format = {"type": "object", "properties": {"value": AI_TASK_FIELDS[kind]}, "required": ["value"]}
+    options = {"temperature": 1, "seed": 1, "num_predict": 60}
+    (answer,) = ask(client, "chat", messages=MESSAGES, format=format, options=options, stream=False)
+    assert answer["message"]["content"].lstrip().startswith("{")
+    if answer["done_reason"] == "stop":
+        assert json.loads(answer["message"]["content"]).keys() == {"value"}
+
+
+def test_format_ends_time_with_many_digits(client: httpx.Client) -> None:
+    """The digits are the likeliest tokens."""
+    digits = {str(number): 100 for number in client.post("/tokenize", json={"content": "0123456789"}).json()["tokens"]}
+    format = {"type": "json_schema", "json_schema": {"schema": {"type": "string", "format": "time"}}}
+    body = {"messages": MESSAGES, "response_format": format, "logit_bias": digits, "temperature": 0, "max_tokens": 60}
+    choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert len(json.loads(choice["message"]["content"])) <= 24
+
+
+def test_format_closes_objects(client: httpx.Client) -> None:
+    part = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    format = {"type": "object", "properties": {"part": {"$ref": "#/$defs/part"}}, "$defs": {"part": part}}
+    format["required"] = ["part"]
+    for seed in range(6):
+        options = {"temperature": 2, "seed": seed, "num_predict": 60}
+        (answer,) = ask(client, "chat", messages=MESSAGES, format=format, options=options, stream=False)
+        assert answer["done_reason"] == "stop"
+        assert json.loads(answer["message"]["content"])["part"].keys() == {"a"}
+
+
 def test_calls_are_objects_of_the_last_line(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """The grammar must call, because a random model would not."""
     constraint = ChatPrompt.constraint

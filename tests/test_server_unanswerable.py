@@ -158,7 +158,10 @@ def test_the_tool_whose_parameters_cannot_be_enforced_is_named(address: str, nam
 
 def test_a_schema_beside_tools_is_named_itself(address: str) -> None:
     tools = [{"type": "function", "function": {"name": "now"}}]
-    answer = ask(address, {"tools": tools, **schema({"type": "object", "not": {"required": ["a"]}})})
+    format = schema({"type": "object", "not": {"required": ["a"]}})
+    assert ask(address, {"tools": tools, **format}).status_code == 200
+    format["response_format"]["json_schema"]["strict"] = True
+    answer = ask(address, {"tools": tools, **format})
     assert answer.status_code == 400, answer.text[:300]
     assert answer.json()["error"]["message"] == "json_schema: `not` cannot be enforced; remove it"
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, Strict, model_validator
 
-from ...runtime.grammar import Grammar
+from ...runtime.grammar import Grammar, lenient_schema
 
 MAX_CHARACTERS = 200_000
 MAX_TOOLS = 128
@@ -200,8 +200,8 @@ ToolChoiceOption = Literal["none", "auto", "required"] | NamedTool
 class JsonSchema(RequestPart):
     name: Text = ""
     description: Text = ""
-    strict: Bool = True
-    """Accepted for compatibility. The answer always matches the schema."""
+    strict: Bool = False
+    """True if a schema with keywords that cannot be enforced is refused. Otherwise see `lenient_schema`."""
     schema_: Annotated[Json, Field(alias="schema")] = {}
 
 
@@ -231,8 +231,11 @@ class ResponseFormat(RequestPart):
     def answer_schema(self) -> dict[str, Any] | None:
         """Return the JSON schema of the answer, None if it is not JSON."""
         if self.type == "json_object":
-            return self.schema_ or {"type": "object"}
-        return dict(self.json_schema.schema_) if self.type == "json_schema" and self.json_schema else None
+            return lenient_schema(self.schema_ or {"type": "object"})
+        if self.type != "json_schema" or self.json_schema is None:
+            return None
+        schema = self.json_schema.schema_
+        return dict(schema) if self.json_schema.strict else lenient_schema(schema)
 
     def grammar(self) -> Grammar | None:
         """Return the grammar of the answer, None for any text. UsageError if it is malformed."""
