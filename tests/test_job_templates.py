@@ -248,7 +248,9 @@ def llama_server(trained: Path, template: str, messages: list[Message]) -> str:
 def transformers_tokenizer(trained: Path, template: str, messages: list[Message]) -> str:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    text = tokenizer.apply_chat_template(messages, tools=list(TOOLS), tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [dict(each) for each in messages], tools=list(TOOLS), tokenize=False, add_generation_prompt=True
+    )
     return str(text)
 
 

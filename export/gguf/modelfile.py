@@ -94,7 +94,8 @@ def probes_of(template: str) -> list[list[Message]]:
     """
     texts = sorted(each for each in names_in(template) if each.strip())
     contents = [*(f"One {each} two {each}\nthree" for each in texts), *texts, "\n".join(texts), "Four Five " * 500]
-    return [_conversation(f"s {each}", f"u {each}", f"a {each}", "u six") for each in contents]
+    roles = (*ROLES, "user")
+    return [[{"role": role, "content": each} for role in roles] for each in contents]
 
 
 def _read_prompts(rendered: Rendered) -> Turns | None:

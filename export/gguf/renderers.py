@@ -7,6 +7,7 @@ file that the request names. A prompt that a runtime refuses is null.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -61,9 +62,9 @@ def differences(path: Path, checkpoint: Checkpoint) -> list[str]:
             return [f"the chat template was not compared with stock runtimes: {done.last_error}"]
         found: dict[str, list[str | None]] = json.loads(output.read_text(encoding="utf-8"))
     # llama-server leaves out a BOS that its tokenizer adds
-    shown = [[text and text.removeprefix(bos) for text in texts] for texts in (ours, *found.values())]
-    lines = (_difference(name, chats, shown[0], theirs) for name, theirs in zip(found, shown[1:], strict=True))
-    return list(filter(None, lines))
+    found = {name: [text and text.removeprefix(bos) for text in texts] for name, texts in found.items()}
+    ours = [text.removeprefix(bos) for text in ours]
+    return list(filter(None, (_difference(name, chats, ours, theirs) for name, theirs in found.items())))
 
 
 def _difference(name: str, chats: Sequence[Chat], ours: Sequence[str], theirs: Sequence[str | None]) -> str:
@@ -88,8 +89,7 @@ def _llama_cpp_python(request: dict[str, Any]) -> Renderer:
 
 
 def _llama_server(request: dict[str, Any]) -> Renderer:
-    import xllamacpp
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     parameters = xllamacpp.CommonParams()
     parameters.model.path, parameters.n_ctx, parameters.warmup = request["path"], 256, False
     server = xllamacpp.Server(parameters)
