@@ -460,6 +460,54 @@ def test_the_page_of_misses_shows_request_expected_and_answer(task: Path) -> Non
     assert "Example 1:" not in page
 
 
+def conversation(tmp_path: Path) -> Path:
+    """A file with one conversation: a call, its result, an answer, and an answer that is not learned."""
+    lamp = {"type": "function", "function": {"name": "turn_on", "arguments": {"name": "Lamp"}}}
+    messages = [
+        {"role": "system", "content": "Lamps: Lamp" + "." * 5000 + "the end"},
+        {"role": "user", "content": "Turn it on"},
+        {"role": "assistant", "content": None, "tool_calls": [lamp]},
+        {"role": "tool", "content": "ok"},
+        {"role": "assistant", "content": "Done."},
+        {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "Hm.", "weight": 0},
+        {"role": "user", "content": "And now?"},
+        {"role": "assistant", "content": "Good night."},
+    ]
+    path = tmp_path / "conversation.jsonl"
+    path.write_text(json.dumps({"messages": messages, "references": ["Good night.", "Bye."]}), encoding="utf-8")
+    return path
+
+
+def test_each_learned_answer_of_a_conversation_is_an_example(tmp_path: Path) -> None:
+    examples = read_examples(conversation(tmp_path))
+    assert [each.expected for each in examples] == [
+        '{"name": "turn_on", "arguments": {"name": "Lamp"}}',
+        "Done.",
+        "Good night.",
+    ]
+    assert [len(each.prompt.messages) for each in examples] == [2, 4, 8]
+    assert [each.references[-1] for each in examples] == [examples[0].expected, "Done.", "Bye."]
+    assert [each.expected for each in read_examples(conversation(tmp_path), 2)] == [examples[0].expected, "Done."]
+    after_result = metric_named("call")
+    assert after_result("done.", examples[1]) == {"exact": 1, "function": 1, "after_result": 1}
+    assert after_result("It failed.", examples[1])["exact"] == 0
+    assert after_result(examples[0].expected, examples[1])["function"] == 0
+    assert "after_result" not in after_result("Good night.", examples[2])
+
+
+def test_the_page_of_misses_shows_the_context(tmp_path: Path) -> None:
+    examples = read_examples(conversation(tmp_path))
+    result = JobResult("call", {"exact": [1.0, 1.0, 0.0]}, ["", "", "no"], 1, 1)
+    page = jobs.misses_page("model", examples, result)
+    context = page.partition("context:")[2].partition("request:")[0]
+    assert "    system: Lamps: Lamp..." in context
+    assert "... ..." in context
+    assert "the end\n    user: Turn it on\n    assistant: {" in context
+    assert "    tool: ok\n" in context
+    assert len(context) < 5000
+
+
 BAD = {
     "not a file": (None, "no such file"),
     "only an answer": ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1 has no message before its ans"),

@@ -59,6 +59,15 @@ class Chat:
         return "\n\n".join(contents)
 
     @property
+    def answers(self) -> list[int]:
+        """Return the indices of the assistant's answers. A greeting answers nothing."""
+        return [index for index, message in enumerate(self.messages) if message["role"] == "assistant" and index]
+
+    def is_learned(self, index: int) -> bool:
+        """Return False for an answer with a weight of 0."""
+        return self.messages[index].get("weight", 1) != 0
+
+    @property
     def has_functions(self) -> bool:
         """Return True if the chat describes, calls or answers for functions."""
         return bool(self.tools) or any(each["role"] == "tool" or "tool_calls" in each for each in self.messages)
@@ -176,18 +185,18 @@ class ChatFormat:
     def _spans_by_turns(self, chat: Chat) -> list[Span]:
         spans: list[Span] = []
         rendered = ""
-        for index in _answers(chat):
+        for index in chat.answers:
             prompt = self._render(chat, index, add_generation_prompt=True)
             answered = self._render(chat, index + 1, add_generation_prompt=False)
             if not (prompt.startswith(rendered) and answered.startswith(prompt)):
                 raise DataError("the chat template rewrites earlier turns; give chats of one question")
-            spans += [Span(prompt[len(rendered) :], False), Span(answered[len(prompt) :], _is_learned(chat, index))]
+            spans += [Span(prompt[len(rendered) :], False), Span(answered[len(prompt) :], chat.is_learned(index))]
             rendered = answered
         return spans
 
     def _spans_of_one_rendering(self, chat: Chat) -> list[Span] | None:
         """Return the spans if each answer stands between the texts around answers, and these occur nowhere else."""
-        answers = _answers(chat)
+        answers = chat.answers
         if not self.header or not self.after or not answers:
             return None
         whole = self._render(chat, answers[-1] + 1, add_generation_prompt=False)
@@ -206,7 +215,7 @@ class ChatFormat:
             if index < 0:
                 before += part
                 continue
-            spans += [Span(before, False), Span(end, _is_learned(chat, answers[index]))]
+            spans += [Span(before, False), Span(end, chat.is_learned(answers[index]))]
             before = part[len(end) :]
         return spans if not before else None
 
@@ -232,15 +241,6 @@ class ChatFormat:
         messages, tools = self._arranged(chat, count)
         bos, eos = self.bos_token, self.eos_token
         return render_chat(self.template, messages, bos, eos, add_generation_prompt=add_generation_prompt, tools=tools)
-
-
-def _answers(chat: Chat) -> list[int]:
-    """Return the indices of the assistant's answers. A greeting answers nothing."""
-    return [index for index, message in enumerate(chat.messages) if message["role"] == "assistant" and index]
-
-
-def _is_learned(chat: Chat, index: int) -> bool:
-    return chat.messages[index].get("weight", 1) != 0
 
 
 def _written(message: Message, format: ToolFormat) -> str:

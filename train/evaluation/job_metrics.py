@@ -18,6 +18,7 @@ from typing import Any
 
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
+from ...runtime.chat_template import Message
 from ..data.chat import Chat
 from .sql import gives_same_rows, has_database, normalised
 
@@ -43,10 +44,7 @@ class Example:
     @property
     def expected(self) -> str:
         """Return the expected answer as text. Calls are JSON."""
-        message = self.chat.messages[-1]
-        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
-        texts = [message["content"]] if message["content"] else []
-        return "\n".join([*texts, *calls])
+        return text_of(self.chat.messages[-1])
 
     @property
     def references(self) -> list[str]:
@@ -74,6 +72,13 @@ class Example:
     def prompt(self) -> Chat:
         """Return the conversation before the expected answer."""
         return Chat(self.chat.messages[:-1], self.chat.tools)
+
+
+def text_of(message: Message) -> str:
+    """Return content and calls of a message. Calls are JSON, one a line."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    texts = [message["content"]] if message["content"] else []
+    return "\n".join([*texts, *calls])
 
 
 def _no_constant(name: str) -> float:
@@ -162,11 +167,16 @@ def json_value(answer: str, example: Example) -> Values:
 def call(answer: str, example: Example) -> Values:
     """Compare calls: exact match, function names, F1 of the arguments, and whether a call can be read.
 
-    An example without a call expects a refusal, which is right if the answer has no call.
+    An example without a call expects a refusal, which is right if the answer has no call. After a result it expects
+    its text, in any case.
     """
     expected, found = calls_in(example.expected), calls_in(answer)
     if not expected:
         refused = float(not found)
+        if len(example.chat.messages) > 1 and example.chat.messages[-2]["role"] == "tool":
+            texts = [_normalised(each).casefold() for each in (answer, *example.references)]
+            same = float(texts[0] in texts[1:])
+            return {"exact": same, "function": refused, "after_result": same}
         return {"exact": refused, "function": refused, "argument_f1": math.nan, "valid": math.nan, "refused": refused}
     wanted, given = (Counter(field for _, each in calls for field in _fields(each)) for calls in (expected, found))
     return {

@@ -1,6 +1,7 @@
 """Score a model's answers on the held-out examples of a job: calls, labels, JSON, SQL or text.
 
-An example is a chat whose last answer is expected. The model answers greedily after the messages before it.
+An example is a conversation up to an answer that is expected, one for each answer of a chat. The model answers greedily
+after the messages before it.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from ...runtime.base.errors import ContextOverflowError, DataError, UsageError
+from ...runtime.chat_template import Message
 from ...runtime.grammar import Grammar
 from ...runtime.tool_format import tool_format
 from ..data.chat import Chat, ChatFormat
 from ..data.records import BadLines, ReadContext, document_of
-from .job_metrics import FORM, Example, Values, calls_in, macro_f1, metric_named
+from .job_metrics import FORM, Example, Values, calls_in, macro_f1, metric_named, text_of
 from .scoring import Advance, EngineModel, EvaluatedModel, LineCache, cache_key
 
 BOOTSTRAP_SAMPLES = 1000
@@ -30,6 +32,9 @@ BOOTSTRAP_SAMPLES = 1000
 
 WORST = 20
 """Missed examples on the page of misses."""
+
+SHOWN_CHARACTERS = 4000
+"""Characters of an earlier message on that page, from its beginning and its end."""
 
 Constrain = Literal["none", "schema", "copy", "examples"]
 """Grammar of answers: none, the functions and the response format of the example, or in addition texts in arguments
@@ -39,7 +44,8 @@ that are copied from the request, or those examples of their schemas that occur 
 def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Example]:
     """Read the examples of a .jsonl or .jsonl.gz file, at most `limit` (0: all).
 
-    A record's `database` is relative to the file's folder. `database` is that of records without one.
+    Each answer of a chat that is learned (see `Chat.is_learned`) is an example, with the messages before it. A record's
+    `database` is relative to the file's folder. `database` is that of records without one.
     Raises UsageError for a missing file or another kind of file, and DataError for a malformed record.
     """
     if not path.exists():
@@ -67,11 +73,22 @@ def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Exampl
             record["database"] = str(path.parent / str(record["database"]))
         elif database and not record.get("schema"):
             record["database"] = database
-        examples.append(Example(chat, record))
-        if len(examples) == limit:
+        examples += _examples(chat, record)
+        if 0 < limit <= len(examples):
+            del examples[limit:]
             break
     if not examples:
         raise DataError(f"--task {path}: the file has no examples")
+    return examples
+
+
+def _examples(chat: Chat, record: Mapping[str, Any]) -> list[Example]:
+    """Return an example for each learned answer of a chat. `references` are those of the last one."""
+    examples: list[Example] = []
+    for index in filter(chat.is_learned, chat.answers):
+        is_last = index == len(chat.messages) - 1
+        before = replace(chat, messages=chat.messages[: index + 1])
+        examples.append(Example(before, record if is_last else {**record, "references": None}))
     return examples
 
 
@@ -260,7 +277,7 @@ def _answered(
 
 
 def misses_page(name: str, examples: Sequence[Example], result: JobResult) -> str:
-    """Return a Markdown page of the worst missed examples: request, expected answer and given answer."""
+    """Return a Markdown page of the worst missed examples: context, request, expected answer and given answer."""
     score = result.score_name
     scores = result.values[score]
     missed = [index for index, value in enumerate(scores) if value < 1]
@@ -271,9 +288,10 @@ def misses_page(name: str, examples: Sequence[Example], result: JobResult) -> st
         f"{score} {result.mean(score):.3f} on {len(examples)} examples (metric {result.metric}).",
     ]
     for index in worst:
-        before = examples[index].chat.messages[:-1]
+        *earlier, request = examples[index].chat.messages[:-1]
         fields = {
-            "request": before[-1]["content"] if before else "",
+            **({"context": "\n".join(map(_shown, earlier))} if earlier else {}),
+            "request": request["content"],
             "expected": examples[index].expected,
             "answered": result.answers[index],
         }
@@ -282,3 +300,9 @@ def misses_page(name: str, examples: Sequence[Example], result: JobResult) -> st
             indented = [f"    {line}" for line in (text or "(nothing)").splitlines()]
             lines += ["", f"{title}:", "", *indented]
     return "\n".join(lines) + "\n"
+
+
+def _shown(message: Message) -> str:
+    """Return an earlier message as text, without the middle of a long one."""
+    text, half = f"{message['role']}: {text_of(message)}", SHOWN_CHARACTERS // 2
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
