@@ -85,8 +85,6 @@ class DeviceInfo:
     """0 if the device does not report it."""
     board: str = ""
     """Model of the board or phone."""
-    known: dict[str, Any] = field(default_factory=dict)
-    """Always empty. Earlier releases wrote an entry of a table of devices, and readers may expect the field."""
     virtual: str = ""
     """Layer between programs and hardware, such as qemu-user or virtual machine (kvm); "" if none was found."""
     emulated: bool = False

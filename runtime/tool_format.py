@@ -166,20 +166,24 @@ GENERIC = ToolFormat(
 """The format that most open models were trained on."""
 
 
-UNSPACED = ToolFormat('{"name": "', '", "arguments": ', '}\n{"name": "', "}", is_from_template=False, is_learned=True)
-LEARNED = replace(UNSPACED, has_spaced_texts=True)
+LEARNED = ToolFormat(
+    '{"name": "',
+    '", "arguments": ',
+    '}\n{"name": "',
+    "}",
+    is_from_template=False,
+    is_learned=True,
+    has_spaced_texts=True,
+)
 """The short format of a model that was trained on its functions: one JSON object a line."""
 
 LEARNED_MARK = "{#- efficientllm: the model was trained on its functions, with spaced texts -#}"
 """Start of the chat template of such a model."""
 
-UNSPACED_MARK = "{#- efficientllm: the model was trained on its functions -#}"
-"""The same for models that were trained before texts had spaces."""
-
 JOB_MARK = "{#- efficientllm: the job's own template, and the model was trained on its functions -#}"
 """Start of a template that gets functions, results and calls where it names them (see `ToolFormat.given`)."""
 
-LEARNED_MARKS = (LEARNED_MARK, UNSPACED_MARK, JOB_MARK)
+LEARNED_MARKS = (LEARNED_MARK, JOB_MARK)
 
 
 def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,9 +203,8 @@ def _is_plain(engine: EngineScheduler, text: str) -> bool:
 @lru_cache(maxsize=16)
 def tool_format(template: str | None, bos_token: str, eos_token: str) -> ToolFormat:
     """Return the format of a chat template, found by rendering example calls, or GENERIC if it writes none."""
-    for mark, format in ((LEARNED_MARK, LEARNED), (UNSPACED_MARK, UNSPACED)):
-        if template and template.startswith(mark):
-            return format
+    if template and template.startswith(LEARNED_MARK):
+        return LEARNED
     is_job = bool(template) and template.startswith(JOB_MARK)
     given = GIVEN & names_in(template) if is_job else frozenset[str]()
     found = None

@@ -26,7 +26,6 @@ class Options:
     room: int = flags.byte_count(0, at_least=0)
     port: int = flags.number(80, at_least=1, at_most=99)
     lengths: tuple[int, ...] = flags.whole_numbers(1, 2, at_least=1)
-    mode: str = flags.renamed("way", "fast")
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -52,13 +51,6 @@ def test_a_number_outside_its_range_is_refused(flag: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         flags.take(flags.Parser(Options, prog="command").parse([flag]), Options)
     assert message in str(caught.value).replace("argument ", "")
-
-
-def test_a_renamed_flag_keeps_its_old_name() -> None:
-    parser = flags.Parser(Options, prog="command")
-    assert flags.take(parser.parse(["--way", "slow"]), Options).mode == "slow"
-    assert flags.merge(Options(), {"way": "slow"}, "file").mode == "slow"
-    assert "--way" not in parser.format_help()
 
 
 @pytest.mark.parametrize(

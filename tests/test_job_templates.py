@@ -26,7 +26,7 @@ from efficientllm.runtime.engines.hf_tokenizer import read_chat_template
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.prompt import ToolUse, tool_prompt
-from efficientllm.runtime.tool_format import JOB_MARK, LEARNED, UNSPACED, tool_format
+from efficientllm.runtime.tool_format import JOB_MARK, LEARNED, tool_format
 from efficientllm.train.data import check
 from efficientllm.train.data.chat import Chat, ChatFormat, Encoder, set_chat_template
 
@@ -144,7 +144,7 @@ def test_the_form_of_calls_is_that_of_the_template() -> None:
     assert (spaced.has_spaced_texts, spaced.writes_calls, spaced.is_learned) == (True, True, True)
     unspaced = tool_format(JOB_MARK + TEMPLATE.replace("(' ' + value)", "value"), "", "")
     assert not unspaced.has_spaced_texts
-    assert unspaced.begin == UNSPACED.begin
+    assert unspaced.begin == LEARNED.begin
     reads = tool_format(JOB_MARK + "{% if messages[0].tool_calls %}!{% endif %}" + PLAIN, "", "")
     assert (reads.writes_calls, reads.given, reads.begin) == (False, {"tool_calls"}, LEARNED.begin)
 

@@ -80,8 +80,9 @@ def test_batched_answers_are_those_of_one_prompt_alone(scored: TorchModel) -> No
 
 
 def test_contract_pairs_documents_and_weighs_kinds_alike() -> None:
-    source = Quality({"a": [1.0, 3.0], "b": [2.0]}, [1.0, 2.0], [0.5, 0.5], [])
-    model = Quality({"a": [1.2, 3.4], "b": [2.1]}, [1.1, 2.1], [0.5, 1.5], [])
+    sizes = {"a": [4.0, 6.0], "b": [5.0]}
+    source = Quality({"a": [1.0, 3.0], "b": [2.0]}, [1.0, 2.0], [0.5, 0.5], [], sizes, 400)
+    model = Quality({"a": [1.2, 3.4], "b": [2.1]}, [1.1, 2.1], [0.5, 1.5], [], sizes, 400)
     found = contract(model, source, "src")
     assert found["texts"]["a"]["ratio"] == pytest.approx(math.exp(0.3))
     # differences .2 and .4: standard error .1, although the documents themselves differ by 2

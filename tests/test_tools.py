@@ -19,7 +19,7 @@ from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.grammar import CALL_JSON, Grammar, GrammarConstraint
 from efficientllm.runtime.prompt import ToolUse, chat_prompt, tool_prompt
 from efficientllm.runtime.spaced_texts import ObjectScanner
-from efficientllm.runtime.tool_format import GENERIC, LEARNED, UNSPACED, UNSPACED_MARK, ToolFormat, tool_format
+from efficientllm.runtime.tool_format import GENERIC, LEARNED, ToolFormat, tool_format
 
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -458,17 +458,11 @@ def test_texts_in_arguments_of_a_learned_format_begin_with_a_space(size: int) ->
         events += reader.push(text[start : start + size])
     assert json.loads("".join(each.text for each in events if isinstance(each, ArgumentsEvent))) == LAMP
     assert json.loads(LEARNED.plain(text)) == {"name": "set", "arguments": LAMP}
-    assert UNSPACED.plain(text) == text
 
 
 def test_only_texts_in_objects_lose_a_space() -> None:
     text = 'He said " no" and [" no"]: {"a": "b", "c": " d"} " e"'
     assert ObjectScanner().push(text) == 'He said " no" and [" no"]: {"a": "b", "c": "d"} " e"'
-
-
-def test_a_model_from_before_the_spaces_keeps_its_format() -> None:
-    assert tool_format(UNSPACED_MARK + PLAIN, "", "") == UNSPACED
-    assert UNSPACED.write([{"function": {"name": "set", "arguments": {"name": "lamp"}}}]).endswith('"lamp"}}')
 
 
 @pytest.mark.parametrize("kind", ["any", "copy"])

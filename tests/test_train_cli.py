@@ -99,8 +99,6 @@ def test_one_command_starts_and_resumes_a_run_and_leaves_a_finished_one(
     arguments = command(source_folder, corpus, tmp_path, "--resume-or-start")
     run_until(8, arguments)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000005", "step-00000008"]
-    with (tmp_path / "config.toml").open("a") as settings:
-        settings.write('teacher_cache = ""\n')  # as earlier commits wrote it
     assert run(arguments) == 0
     assert metrics(tmp_path) == metrics(straight)
     written = (tmp_path / "model" / "model.safetensors").stat()

@@ -226,7 +226,7 @@ def _check_removals(config: TrainConfig, compute: Compute) -> None:
 def _check_ranks(resume: ResumePoint, parallel: Parallel) -> None:
     """Raise UsageError if a run is resumed on another number of ranks, which would change the batch of a step."""
     _, saved = training_state.read_trainer_json(resume.checkpoint)
-    before, now = saved.get("ranks", parallel.world_size), parallel.world_size  # earlier releases did not store it
+    before, now = saved["ranks"], parallel.world_size
     if before != now:
         raise UsageError(
             f"--resume: the run has {before} ranks, not {now}; start as many (torchrun --nnodes, --nproc-per-node)"

@@ -468,10 +468,10 @@ class Trainer:
         """Continue from a checkpoint with the JSON values `saved`. The model must already have its shape."""
         self._saved_step = self.progress.step
         tensors, own = training_state.load_training_state(folder, self.model, self.trained.optimizer, self.parallel)
-        for path, identity in saved.get("corpora", {}).items():
+        for path, identity in saved["corpora"].items():
             if self.corpora.get(path, identity) != identity:
                 _log.warning(f"--data {path} has changed; the result is not that of the uninterrupted run")
-        if saved.get("has_own_teacher"):
+        if saved["has_own_teacher"]:
             teacher, _ = load_source(str(self.plan.folder / TEACHER_FOLDER), "the teacher of the run")
             self.trained.loss.set_teacher(frozen_copy(teacher, self.trained.loss.dtype, self.parallel.device))
         if self.pruner is not None:
@@ -481,13 +481,13 @@ class Trainer:
                 renumber_settings(self.model.generation_config, survivors.tolist())  # these are still the source's
                 switch_vocabulary(self.pruner, self.trained, self.text)
         if self.rounding is not None:
-            self.rounding.inputs.load_state_dict(tensors.get("shipped", {}))  # absent in earlier releases
+            self.rounding.inputs.load_state_dict(tensors["shipped"])
         self.text.stream.load_state(training_state.as_arrays(tensors["stream"]))
         if "unfinished" in saved:
             self.unfinished = UnfinishedStep(**saved["unfinished"])
-        later = saved.get("later_steps", {})  # absent in checkpoints of earlier releases
-        self.has_later_steps = later.get("are_added", False)
+        later = saved["later_steps"]
+        self.has_later_steps = later["are_added"]
         if self.config.pruning.sizes:
-            self.later_steps.removal = later.get("removal")
+            self.later_steps.removal = later["removal"]
         is_logged = self.unfinished is None or self.unfinished.record is None
         self.metrics.truncate(self.progress, is_logged)

@@ -205,9 +205,8 @@ class Study:
         path = self.folder / "settings.json"
         settings = _settings(self.config)
         if path.is_file():
-            # what a study of an earlier release did not know is what it does by default
-            before = _settings(StudyConfig()) | json.loads(path.read_text(encoding="utf-8"))
-            changed = sorted(name for name in settings if settings[name] != before[name])
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = sorted(name for name in settings if settings[name] != before.get(name))
             if changed:
                 names = ", ".join(map(flags.flag_name, changed))
                 raise UsageError(f"--output {self.folder} holds a study with another {names}; choose another folder")

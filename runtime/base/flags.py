@@ -118,11 +118,6 @@ def whole_numbers(*default: int, **bounds: Unpack[Bounds]) -> Any:
     return dataclasses.field(default=default, metadata={"parse": _parse_whole_numbers, "bounds": bounds})
 
 
-def renamed(old_name: str, default: Any) -> Any:
-    """Return a dataclass field that is also read under its name of an earlier release, which the help does not show."""
-    return dataclasses.field(default=default, metadata={"old_name": old_name})
-
-
 def comma_separated(*default: str) -> Any:
     """Return a dataclass field of names typed with commas between them. Other flags of tuples are repeatable."""
     return dataclasses.field(default=default, metadata={"comma_separated": True})
@@ -255,9 +250,6 @@ def _add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
         else:
             options |= {"type": _converter(parse or annotation), "metavar": field.name.upper()}
         parser.add_argument(flag_name(field.name), **options)
-        if old_name := field.metadata.get("old_name"):
-            options["help"] = argparse.SUPPRESS
-            parser.add_argument(flag_name(old_name), **options)
 
 
 def _split_commas(text: str) -> list[str]:
@@ -324,9 +316,6 @@ def _merge(config: Any, remaining: dict[str, Any]) -> Any:
     changes: dict[str, Any] = {}
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        old_name = field.metadata.get("old_name")
-        if old_name in remaining:  # the present name wins if both are given
-            remaining.setdefault(field.name, remaining.pop(old_name))
         annotation = _unwrap_optional(hints[field.name])
         if dataclasses.is_dataclass(annotation):
             changes[field.name] = _merge(getattr(config, field.name), remaining)

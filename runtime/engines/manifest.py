@@ -18,8 +18,7 @@ JOB_FILE = "job.json"
 OLLAMA_FILE = "Modelfile"
 """File beside a GGUF that its owner may change. It does not count as a file of the artefact."""
 FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, FORMAT_VERSION)
-"""Format versions that can be read. Version 1 had no hash of the manifest itself."""
+"""Format version that can be read."""
 
 NO_HASH = "0" * 64
 """Placeholder of the manifest's own hash while that is computed."""
@@ -92,7 +91,7 @@ class Manifest:
             ) from error
         except (OSError, ValueError, RecursionError) as error:
             raise ArtefactError(f"{path} cannot be read: {error}; export the model again") from error
-        if not isinstance(values, dict) or values.get("format_version") not in READABLE_VERSIONS:
+        if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
             raise ArtefactError(f"{path} is not a manifest of format {FORMAT_VERSION}; export the model again")
         if not _is_as_written(data, values):
             raise ArtefactError(f"{path} was changed after the export; export the model again")
@@ -138,11 +137,9 @@ class Manifest:
 
 def _is_as_written(data: bytes, values: dict[str, Any]) -> bool:
     """Return True if the text of a manifest has the hash that the manifest states."""
-    digest = values.get("sha256")
-    if digest is None:
-        return values["format_version"] == 1
+    digest = str(values.get("sha256"))
     # The hash was computed of the text with the placeholder, see `write`.
-    text = data.replace(str(digest).encode(), NO_HASH.encode())
+    text = data.replace(digest.encode(), NO_HASH.encode())
     return hashlib.sha256(text).hexdigest() == digest
 
 

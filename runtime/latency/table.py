@@ -178,7 +178,7 @@ class LatencyTable:
     parts: dict[str, Grid]
     """Grid of each of PARTS, without the surcharge."""
     surcharge: Surcharge | None = None
-    """None in tables of an earlier release."""
+    """None if the grids have all costs."""
 
     def __post_init__(self) -> None:
         if not self.depths or not self.prompts or self.head_dim < 1:

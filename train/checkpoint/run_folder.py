@@ -53,8 +53,6 @@ RUN_FILES = (
     "training.png",
     "pruning.png",
 )
-REMOVED_SETTINGS = ("teacher_cache",)
-"""Settings of earlier commits, whose runs are the same without them."""
 TEACHER_FOLDER = "teacher"
 """Folder of the model that --teacher self distils from."""
 RUN_FOLDERS = (
@@ -94,8 +92,7 @@ def saved_config(folder: Path) -> TrainConfig:
         values = flags.read_toml(path.read_text(encoding="utf-8"))
     except ValueError as error:  # neither UTF-8 nor TOML
         raise UsageError(f"{path} is damaged: {error}") from error
-    known = {name: value for name, value in values.items() if name not in REMOVED_SETTINGS}
-    return flags.merge(TrainConfig(), known, str(path))
+    return flags.merge(TrainConfig(), values, str(path))
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -138,7 +138,7 @@ class RunConfig:
     """Precision of matrix products (weights and sums stay fp32); auto: bfloat16 if the hardware supports it."""
     threads: int = flags.number(0, at_least=0, at_most=1024)
     """CPU threads. 0: all cores."""
-    data_parallel: Literal["ddp", "fsdp"] = flags.renamed("parallel", "ddp")
+    data_parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: ddp keeps the whole model on every rank, fsdp shards it (FSDP2)."""
     offload: bool = False
     """With --data-parallel fsdp: keep weights, gradients and optimizer state in host memory, not on the GPU."""

@@ -360,5 +360,4 @@ class BlockScores:
         self._losses = {name: vector.cpu() for name, vector in state["losses"].items()}
         self._factors = {half: vector.cpu() for half, vector in state["factors"].items()}
         self._renewed_at = state["renewed_at"]
-        confirmed = state.get("confirmed", [])  # absent in checkpoints of earlier releases
-        self._current = {(name, layer) for name, layer in confirmed}
+        self._current = {(name, layer) for name, layer in state["confirmed"]}

@@ -179,7 +179,7 @@ class Pruner:
         """Continue from a checkpoint whose model is loaded already, in the shape of its tensors."""
         self.survivors = kept_from_json(values["survivors"], self.plan.source)
         self.is_vocabulary_due = values["wants_rows"]
-        units = values.get("units_of_event")  # absent in checkpoints of earlier releases
+        units = values["units_of_event"]
         self.units_of_event = [_unit_from_json(unit) for unit in units] if units is not None else None
         before, self.architecture = self.architecture, Architecture.from_dict(values["logical"])
         if values["pending"] is not None:
@@ -198,7 +198,7 @@ class Pruner:
 
 def kept_to_json(kept: Kept, before: Architecture) -> dict[str, list[list[int]]]:
     """Return positions in a model of shape `before` as JSON. A complete vocabulary is omitted."""
-    # tens of thousands of numbers in every checkpoint, which checkpoints before --prune vocabulary lack as well
+    # tens of thousands of numbers in every checkpoint
     is_whole = len(kept["vocabulary"][0]) == before.vocab_size
     return {
         kind: [layer.tolist() for layer in layers]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ....runtime.base.errors import DataError
@@ -41,18 +41,18 @@ class Quality:
     """Nats of the token that ends the turn after each of these answers."""
     answers: list[str]
     """Greedy answers to the questions of fact."""
-    bytes_per_token: dict[str, list[float]] = field(default_factory=dict)
+    bytes_per_token: dict[str, list[float]]
     """Bytes per token of each document of `texts`, and under CHAT_ANSWERS of each reference answer. They compare models
-    with different tokens. Empty in files of earlier releases."""
-    vocab_size: int = 0
-    """Vocabulary size of the model. 0 in files of earlier releases."""
+    with different tokens."""
+    vocab_size: int
+    """Vocabulary size of the model."""
 
     def in_tokens_of(self, other: Quality) -> Quality:
         """Return this quality in nats per token of another model's tokens, which are of other sizes in bytes.
 
-        It is unchanged if both models have equally many tokens or if a size is unknown.
+        It is unchanged if both models have equally many tokens.
         """
-        if self.vocab_size == other.vocab_size or not self.bytes_per_token or not other.bytes_per_token:
+        if self.vocab_size == other.vocab_size:
             return self
         return replace(
             self,
@@ -67,9 +67,7 @@ class Quality:
 
     @property
     def bits_per_byte(self) -> float:
-        """Return the mean over the kinds of text, equally weighted, or NaN for files of earlier releases."""
-        if not self.bytes_per_token:
-            return math.nan
+        """Return the mean over the kinds of text, equally weighted."""
         means = []
         for kind, nats in self.texts.items():
             sizes = self.bytes_per_token[kind]
