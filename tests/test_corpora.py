@@ -125,8 +125,9 @@ BAD: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "no zstd": ("a.jsonl.zst", b"plain", "not a complete zstd file"),
     "torn zstd": ("a.jsonl.zst", zstd(json_lines())[:-20], "not a complete zstd file: Truncated"),
     "csv column": ("a.csv", b"id,body\n1,x\n", 'no column "text"; it has id, body (--text-field NAME reads another)'),
+    "csv semicolons": ("odd.csv", b"id;text\n1;x\n", "; commas must separate columns, not ';'"),
     "csv row": ("a.csv", b"id,text\n1,x\n2\n", 'the row that ends at line 3 has no "text"'),
-    "csv quote": ("a.csv", b'text\n"x\n', "malformed CSV at line 1: unexpected end of data"),
+    "csv quote": ("a.csv", b'text\n"x\n', "malformed CSV in the row that begins at line 2: unexpected end of data"),
     "csv empty": ("a.csv", b"", 'no column "text"; it has none'),
     "numbers": (
         "a.parquet",

@@ -300,14 +300,16 @@ def test_short_data_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="less than one sequence of 4096"):
         PackedStream([DataSpec(str(path))], tokenizer, 4096, 0.2, 0).check()
-    with pytest.raises(DataError, match="holds back no text; give more"):
+    with pytest.raises(DataError, match="holds back no text; give more documents"):
         held_out_windows([DataSpec(str(path))], tokenizer, 4096, 1e-9, 100)
 
 
 def test_few_documents_of_which_none_is_held_out_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     spec = DataSpec(str(write(tmp_path / "a.jsonl")))
     check_held_out(spec, 0.999)
-    with pytest.raises(DataError, match=r"--data .*a\.jsonl: holds back no text; give more or a larger --held-out-fr"):
+    with pytest.raises(
+        DataError, match=r"--data .*a\.jsonl: holds back no text; give more documents or a larger --held-out-fr"
+    ):
         check_held_out(spec, 1e-9)
 
 

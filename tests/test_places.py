@@ -12,6 +12,7 @@ from disks import read_only, small_disk
 from training import command, metrics, run
 
 from efficientllm.export import cli as export_cli
+from efficientllm.runtime.base import output as outputs
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.output import LOCK_NAME, check_output, check_place, locked_output
@@ -106,8 +107,8 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_done(
 ) -> None:
     (tmp_path / "there").mkdir()
     refused: list[Path] = []
-    monkeypatch.setattr(os, "access", lambda path, mode: path not in refused)
-    for output, is_renamed, written in (
+    monkeypatch.setattr(outputs, "_takes_files", lambda folder: folder not in refused)
+    for place, is_renamed, written in (
         ("there", False, "there"),
         ("there", True, "."),
         ("not/yet", False, "."),
@@ -115,9 +116,9 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_done(
     ):
         refused[:] = [tmp_path / written]
         with pytest.raises(UsageError, match=r"cannot be written; name another folder"):
-            check_place(tmp_path / output, is_renamed)
+            check_place(tmp_path / place, is_renamed)
         refused.clear()
-        check_place(tmp_path / output, is_renamed)
+        check_place(tmp_path / place, is_renamed)
 
 
 # -- damaged files of a run

@@ -15,6 +15,7 @@ from ..runtime.base.command import is_main_process, run_command
 from ..runtime.base.cpu_load import FreeCores
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
+from ..runtime.base.output import locked_output
 from .checkpoint.run_folder import SETTINGS_FILE, saved_config
 from .config.presets import PRESETS, preset
 from .config.pruning import NO_TARGET
@@ -96,6 +97,8 @@ def body(argv: Sequence[str]) -> int:
     if is_main_process():
         check_request(config)
         check_text(config)
+        with locked_output(Path(config.run.output)):  # UsageError now if a run has it, and not when a model is loaded
+            pass
     _log.info(f"loading {config.source.source}, to train on {', '.join(config.source.data)}")  # torch takes seconds
     set_environment()
     with extra("train"):

@@ -63,6 +63,8 @@ def check_source(source: str, called: str) -> Path:
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"{called}: the folder has no config.json; give a run or a Hugging Face model folder")
+    elif path.is_file():
+        raise UsageError(f"{called}: a file, but no .gguf; give that, a folder, or a hub id (owner/name)")
     elif not may_be_hub_id(source):
         raise UsageError(f"{called}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source")
     return path

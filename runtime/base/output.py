@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from .errors import DiskFullError, UsageError
-from .files import folder_written_atomically, free_bytes, writing
+from .files import FULL, folder_written_atomically, free_bytes, writing
 
 try:
     import fcntl
@@ -84,7 +85,7 @@ def check_file(flag: str, path: Path, inputs: Iterable[str | Path] = ()) -> None
     folder = path.absolute().parent
     if not folder.is_dir():
         raise UsageError(f"{flag} {path}: its folder does not exist")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not _takes_files(folder):
         raise UsageError(f"{flag} {path}: {folder} cannot be written; name a file elsewhere")
     if path.is_dir():
         raise UsageError(f"{flag} {path} is a folder; name a file")
@@ -106,10 +107,19 @@ def check_place(path: Path, is_renamed: bool, flag: str = "--output") -> None:
     existing = next(folder for folder in (written, *written.parents) if folder.exists())
     if not existing.is_dir():
         raise UsageError(f"{flag} {path}: {existing} is not a folder; name another one")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not _takes_files(existing):
         raise UsageError(f"{flag} {path}: {existing} cannot be written; name another folder")
     if not free_bytes(existing):
         raise DiskFullError(path, "0 B are free")
+
+
+def _takes_files(folder: Path) -> bool:
+    """Tell whether a file can be created in `folder`. Permissions do not tell it of /proc. A full disk takes files."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return error.errno in FULL
+    return True
 
 
 @contextlib.contextmanager
@@ -161,10 +171,10 @@ def locked_output(path: Path, flag: str = "--output") -> Iterator[None]:
     """
     _check_name(str(path))
     folder = _resolved(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock_path = folder.with_name(f".{folder.name}{LOCK_NAME}")
     if folder.is_dir() and not os.access(folder.parent, os.W_OK):
         lock_path = folder / LOCK_NAME
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with writing(path):
         lock = _acquire(lock_path, f"{flag} {path}")
     try:

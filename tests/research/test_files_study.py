@@ -165,10 +165,9 @@ def test_fit_prints_its_commands(source_folder: Path, capsys: pytest.CaptureFixt
     assert printed[-1] == f"efficientllm-export {source_folder} --target gguf --quantize q8_0 --output fitted"
 
 
-def test_a_pruned_file_is_faster_by_the_profile(tmp_path: Path) -> None:
-    made_up_profile().save(tmp_path / "profile.json")
+def test_a_pruned_file_is_faster_by_the_profile() -> None:
     shape = tiny_architecture(layers=(LayerShape(9, 3, 1536),) * 4, hidden_size=576, head_dim=64)
-    ms_of = _timer(shape, FitConfig(max_ms=1.0, device_profile=str(tmp_path / "profile.json")))
+    ms_of = _timer(shape, made_up_profile(), FitConfig(max_ms=1.0, device_profile="profile.json"))
     size = gguf_bytes(shape, "q4_0", 0, "q4_0", "q4_0")
     whole_ms = ms_of(Point.parse("q4_0/q4_0"), size)
     pruned_ms = ms_of(Point.parse("q4_0/q4_0@1MB+qat"), 0.7 * size)

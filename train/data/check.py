@@ -224,8 +224,10 @@ def body(argv: Sequence[str]) -> int:
     template = read_template_file(config.chat_template) if config.chat_template else ""
     named = [*((name, "FILE") for name in names), *((name, "--test") for name in config.test)]
     specs = [DataSpec.parse(name, text_field=config.text_field, flag=flag) for name, flag in named]
-    for spec in specs:
-        open_documents(spec)  # UsageError where there is none, before torch is imported
+    for spec in specs:  # before torch is imported
+        refusals = Refusals()
+        if next(open_documents(spec, refusals), None) is None and not refusals.errors:
+            raise DataError(f"{spec.path} has no documents; give other text")
     with extra("train"):
         from ..model.source import load_tokenizer
     tokenizer = load_tokenizer(config.source)
@@ -249,7 +251,4 @@ def body(argv: Sequence[str]) -> int:
         print(f"\nrefused: {error}")
     if errors:
         raise DataError(f"training refuses {len(errors)} of the records; correct or remove them")
-    for report in reports:
-        if not report.forms:
-            raise DataError(f"{report.name} has no documents; give other text")
     return 0

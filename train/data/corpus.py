@@ -21,7 +21,7 @@ from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import require_extra
 from ...runtime.base.files import remove_stale_temporaries, written_atomically
 from ...runtime.base.model_names import check_source
-from ...runtime.base.output import locked_output
+from ...runtime.base.output import check_place, locked_output
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import format_bytes, markdown_table
 from .chat import Chat, Document, Encoder
@@ -86,9 +86,10 @@ def write_corpus(
     if not output.name.endswith(SUFFIXES):
         raise UsageError(f"{output}: the file must be called NAME.jsonl.gz or NAME.jsonl")
     specs = [DataSpec.parse(text, config.skip_bad_lines, config.text_field) for text in config.data]
-    with locked_output(output):
-        if output.is_dir():
-            raise UsageError(f"{output} is a folder; name a file")
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder; name a file")
+    check_place(output, is_renamed=True, flag="OUTPUT")
+    with locked_output(output, "OUTPUT"):
         if output.exists() and not overwrite:
             raise UsageError(f"{output} already exists; give another name, or --overwrite to replace it")
         remove_stale_temporaries(output)

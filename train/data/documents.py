@@ -27,6 +27,9 @@ SELF_CHAT = "self-chat"
 FINGERPRINT_BYTES = 1 << 16
 """Bytes at the start and at the end of a file that its fingerprint covers, besides its size."""
 
+SCANNED_CHARACTERS = 1_000_000
+"""Characters of a corpus that are read before a model is loaded. Chats take 0.1 s of CPU time."""
+
 FEW_DOCUMENTS = 200
 """With more, the default held-out fraction holds back at least one, except in one of 30,000 corpora."""
 
@@ -92,7 +95,9 @@ def text_of(document: Document) -> str:
 
 
 def check_documents(spec: DataSpec) -> None:
-    """Read the first document of every local file, or check that a hub can be reached for a hub dataset.
+    """Read the first SCANNED_CHARACTERS of a local corpus, and the first document of each of its files.
+
+    Check that a hub can be reached for a hub dataset.
 
     Raises UsageError or DataError.
     """
@@ -103,9 +108,14 @@ def check_documents(spec: DataSpec) -> None:
                 f"{spec.flag} {spec.path}: no such file or folder, and no hub that may have it can be reached"
             )
         return
-    files = _open_files(spec, BadLines(spec.skip_bad_lines, silent=True, flag=spec.flag))
-    first = [next(documents, None) for documents in files]
-    if all(document is None for document in first):
+    num_documents, characters = 0, 0
+    for documents in _open_files(spec, BadLines(spec.skip_bad_lines, silent=True, flag=spec.flag)):
+        for document in documents:
+            num_documents += 1
+            characters += len(text_of(document))
+            if characters > SCANNED_CHARACTERS:
+                break
+    if not num_documents:
         raise DataError(f"{spec.flag} {spec.path}: it has no documents; give other text")
 
 
@@ -196,7 +206,9 @@ def is_held_out(document: Document, fraction: float) -> bool:
 
 
 def nothing_held_out(spec: DataSpec) -> DataError:
-    return DataError(f"{spec.flag} {spec.path}: holds back no text; give more or a larger --held-out-fraction")
+    return DataError(
+        f"{spec.flag} {spec.path}: holds back no text; give more documents or a larger --held-out-fraction"
+    )
 
 
 def check_held_out(spec: DataSpec, fraction: float) -> None:

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import logging
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -114,7 +115,11 @@ def _read_csv(stream: IO[bytes], context: ReadContext) -> Iterator[Document]:
                 yield from read_records(rows, context, "row")
                 return
             if context.field not in (rows.fieldnames or ()):
-                raise context.missing("no column", rows.fieldnames or ())
+                names = list(rows.fieldnames or ())
+                error = context.missing("no column", names)
+                if len(names) == 1 and (found := re.search(r"[;\t|]", names[0])):
+                    error = DataError(f"{error}; commas must separate columns, not {found[0]!r}")
+                raise error
             for row in rows:
                 if isinstance(row[context.field], str):
                     yield row[context.field]
@@ -122,7 +127,8 @@ def _read_csv(stream: IO[bytes], context: ReadContext) -> Iterator[Document]:
                     place = f"the row that ends at line {rows.line_num}"
                     context.bad_lines.add(context.error(f'{place} has no "{context.field}"'))
         except csv.Error as error:
-            raise context.error(f"malformed CSV at line {rows.line_num}: {error}") from error
+            place = f"the row that begins at line {rows.line_num + 1}"
+            raise context.error(f"malformed CSV in {place}: {error}") from error
 
 
 def _read_txt(stream: IO[bytes], context: ReadContext) -> Iterator[str]:

@@ -251,19 +251,19 @@ def commands(source: str, config: FitConfig, point: Point) -> list[str]:
     return [*lines, shlex.join(words)]
 
 
-def _timer(shape: Architecture, config: FitConfig) -> Callable[[Point, float], float | None]:
+def _timer(
+    shape: Architecture, profile: DeviceProfile | None, config: FitConfig
+) -> Callable[[Point, float], float | None]:
     """Return a function that predicts the time of a pruned point in the type of the profile.
 
     It assumes the ranking that keeps the most bytes per group.
     """
-    if not config.device_profile:
+    if profile is None:
         return lambda point, size: None
     from ..pruning.measures import DeviceTime
     from ..pruning.selection import SelectionRules, select_removal, smallest_architecture
     from .targets import group_sizes
 
-    profile = DeviceProfile.load(Path(config.device_profile))
-    profile.check(engine="llama.cpp")
     time = DeviceTime(profile, Workload.parse(config.workload)).measure
     rules = SelectionRules(PruneConfig().kinds, 32)
     least = smallest_architecture(shape, rules)
@@ -311,10 +311,13 @@ def body(argv: Sequence[str]) -> int:
         raise UsageError("--max-bytes is missing; give the largest file, such as 60MB")
     check_source(source, source)
     front = read_front(config.front)
+    profile = DeviceProfile.load(Path(config.device_profile)) if config.device_profile else None
+    if profile is not None:
+        profile.check(engine="llama.cpp")
     shape, vocabulary = _read(source)
     if source not in MEASURED_SOURCES and not config.front:
         print("measured on another model, SmolLM2-135M-Instruct: measure a --front of your own to be sure")
-    found = propose(shape, vocabulary, front, config.max_bytes, _timer(shape, config), config.max_ms)
+    found = propose(shape, vocabulary, front, config.max_bytes, _timer(shape, profile, config), config.max_ms)
     if found is None:
         limit = format_bytes(config.max_bytes) + (f" and {config.max_ms:g} ms" if config.max_ms is not None else "")
         least = format_bytes(least_bytes(shape, vocabulary, front))
