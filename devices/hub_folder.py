@@ -315,7 +315,7 @@ def model_card(entries: Sequence[HubEntry], runs: Sequence[Run], settings: CardS
         qualities={size: quality for size, quality in qualities.items() if quality},
         files=_file_rows(entries, runs),
         devices=devices,
-        limits=[f"{entry.target}: {limit}" for entry in entries for limit in entry.manifest.limits],
+        limits=[f"{each.target}: {limit}".replace("<", "&lt;") for each in entries for limit in each.manifest.limits],
         jobs=jobs,
         jobs_note=JOBS_NOTE,
         commands=[_command(entry) for entry in entries],

@@ -95,12 +95,12 @@ def test_a_file_for_another_runtime_is_run_by_it(
     folder.mkdir()
     (folder / file).write_bytes(b"a model")
     files = describe_files(folder, [file])
-    limits = ("its tokenizer lacks NFC",)
+    limits = ("llama.cpp has no rstrip of <tool>",)
     replace(Manifest.read(artefact), engine=engine, model_file=file, files=files, limits=limits).write(folder)
     assert hub(tmp_path / "small", folder) == 0
     card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
     assert f"\n{command}\n" in card
-    assert f"\n- {engine}-f32: {limits[0]}\n" in card
+    assert f"\n- {engine}-f32: llama.cpp has no rstrip of &lt;tool>\n" in card
 
 
 def test_only_what_the_command_wrote_is_replaced(

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 
 from ...runtime.base import flags
-from ...runtime.base.errors import ArtefactError, UsageError
+from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra, require_extra
 from ...runtime.base.files import write_text_atomically
 from ...runtime.base.quantities import unknown_name
-from ...runtime.chat_template import render_chat
-from ...runtime.engines.hf_tokenizer import read_settings, special_token
 from ...runtime.engines.manifest import OLLAMA_FILE
 from ...train.model.architecture import Architecture
 from ...train.model.file_types import BLOCK, row_multiple
@@ -37,7 +35,6 @@ from ..verification import (
     check_distance,
     check_exact,
     compare_logits,
-    sample_text,
     torch_sample,
 )
 from .layout import GgufPlan, plan_layout
@@ -46,6 +43,7 @@ from .probe import RUNS, Run, probe
 from .quantize import FILE_TYPES, describe_fallbacks, quantize_gguf, tensor_type
 from .renderers import differences
 from .tensor_data import block_of, check_kept, check_rows, read_weights, tensor_bytes
+from .tokenizer import check_tokens, name_losses, sample_texts
 from .writer import gguf_name, write_gguf
 
 MODEL_FILE = "model.gguf"
@@ -107,6 +105,7 @@ def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         checkpoint.context_limit = window
         request.say(f"llama.cpp's {plan.name} has no windows: the context ends at the model's window, {window} tokens")
     _check_blocks(options, plan.architecture)
+    name_losses(checkpoint, request)
     target, exact = folder / MODEL_FILE, folder / (MODEL_FILE if name == "f32" else "exact.gguf")
     request.clock.begin("writing")
     write_gguf(checkpoint, plan, exact)
@@ -230,7 +229,6 @@ def _verify_exact(
     checkpoint: Checkpoint, request: ExportRequest[GgufOptions], file: Path, runs: Sequence[Run]
 ) -> tuple[Agreement, Sample]:
     """Return the agreement of the F32 file with torch, and the logits of the file's first run."""
-    texts = [sample_text(), *sample_text().splitlines(), *_rendered_chat(checkpoint)]
     activation = _activation(checkpoint)
     reference = torch_sample(checkpoint, activation=activation)
     tokens = reference.tokens
@@ -240,8 +238,8 @@ def _verify_exact(
         # torch's table and ggml's may differ in the last place, which matters by as much as the model is sensitive
         effect_of_table = float(np.abs(own_logits - reference.logits).max())
         most, own_error = max(MAX_TABLE_DIFFERENCE, effect_of_table), lambda: 0.0
-    found = probe(file, tokens, texts, runs)
-    _check_token_ids(checkpoint, texts, found.token_ids)
+    found = probe(file, tokens, sample_texts(checkpoint), runs)
+    check_tokens(checkpoint, request, found.token_ids, found.end_ids)
     agreements = [compare_logits(reference.logits, logits, tokens) for logits in found.logits]
     for agreement in agreements:
         check_exact(agreement, reference.logits, "gguf", most, own_error)
@@ -305,25 +303,3 @@ def table_gelu(x: Any) -> Any:
     # the table ends at 10: beyond it ggml returns x itself, and 0 on the negative side
     large = torch.where(x >= 10, x, rounded)
     return torch.where(x <= -10, torch.zeros_like(x), large)
-
-
-def _rendered_chat(checkpoint: Checkpoint) -> list[str]:
-    """Return a chat under the checkpoint's template with its control tokens; nothing without a template."""
-    if checkpoint.chat_template is None:
-        return []
-    messages = [{"role": "user", "content": sample_text()[:300]}, {"role": "assistant", "content": "Ça va 🙂"}]
-    settings = read_settings(checkpoint.folder)
-    bos, eos = (special_token(settings, name) for name in ("bos", "eos"))
-    return [render_chat(checkpoint.chat_template, [*messages, messages[0]], bos, eos)]
-
-
-def _check_token_ids(checkpoint: Checkpoint, texts: list[str], token_ids: list[list[int]]) -> None:
-    for text, ids in zip(texts, token_ids, strict=True):
-        expected = checkpoint.tokenizer.encode(text, add_special_tokens=False).ids
-        if ids != expected:
-            pairs = enumerate(zip(ids, expected, strict=False))
-            position = next((index for index, (token, wanted) in pairs if token != wanted), len(expected))
-            raise ArtefactError(
-                f"gguf: llama.cpp tokenises the sample differently from tokenizer.json (token {position} of "
-                f"{text[:40]!r}); this tokenizer has no equivalent in llama.cpp"
-            )

@@ -1,7 +1,7 @@
 """Child process that loads a new GGUF with llama.cpp, so that an assert of ggml cannot end the user's process.
 
-`python -m efficientllm.export.gguf.probe REQUEST.json` writes the logits of each run [S, V] (fp32 .npy) and token ids
-(.json) to the folder in the request.
+`python -m efficientllm.export.gguf.probe REQUEST.json` writes the logits of each run [S, V] (fp32 .npy), and token
+ids with end tokens (tokens.json), to the folder in the request.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Probe:
     """fp32 [S, V] of each run"""
     token_ids: list[list[int]]
     """Ids of each text."""
+    end_ids: set[int]
+    """Tokens that end an answer."""
 
 
 def probe(path: Path, tokens: list[int], texts: Sequence[str] = (), runs: Sequence[Run] = (WHOLE,)) -> Probe:
@@ -71,8 +73,8 @@ def probe(path: Path, tokens: list[int], texts: Sequence[str] = (), runs: Sequen
         if done.code:
             complaints = (line for line in done.errors.splitlines() if "error" in line.lower() or "GGML_ASSERT" in line)
             raise ArtefactError(f"llama.cpp cannot run {path.name}: {next(complaints, done.last_error).strip()}")
-        token_ids = json.loads((folder / "token_ids.json").read_text(encoding="utf-8"))
-        return Probe([np.load(folder / f"{index}.npy") for index in range(len(runs))], token_ids)
+        token_ids, ends = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+        return Probe([np.load(folder / f"{index}.npy") for index in range(len(runs))], token_ids, set(ends))
 
 
 def _main(request_path: str) -> None:
@@ -98,9 +100,11 @@ def _main(request_path: str) -> None:
             np.save(output / f"{index}.npy", np.concatenate(rows))
             context.close()
         if extra_buffers:
-            vocab = llama_cpp.llama_model_get_vocab(model)
+            vocab: Any = llama_cpp.llama_model_get_vocab(model)
             ids = [_tokenize(vocab, text.encode("utf-8")) for text in request["texts"]]
-            (output / "token_ids.json").write_text(json.dumps(ids), encoding="utf-8")
+            count = llama_cpp.llama_vocab_n_tokens(vocab)
+            ends = [token for token in range(count) if llama_cpp.llama_vocab_is_eog(vocab, token)]
+            (output / "tokens.json").write_text(json.dumps([ids, ends]), encoding="utf-8")
         llama_cpp.llama_model_free(model)
 
 

@@ -8,12 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.base.errors import ModelError
 from ...runtime.base.extras import extra
 from ...runtime.base.files import require_room
-from ...runtime.engines.hf_tokenizer import is_byte, read_settings, special_token
 from ...train.model.architecture import Architecture
-from ...train.model.file_types import pre_tokenizer_name, steps_of
 from ...train.model.gguf_source import NAMES, PLACES
 from ...train.model.rotary import frequency_factors, permute_rope
 from ...train.model.target_rules import GGUF_WINDOWS
@@ -22,6 +19,7 @@ from ..checkpoint import Checkpoint
 from ..padding import padded_tensors
 from .layout import PER_LAYER_WIDTHS, GgufPlan
 from .quantize import file_type
+from .tokenizer import add_tokenizer, file_name
 
 
 def add_metadata(writer: Any, checkpoint: Checkpoint) -> None:
@@ -38,7 +36,8 @@ def add_metadata(writer: Any, checkpoint: Checkpoint) -> None:
     except (yaml.YAMLError, UnicodeDecodeError):  # anybody's text, and not what the weights depend on
         card = {}
     metadata = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, total_params=parameters)
-    metadata.name = Path(checkpoint.name).name  # not that of the folder, which may be temporary
+    name = Path(checkpoint.name).name  # not that of the folder, which may be temporary
+    metadata.name = file_name(name, checkpoint.tokenizer_data)
     metadata.size_label = metadata.size_label or gguf.size_label(parameters, 0, 0, 0)
     writer.add_type(gguf.GGUFType.MODEL)
     metadata.set_gguf_meta_model(writer)
@@ -53,7 +52,7 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
         import gguf
     writer = gguf.GGUFWriter(path, plan.name)
     _add_fields(writer, checkpoint, plan)
-    _add_tokenizer(writer, checkpoint)
+    add_tokenizer(writer, checkpoint)
     num_bytes = 0
     for name, array in _tensors(checkpoint, plan):
         writer.add_tensor(name, np.ascontiguousarray(array))
@@ -157,86 +156,3 @@ def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
 def _rotary_dim(checkpoint: Checkpoint) -> int:
     """Return the rotated channels of a head, in layers with a rotary embedding."""
     return max(settings.rotary_dim for settings in checkpoint.attention)
-
-
-def _add_tokenizer(writer: Any, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint's tokenizer under tokenizer.ggml. Raises ModelError if llama.cpp has no equivalent."""
-    data = checkpoint.tokenizer_data
-    model = data["model"]
-    if model["type"] != "BPE":
-        raise ModelError(f"tokenizer type {model['type']} is not supported for gguf; BPE and SentencePiece are")
-    tokens, types = _tokens(data, checkpoint.architecture.vocab_size)
-    is_sentencepiece = bool(model.get("byte_fallback"))
-    writer.add_tokenizer_model("llama" if is_sentencepiece else "gpt2")  # gpt2 is byte-level BPE
-    writer.add_tokenizer_pre("default" if is_sentencepiece else pre_tokenizer_name(data))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    if is_sentencepiece:
-        # BPE of SentencePiece models: merge order is id order, which is what scores of -id say
-        writer.add_token_scores([-float(index) for index in range(len(tokens))])
-    elif model["merges"]:
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        writer.add_token_merges(merges)
-    ids = _special_ids(checkpoint, tokens)
-    for name, index in ids.items():
-        if index is not None:
-            getattr(writer, f"add_{name}_token_id")(index)
-    writer.add_add_bos_token(_adds_bos(data, tokens, ids["bos"]))
-    writer.add_add_space_prefix(is_sentencepiece and _adds_space(data))
-    if checkpoint.chat_template:
-        writer.add_chat_template(checkpoint.chat_template)
-
-
-def _tokens(data: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Return (texts, gguf.TokenType) by id, `vocab_size` each. A model may have more rows than tokens."""
-    from gguf import TokenType
-
-    # as llama.cpp's converter fills up rows without a token
-    tokens = [f"[PAD{index}]" for index in range(vocab_size)]
-    types: list[int] = [TokenType.UNUSED] * vocab_size
-    for token, index in data["model"]["vocab"].items():
-        tokens[index], types[index] = token, TokenType.NORMAL
-    if data["model"].get("byte_fallback"):
-        for index, token in enumerate(tokens):
-            if is_byte(token):
-                types[index] = TokenType.BYTE
-    for added in data.get("added_tokens", []):
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    unknown = data["model"].get("unk_token")
-    if unknown in tokens and data["model"].get("byte_fallback"):
-        types[tokens.index(unknown)] = TokenType.UNKNOWN
-    return tokens, types
-
-
-def _special_ids(checkpoint: Checkpoint, tokens: list[str]) -> dict[str, int | None]:
-    """Return the ids of bos, eos, unk, pad and eot. The last is a second end-of-generation token, if there is one."""
-    settings = read_settings(checkpoint.folder)
-    index = {token: i for i, token in enumerate(tokens)}
-    ends = checkpoint.end_of_generation_ids
-    configured = {"bos": checkpoint.bos_id, "eos": next(iter(ends), None)}
-    names = ("bos", "eos", "unk", "pad")
-    ids = {name: index.get(special_token(settings, name), configured.get(name)) for name in names}
-    return {**ids, "eot": next((i for i in ends if i != ids["eos"]), None)}
-
-
-def _adds_bos(data: dict[str, Any], tokens: list[str], bos_id: int | None) -> bool:
-    """Tell whether the post-processor adds BOS at the beginning."""
-    processors = data.get("post_processor") or {}
-    for processor in processors.get("processors", [processors]):
-        if processor.get("type") == "TemplateProcessing":
-            first = next(iter(processor["single"]), {})
-            if "SpecialToken" in first:
-                return bos_id is not None and tokens[bos_id] == first["SpecialToken"]["id"]
-    return False
-
-
-def _adds_space(data: dict[str, Any]) -> bool:
-    """Tell whether a space is added before the text (SentencePiece's dummy prefix)."""
-    for step in steps_of(data.get("normalizer"), "normalizers"):
-        if step.get("type") == "Prepend":
-            return True
-    return any(
-        step.get("type") == "Metaspace" and step.get("prepend_scheme") in ("first", "always")
-        for step in steps_of(data.get("pre_tokenizer"), "pretokenizers")
-    )

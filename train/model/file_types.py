@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ...runtime.base.errors import ModelError
 from ...runtime.base.quantities import round_up
@@ -270,46 +270,41 @@ def irregular_gguf(architecture: Architecture) -> str:
     return "openelm" if fits_openelm else ""
 
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-_DIGITS = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
-"""Number patterns of pre-tokenizers that split by one pattern. The first also contains the second."""
+_DIGITS = {"llama-bpe": r"\p{N}{1,3}", "dbrx": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
+"""Number patterns of pre-tokenizers that split by one pattern. A word that is a token is merged from its parts with
+`dbrx`, and taken whole with `llama-bpe` (`ignore_merges` of tokenizer.json)."""
 
 
 def build_pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
     """Return the pre-tokenizer of the family's tokenizer.json, or None if llama.cpp's `name` is unknown."""
-    if name == "smollm":
-        steps: list[Any] = [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    elif name in _DIGITS:
-        pattern = Regex(_CONTRACTIONS + _WORDS + _DIGITS[name] + _REST)
-        steps = [
-            pre_tokenizers.Split(pattern, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    else:
-        return None
-    return pre_tokenizers.Sequence(steps)
+    if name in _DIGITS:
+        split = pre_tokenizers.Split(Regex(_WORDS + _DIGITS[name] + _REST), "isolated")
+        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return {"smollm": pre_tokenizers.Sequence([digits, byte_level]), "gpt-2": byte_level}.get(name)
 
 
 def pre_tokenizer_name(data: dict[str, Any]) -> str:
     """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json. Raises ModelError if there is none."""
-    steps = steps_of(data.get("pre_tokenizer"), "pretokenizers")
-    kinds = [step["type"] for step in steps]
-    patterns = [step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split"]
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-        return "smollm"
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Split", "ByteLevel"] and _CONTRACTIONS in patterns[0]:
-        for name, digits in _DIGITS.items():
-            if digits in patterns[0]:
-                return name
-    raise ModelError(f"pre-tokenizer {'+'.join(kinds) or 'none'} {patterns} has no known name in llama.cpp")
+    names = ("gpt-2", "smollm", "qwen2", "llama-bpe" if data["model"].get("ignore_merges") else "dbrx")
+    steps = _splitting(data.get("pre_tokenizer"))
+    for name in names:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = build_pre_tokenizer(name)
+        if _splitting(json.loads(backend.to_str())["pre_tokenizer"]) == steps:
+            return name
+    kinds, patterns = "+".join(step["type"] for step in steps), [step["pattern"] for step in steps if "pattern" in step]
+    raise ModelError(f"pre-tokenizer {kinds or 'none'} {patterns} has no known name in llama.cpp")
+
+
+def _splitting(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the steps of a pre-tokenizer without the setting for offsets."""
+    steps = steps_of(pre_tokenizer, "pretokenizers")
+    return [{name: value for name, value in step.items() if name != "trim_offsets"} for step in steps]
 
 
 def steps_of(value: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

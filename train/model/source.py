@@ -51,10 +51,12 @@ about 0.1, separate training above 1."""
 def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Give a tokenizer from a GGUF file the pre-tokenizer that the file names. Unknown names change nothing."""
     field = gguf_reader(path).fields.get("tokenizer.ggml.pre")
-    pre_tokenizer = build_pre_tokenizer(field.contents()) if field is not None else None
+    name = field.contents() if field is not None else ""
+    pre_tokenizer = build_pre_tokenizer(name)
     if pre_tokenizer is not None:
         backend: Any = tokenizer.backend_tokenizer
         backend.pre_tokenizer = pre_tokenizer
+        backend.model.ignore_merges = name == "llama-bpe"
 
 
 def tie_what_is_stored_twice(model: Any, path: Path) -> None:
