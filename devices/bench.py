@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import cast
 
 from ..runtime.base.errors import UsageError
+from ..runtime.base.ggml_types import FILE_TYPES, TENSOR_TYPES
 from ..runtime.base.gguf_header import READ_ERRORS, read_header
 from ..runtime.base.progress import PROGRESS_LOGGER
 from ..runtime.base.quantities import format_duration
@@ -31,17 +32,6 @@ POLL_SECONDS = 5.0
 """Seconds between two temperature readings of a device that cools down."""
 MeasurementKey = tuple[str, int, int]
 """SHA-256 of the artefact, number of equal artefacts before it in the run, and round from 0."""
-GGUF_FILE_TYPES = {
-    0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 7: "q8_0", 8: "q5_0", 9: "q5_1", 10: "q2_k", 11: "q3_k_s", 12: "q3_k_m",
-    13: "q3_k_l", 14: "q4_k_s", 15: "q4_k_m", 16: "q5_k_s", 17: "q5_k_m", 18: "q6_k", 21: "q2_k_s", 25: "iq4_nl",
-    30: "iq4_xs", 32: "bf16", 41: "q2_0",
-}  # fmt: skip
-"""Maps general.file_type (llama.h: llama_ftype) to the name that llama.cpp's quantiser uses for the whole file."""
-GGUF_TENSOR_TYPES = {
-    0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k", 12: "q4_k",
-    13: "q5_k", 14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 30: "bf16", 42: "q2_0",
-}  # fmt: skip
-"""Maps the type of a tensor (ggml.h: ggml_type) to its name."""
 
 
 class Journal:
@@ -228,8 +218,9 @@ def describe_gguf(path: Path) -> tuple[int, str]:
     if not weights_by_type:
         return 0, ""
     commonest = max(weights_by_type, key=weights_by_type.__getitem__)
-    file_type = GGUF_FILE_TYPES.get(header.values.get("general.file_type", -1))
-    return weights_by_type.total(), file_type or GGUF_TENSOR_TYPES.get(commonest, "")
+    names = {number: name for name, number in FILE_TYPES.items()}
+    of_tensor = next((name for name, each in TENSOR_TYPES.items() if each.number == commonest), "")
+    return weights_by_type.total(), names.get(header.values.get("general.file_type", -1), of_tensor)
 
 
 def cool_down(

@@ -15,7 +15,7 @@ from made_up import LAPTOP, FakeDevice, speed
 from tiny import tiny_architecture
 
 from efficientllm.devices import board_environment, cli, local, run_table
-from efficientllm.devices.bench import GGUF_FILE_TYPES, GGUF_TENSOR_TYPES, bench, cool_down, describe_gguf
+from efficientllm.devices.bench import bench, cool_down, describe_gguf
 from efficientllm.devices.device import DeviceOptions
 from efficientllm.devices.local import LocalDevice, parse_measurement
 from efficientllm.devices.measure import READ_PASSES, EngineTests
@@ -25,6 +25,7 @@ from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.child import ProcessResult, run_python
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, DeviceError
+from efficientllm.runtime.base.ggml_types import FILE_TYPES, TENSOR_TYPES
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.scheduling_policy import common_length
@@ -241,10 +242,12 @@ def test_a_bare_gguf_file_tells_its_parameters_and_type(tmp_path: Path) -> None:
 
 
 def test_types_are_called_as_the_format_calls_them() -> None:
-    for number, name in GGUF_TENSOR_TYPES.items() - {(42, "q2_0")}:  # newer than the gguf package
+    for name in TENSOR_TYPES.keys() - {"q2_0"}:  # newer than the gguf package
+        number, *block = TENSOR_TYPES[name]
         assert gguf.GGMLQuantizationType(number).name.lower() == name
-    for number, name in GGUF_FILE_TYPES.items() - {(41, "q2_0")}:
-        assert gguf.LlamaFileType(number).name.lower() in (f"mostly_{name}", f"all_{name}")
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)] == tuple(block)
+    for name in FILE_TYPES.keys() - {"q2_0"}:
+        assert gguf.LlamaFileType(FILE_TYPES[name]).name.lower() in (f"mostly_{name}", f"all_{name}")
 
 
 class CountingEngine:

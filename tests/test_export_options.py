@@ -24,13 +24,13 @@ from efficientllm.export import cli
 from efficientllm.export.checkpoint import Checkpoint
 from efficientllm.export.cli import export
 from efficientllm.export.gguf.exporter import GgufOptions
-from efficientllm.export.gguf.quantize import FILE_TYPES
 from efficientllm.export.onnx.quantize import PRESETS
 from efficientllm.export.request import ExportRequest
 from efficientllm.export.targets import ENTRY_POINT_GROUP, EXPORTERS, Exporter, load_exporter
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError, install_command
 from efficientllm.runtime.base.flags import field_docs, merge
+from efficientllm.runtime.base.ggml_types import WRITTEN_TYPES
 from efficientllm.runtime.base.output import locked_output
 from efficientllm.runtime.engines.manifest import Manifest
 
@@ -86,7 +86,7 @@ def test_every_option_has_a_help_text(target: str) -> None:
     assert field_docs(options).keys() == {field.name for field in dataclasses.fields(options)}
 
 
-@pytest.mark.parametrize(("target", "types"), [("gguf", FILE_TYPES), ("onnx", PRESETS)])
+@pytest.mark.parametrize(("target", "types"), [("gguf", WRITTEN_TYPES), ("onnx", PRESETS)])
 def test_help_names_every_weight_type(target: str, types: Any) -> None:
     text = field_docs(load_exporter(target).options)["quantize"]
     assert all(f" {name}" in text for name in types)

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.checkpoint import Checkpoint
 from efficientllm.export.gguf.layout import plan_layout
-from efficientllm.export.gguf.quantize import quantize_gguf, tensor_type
+from efficientllm.export.gguf.quantize import quantize_gguf
 from efficientllm.export.gguf.tensor_data import num_bytes
+from efficientllm.export.gguf.type_choice import FileTypes, tensor_type
 from efficientllm.export.gguf.writer import gguf_name, write_gguf
 from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.train.config.pruning import PruneConfig
@@ -66,7 +67,7 @@ def check_types_and_bytes(name: str, head: str, checkpoint: Checkpoint, folder: 
     plan = plan_layout(checkpoint, row_multiple(name))
     write_gguf(checkpoint, plan, folder / "exact.gguf")
     asked = tensor_type("--output-type", head)
-    quantize_gguf(folder / "exact.gguf", folder / "out.gguf", name, asked, asked)
+    quantize_gguf(folder / "exact.gguf", folder / "out.gguf", FileTypes(name, asked, asked, False))
     stored = {tensor.name: tensor for tensor in read_header(folder / "out.gguf").tensors}
     expected = file_types(checkpoint.architecture, name, head, head)
     assert {each: NUMBERS[stored[gguf_name(each, plan)].kind] for each in expected} == expected

@@ -15,13 +15,14 @@ from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra, require_extra
 from ...runtime.base.files import write_text_atomically
+from ...runtime.base.ggml_types import WRITTEN_TYPES
 from ...runtime.base.quantities import unknown_name
 from ...runtime.engines.manifest import OLLAMA_FILE
 from ...train.model.architecture import Architecture
 from ...train.model.file_types import BLOCK, row_multiple
 from ...train.model.tensors import EMBEDDING, HEAD
 from ..calibration import column_importance, save_for_gguf
-from ..checkpoint import Checkpoint, TrainedType, choose_type
+from ..checkpoint import Checkpoint
 from ..manifest import Contents, write_manifest
 from ..padding import pad_inputs, padded_tensors
 from ..request import ExportRequest, PaddingOptions, log
@@ -40,17 +41,17 @@ from ..verification import (
 from .layout import GgufPlan, plan_layout
 from .modelfile import MAX_CONTEXT, NO_TEMPLATE, modelfile, ollama_template
 from .probe import RUNS, Run, probe
-from .quantize import FILE_TYPES, describe_fallbacks, quantize_gguf, tensor_type
+from .quantize import describe_fallbacks, quantize_gguf
 from .renderers import differences
 from .tensor_data import block_of, check_kept, check_rows, read_weights, tensor_bytes
 from .tokenizer import check_tokens, name_losses, sample_texts
+from .type_choice import FileTypes, tensor_type
 from .writer import gguf_name, write_gguf
 
 MODEL_FILE = "model.gguf"
 MAX_TABLE_DIFFERENCE = 1e-2
 """Largest |logit difference| if GELU is a table, or the effect of the whole table on a model that is more sensitive. A
 number between two fp16 values may be rounded either way."""
-DEFAULT = "q8_0"
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class GgufOptions(PaddingOptions):
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
-        if self.quantize not in ("", *FILE_TYPES):
-            raise unknown_name("--quantize", self.quantize, FILE_TYPES, of=" for gguf")
+        if self.quantize not in ("", *WRITTEN_TYPES):
+            raise unknown_name("--quantize", self.quantize, WRITTEN_TYPES, of=" for gguf")
 
 
 def check_gguf(options: GgufOptions) -> None:
@@ -96,8 +97,8 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
 
 def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> Contents:
     """Write FOLDER/model.gguf and verify it, for this target and others that ship the file."""
-    options, types = request.options, _choose_types(checkpoint, request)
-    name = types.file_type
+    options, types = request.options, FileTypes.resolve(checkpoint, request)
+    name = types.name
     plan = plan_layout(checkpoint, row_multiple(name) if options.pad == "auto" else 1)
     for note in plan.notes:
         request.say(note)
@@ -115,7 +116,7 @@ def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
             request.say(f"--calibrate changes nothing: the weights are on the grid of {name} already")
         calibrates = options.calibrate and not types.are_trained
         importance = _importance(checkpoint, request, plan, folder) if calibrates else None
-        fallbacks = quantize_gguf(exact, target, name, types.output, types.embedding, importance)
+        fallbacks = quantize_gguf(exact, target, types, importance)
         if importance is not None:
             importance.unlink()
         for sentence in describe_fallbacks(fallbacks, options.pad == "auto"):
@@ -135,35 +136,6 @@ def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         weight_bytes=weight_bytes,
         layout=f"llama.cpp architecture {plan.name}",
         verification=verification,
-    )
-
-
-@dataclass(frozen=True)
-class _Types:
-    """Types of the file's tensors."""
-
-    file_type: str
-    output: int | None
-    """ggml type of the LM head; None for llama.cpp's default."""
-    embedding: int | None
-    are_trained: bool
-    """Whether the checkpoint was trained for exactly these types, so that its weights are kept to the bit."""
-
-
-def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions]) -> _Types:
-    """Return the requested types, or the trained ones, or those that --target-bytes counted, or the defaults."""
-    options, trained = request.options, TrainedType.of(checkpoint)
-    counted = {} if options.quantize else checkpoint.json_file("training.json").get("counted_in", {})
-    name = choose_type(checkpoint, request, "gguf", options.quantize, counted.get("quantize", DEFAULT))
-    is_trained = trained is not None and (trained.target, trained.kind) == ("gguf", name)
-    head = trained.head if trained is not None and is_trained else ""
-    output = options.output_type or head or counted.get("output_type", "")
-    embedding = options.embedding_type or head
-    return _Types(
-        name,
-        tensor_type("--output-type", output),
-        tensor_type("--embedding-type", embedding),
-        is_trained and output == embedding == head,
     )
 
 

@@ -9,50 +9,17 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...runtime.base.child import run_python
 from ...runtime.base.errors import ArtefactError
-from ...runtime.base.extras import extra
-from ...runtime.base.quantities import unknown_name
+from ...runtime.base.ggml_types import WRITTEN_TYPES
 
-FILE_TYPES = (
-    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
-    *("iq4_nl", "iq4_xs", "q3_k_m", "q2_k"),
-)
-"""`--quantize` values of `--target gguf`."""
+if TYPE_CHECKING:
+    from .type_choice import FileTypes
 
 
-def file_type(name: str) -> int:
-    """Return llama.cpp's number (llama_ftype) of a `--quantize` value. Raises UsageError with the known values."""
-    with extra("gguf"):
-        import gguf
-    if name not in FILE_TYPES:
-        raise unknown_name("--quantize", name, FILE_TYPES, of=" for gguf")
-    return int(gguf.LlamaFileType["ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"])
-
-
-def tensor_type(flag: str, name: str) -> int | None:
-    """Return the ggml type of an `--output-type` or `--embedding-type` value; None if unset."""
-    import gguf
-
-    if not name:
-        return None
-    try:
-        return int(gguf.GGMLQuantizationType[name.upper()])
-    except KeyError as error:
-        known = [item.name.lower() for item in gguf.GGMLQuantizationType]
-        raise unknown_name(flag, name, known, of=" tensor type") from error
-
-
-def quantize_gguf(
-    source: Path,
-    target: Path,
-    name: str,
-    output_type: int | None,
-    embedding_type: int | None,
-    importance: Path | None = None,
-) -> list[Fallback]:
+def quantize_gguf(source: Path, target: Path, types: FileTypes, importance: Path | None = None) -> list[Fallback]:
     """Quantise in a child process and return the tensors with a fallback type.
 
     `importance` is an .npz of fp32 column weights by tensor name (llama.cpp's importance matrix). Raises ArtefactError
@@ -62,14 +29,14 @@ def quantize_gguf(
         "importance": str(importance) if importance else None,
         "source": str(source),
         "target": str(target),
-        "ftype": file_type(name),
-        "output_tensor_type": output_type,
-        "token_embedding_type": embedding_type,
+        "ftype": WRITTEN_TYPES[types.name],
+        "output_tensor_type": types.output,
+        "token_embedding_type": types.embedding,
     }
     # ggml aborts on some errors, which would end this process
     done = run_python("-m", __spec__.name, json.dumps(request))
     if done.code:
-        raise ArtefactError(f"llama.cpp cannot quantise to {name}: {done.last_error}")
+        raise ArtefactError(f"llama.cpp cannot quantise to {types.name}: {done.last_error}")
     return parse_fallbacks(done.errors)
 
 

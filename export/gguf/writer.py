@@ -10,6 +10,7 @@ import numpy as np
 
 from ...runtime.base.extras import extra
 from ...runtime.base.files import require_room
+from ...runtime.base.ggml_types import WRITTEN_TYPES
 from ...train.model.architecture import Architecture
 from ...train.model.gguf_source import NAMES, PLACES
 from ...train.model.rotary import frequency_factors, permute_rope
@@ -18,7 +19,6 @@ from ...train.model.tensors import split_name
 from ..checkpoint import Checkpoint
 from ..padding import padded_tensors
 from .layout import PER_LAYER_WIDTHS, GgufPlan
-from .quantize import file_type
 from .tokenizer import add_tokenizer, file_name
 
 
@@ -118,7 +118,7 @@ def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
 
     architecture, layers = plan.architecture, plan.architecture.layers
     add_metadata(writer, checkpoint)
-    writer.add_file_type(file_type("f32"))
+    writer.add_file_type(WRITTEN_TYPES["f32"])
     writer.add_block_count(len(layers))
     writer.add_context_length(checkpoint.context_length)
     writer.add_embedding_length(architecture.hidden_size)

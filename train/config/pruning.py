@@ -11,7 +11,7 @@ from ...runtime.base import flags
 from ...runtime.base.errors import OptionError
 from ...runtime.base.quantities import parse_bytes, parse_count
 from ...runtime.latency.shape import Workload
-from ..model.file_types import BODY, TENSOR_BLOCKS
+from ..model.file_types import BODY, SIZED
 from ..model.groups import BLOCKS, KINDS, PRUNE_TYPES
 
 EXAMPLE = "give a share of the source's time as 0.6x, or milliseconds as 8ms"
@@ -175,8 +175,8 @@ class PruneConfig:
             raise ValueError(f"{' and '.join(map(flags.flag_name, self.targets))} are both given; choose one")
         is_known = not self.quantize or self.quantize in BODY
         flags.require(self, "quantize", is_known, f"--target-bytes supports {', '.join(BODY)}")
-        is_known = not self.output_type or self.output_type in TENSOR_BLOCKS
-        flags.require(self, "output_type", is_known, f"--target-bytes supports {', '.join(TENSOR_BLOCKS)}")
+        is_known = not self.output_type or self.output_type in SIZED
+        flags.require(self, "output_type", is_known, f"--target-bytes supports {', '.join(SIZED)}")
         self._check_sizes()
         self._check_latency()
         self._check_blocks()

@@ -18,40 +18,18 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ...runtime.base.errors import ModelError
+from ...runtime.base.ggml_types import TENSOR_TYPES, WRITTEN_TYPES, body_type
 from ...runtime.base.quantities import round_up
 from .architecture import Architecture, LayerShape
 from .tensors import tensor_names, tensor_shape
 
-TENSOR_BLOCKS = {
-    "f32": (1, 4),
-    "f16": (1, 2),
-    "bf16": (1, 2),
-    "q8_0": (32, 34),
-    "q5_1": (32, 24),
-    "q5_0": (32, 22),
-    "q4_1": (32, 20),
-    "q4_0": (32, 18),
-    "iq4_nl": (32, 18),
-    "q6_k": (256, 210),
-    "q5_k": (256, 176),
-    "q4_k": (256, 144),
-    "q3_k": (256, 110),
-    "q2_k": (256, 84),
-}
-"""Tensor type -> (weights, bytes) of a block."""
+SIZED = [name for name in TENSOR_TYPES if name not in ("iq4_xs", "q2_0")]
+"""Types of tensors whose rules `file_types` follows."""
 
 FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """Type of a tensor whose rows are not whole blocks; f16 if its fallback does not fit either."""
 
-BODY = {name: name for name in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")} | {
-    "q6_k": "q6_k",
-    "q5_k_m": "q5_k",
-    "q5_k_s": "q5_k",
-    "q4_k_m": "q4_k",
-    "q4_k_s": "q4_k",
-    "q3_k_m": "q3_k",
-    "q2_k": "q2_k",
-}
+BODY = {name: body_type(name) for name in WRITTEN_TYPES if body_type(name) in SIZED}
 """File type -> type of most of its matrices."""
 
 HEAD = "q6_k"
@@ -79,13 +57,13 @@ def depends_on_place(file_type: str) -> bool:
 
 def bits_of(kind: str) -> float:
     """Return the bits per weight of a tensor type."""
-    weights, size = TENSOR_BLOCKS[kind]
+    _, weights, size = TENSOR_TYPES[kind]
     return 8 * size / weights
 
 
 def row_multiple(file_type: str) -> int:
     """Return the multiple that the exporter pads widths to."""
-    block = TENSOR_BLOCKS[BODY[file_type]][0] if file_type in BODY else 32
+    block = TENSOR_TYPES[BODY[file_type]].weights if file_type in BODY else 32
     # K-quants need 256 and fall back to blocks of 32, which is smaller than padding 576 to 768
     return 32 if block > 64 else block
 
@@ -93,7 +71,7 @@ def row_multiple(file_type: str) -> int:
 def fitting(kind: str, columns: int) -> str:
     """Return the type of a tensor with rows of `columns` if `kind` is requested."""
     for candidate in (kind, FALLBACKS.get(kind, kind)):
-        if columns % TENSOR_BLOCKS[candidate][0] == 0:
+        if columns % TENSOR_TYPES[candidate].weights == 0:
             return candidate
     return "f16"
 
@@ -214,7 +192,7 @@ def gguf_bytes(
     padded = padded_architecture(architecture, row_multiple(quantize))
     total = vocabulary
     for name, kind in file_types(architecture, quantize, output_type, embedding_type).items():
-        weights, size = TENSOR_BLOCKS[kind]
+        _, weights, size = TENSOR_TYPES[kind]
         num_bytes = math.prod(tensor_shape(padded, name)) // weights * size
         total += round_up(num_bytes, TENSOR_ALIGNMENT) + TENSOR_INFO_BYTES
     return total

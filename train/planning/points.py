@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...runtime.base.quantities import parse_bytes
 from ..config.pruning import PruneConfig
 from ..config.sections import GGUF_TYPES, OptimizerConfig, QuantisationConfig, RunConfig, SourceConfig, TrainConfig
-from ..model.file_types import BODY, TENSOR_BLOCKS
+from ..model.file_types import BODY, SIZED
 
 TRAININGS = ("train", "qat")
 """Training on the weights as they are, or on the grid of the file."""
@@ -39,8 +39,8 @@ class Point:
             raise ValueError(f"+{unknown[0]} is not one of +train, +qat, +imatrix")
         if kind not in BODY:
             raise ValueError(f"{kind} is not one of {', '.join(BODY)}")
-        if head and head not in TENSOR_BLOCKS:
-            raise ValueError(f"{head} is not one of {', '.join(TENSOR_BLOCKS)}")
+        if head and head not in SIZED:
+            raise ValueError(f"{head} is not one of {', '.join(SIZED)}")
         training = next((mark for mark in marks if mark in TRAININGS), "train" if size else "")
         if training == "qat" and (kind not in GGUF_TYPES or head not in ("", kind, "q8_0", "q4_0")):
             raise ValueError(f"+qat trains for {', '.join(GGUF_TYPES)} with a head of the same type, q8_0 or q4_0")
