@@ -12,7 +12,7 @@ from .base.command import run_command
 from .base.errors import UsageError
 from .engines.artefact import ARTEFACT_HELP, open_or_export
 from .engines.engine import EngineOptions, load_engine
-from .sampling import SamplingOptions
+from .sampling import SamplingOptions, number
 from .terminal import ChatOptions, Conversation, Terminal
 
 SMALL_MODEL_BYTES = 1_000_000_000
@@ -24,9 +24,9 @@ SMALL_MODEL_PENALTY = 1.1
 class ChatSampling(SamplingOptions):
     """Sampling."""
 
-    temperature: float | None = flags.number(None, at_least=0, at_most=1e30)
+    temperature: float | None = number("temperature", None)
     """Divisor of the logits. 0: always the most likely token. Default: the model's own, else 0."""
-    repetition_penalty: float | None = flags.number(None, at_least=0.01, at_most=100)
+    repetition_penalty: float | None = number("repetition_penalty", None)
     """Divide the logits of tokens already in the sequence by this (arXiv 1909.05858). 1: off. Default: the model's
     own, else 1.1 for files below 1 GB and 1 for larger ones."""
 

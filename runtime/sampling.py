@@ -15,21 +15,46 @@ from .base.errors import UnanswerableError
 LLAMA_CPP_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
 """Defaults of llama.cpp's programs, for options that a model's generation_config.json does not set."""
 
+RANGES: Mapping[str, flags.Bounds] = {
+    "temperature": {"at_least": 0, "at_most": 1e30},
+    "top_k": {"at_least": 0},
+    "top_p": {"above": 0, "at_most": 1},
+    "min_p": {"at_least": 0, "at_most": 1},
+    "repetition_penalty": {"at_least": 0.01, "at_most": 100},
+    "frequency_penalty": {"at_least": -100, "at_most": 100},
+    "presence_penalty": {"at_least": -100, "at_most": 100},
+}
+REQUEST_RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0, 2),
+    "top_k": (0, 1_000_000),
+    "top_p": (1e-30, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+}
+"""Smallest and largest value in a request, within RANGES. Most are OpenAI's."""
+
+
+def number(name: str, default: float | None) -> Any:
+    """Return a dataclass field of a number within its range."""
+    return flags.number(default, **RANGES[name])
+
 
 @dataclass(frozen=True)
 class SamplingDefaults:
     """Sampling defaults for requests that set nothing; else the model's own, else llama.cpp's."""
 
-    temperature: float | None = flags.number(None, at_least=0, at_most=1e30)
+    temperature: float | None = number("temperature", None)
     """Divisor of the logits. 0: always the most likely token. Default: the model's own (its generation_config.json),
     else 0.8."""
-    top_k: int | None = flags.number(None, at_least=0)
+    top_k: int | None = number("top_k", None)
     """Keep the k most likely tokens. 0: all. Default: the model's own, else 40."""
-    top_p: float | None = flags.number(None, above=0, at_most=1)
+    top_p: float | None = number("top_p", None)
     """Keep the smallest set of tokens whose probabilities reach this sum. Default: the model's own, else 0.95."""
-    min_p: float | None = flags.number(None, at_least=0, at_most=1)
+    min_p: float | None = number("min_p", None)
     """Drop tokens less likely than this share of the most likely one. Default: the model's own, else 0.05."""
-    repetition_penalty: float | None = flags.number(None, at_least=0.01, at_most=100)
+    repetition_penalty: float | None = number("repetition_penalty", None)
     """Divide the logits of tokens already in the sequence by this (arXiv 1909.05858). 1: off. Default: the model's
     own, else 1."""
 
@@ -46,11 +71,11 @@ class SamplingDefaults:
 class SamplingOptions(SamplingDefaults):
     """Sampling."""
 
-    temperature: float | None = flags.number(0.0, at_least=0, at_most=1e30)
+    temperature: float | None = number("temperature", 0.0)
     """Divisor of the logits. 0: always the most likely token."""
-    frequency_penalty: float = flags.number(0.0, at_least=-100, at_most=100)
+    frequency_penalty: float = number("frequency_penalty", 0.0)
     """Subtract this from a token's logit for every occurrence in the answer."""
-    presence_penalty: float = flags.number(0.0, at_least=-100, at_most=100)
+    presence_penalty: float = number("presence_penalty", 0.0)
     """Subtract this from a token's logit if it occurs in the answer."""
     seed: int | None = None
     """Seed of the sampling, which makes it repeatable."""

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_
 
 from ...runtime.copied_arguments import ToolArguments
 from ...runtime.prompt import ToolUse
-from ...runtime.sampling import SamplingOptions
+from ...runtime.sampling import REQUEST_RANGES, SamplingOptions
 from .api_error import validation_message
 from .messages import (
     MAX_CHARACTERS,
@@ -38,7 +38,6 @@ MAX_INPUTS = 2048
 DEFAULT_CHAT_TOKENS = 512
 """Most tokens of an answer to a request without a limit. page/assets/index.html has the same number."""
 DEFAULT_TEXT_TOKENS = 16
-MIN_TOP_P = 1e-30
 MAX_TOKENS = 1_000_000
 """Most tokens of an answer. Where other APIs have no limit, the context window ends it first."""
 
@@ -70,6 +69,12 @@ Prompt = Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_
 TokenKey = Annotated[str, AfterValidator(_check_token_key)]
 """A token id as a key of a JSON object."""
 Bias = Annotated[Float, Field(ge=-100, le=100)]
+
+
+def in_range(name: str) -> Any:
+    """Return the check of a sampling number's range."""
+    low, high = REQUEST_RANGES[name]
+    return Field(ge=low, le=high)
 
 
 class StreamOptions(RequestPart):
@@ -131,13 +136,13 @@ class CompletionRequest(RequestBody, abc.ABC):
     model: Text = ""
     """May be left out if the server has one model."""
     max_tokens: Annotated[Int | None, Field(ge=1, le=MAX_TOKENS)] = None
-    temperature: Annotated[Float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[Float | None, Field(ge=MIN_TOP_P, le=1)] = None
-    top_k: Annotated[Int | None, Field(ge=0, le=1_000_000)] = None
-    min_p: Annotated[Float | None, Field(ge=0, le=1)] = None
-    repetition_penalty: Annotated[Float | None, Field(ge=0.01, le=100)] = None
-    frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
-    presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
+    temperature: Annotated[Float | None, in_range("temperature")] = None
+    top_p: Annotated[Float | None, in_range("top_p")] = None
+    top_k: Annotated[Int | None, in_range("top_k")] = None
+    min_p: Annotated[Float | None, in_range("min_p")] = None
+    repetition_penalty: Annotated[Float | None, in_range("repetition_penalty")] = None
+    frequency_penalty: Annotated[Float, in_range("frequency_penalty")] = 0.0
+    presence_penalty: Annotated[Float, in_range("presence_penalty")] = 0.0
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] = Field({})
     n: Annotated[Int, Field(ge=1, le=8)] = 1
     seed: Annotated[Int | None, Field(ge=-(2**63), lt=2**63)] = None
