@@ -126,7 +126,7 @@ def test_a_second_load_reads_nothing_again_until_the_file_changes(copy: Path, ha
 def test_a_damaged_cache_only_costs_time(copy: Path, hashed: list[Path], content: str) -> None:
     age(copy / "model.gguf")
     user_cache.cache_folder().mkdir()
-    (user_cache.cache_folder() / "seen.json").write_text(content)
+    (user_cache.cache_folder() / "file_cache.json").write_text(content)
     Artefact.open(copy).verify()
     Artefact.open(copy).verify()
     assert len(hashed) == 1

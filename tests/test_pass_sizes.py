@@ -65,7 +65,7 @@ def test_what_is_no_finding_is_measured_anew(text: str, unseen: Path, tmp_path: 
     """The cache is a file that anybody may have written."""
     options = EngineOptions(threads=1, context=64, parallel=2)
     load_engine(unseen, options).close()
-    seen = tmp_path / "cache" / "seen.json"
+    seen = tmp_path / "cache" / "file_cache.json"
     kept = json.loads(seen.read_text())
     seen.write_text(json.dumps({key: text if "passes" in key or "attention" in key else kept[key] for key in kept}))
     engine = load_engine(unseen, options)

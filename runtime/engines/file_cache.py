@@ -17,7 +17,7 @@ from ..base.errors import DiskFullError
 from ..base.files import write_json_atomically
 from ..base.user_cache import cache_folder
 
-CACHE_FILE = "seen.json"
+CACHE_FILE = "file_cache.json"
 MAX_RESULTS = 1000
 """Largest number of stored results. The oldest are removed first."""
 
