@@ -13,7 +13,7 @@ import numpy as np
 
 from ...runtime.base.errors import ModelError
 from ...runtime.base.extras import extra
-from ...runtime.base.gguf_header import READ_ERRORS, read_header
+from ...runtime.base.gguf_header import READ_ERRORS, GgufHeader, read_header
 from .families import FAMILIES, Family, Place
 from .rotary import frequency_factors, unpermute_rope
 from .target_rules import NO_ROPE_EVERY
@@ -71,10 +71,7 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 
 def is_foreign_gguf(path: Path) -> bool:
     """Tell whether this module reads a GGUF file. Raises ModelError for an architecture that nothing here reads."""
-    try:
-        header = read_header(path)
-    except READ_ERRORS as error:
-        raise ModelError(f"{path} is damaged: {error}; copy or download it again") from error
+    header = header_of(path)
     name = header.values.get("general.architecture")
     readable = {*FAMILY_OF_GGUF, *READ_BY_TRANSFORMERS}
     if name not in readable:
@@ -93,16 +90,19 @@ def is_foreign_gguf(path: Path) -> bool:
     return name in FAMILY_OF_GGUF and (has_widths_of_layers or has_biases)
 
 
-def gguf_reader(path: Path) -> Any:
-    """Return gguf's reader of a file. Raises MissingExtraError without that package."""
-    with extra("train"):
-        from gguf import GGUFReader
-    return GGUFReader(path)
+def header_of(path: Path) -> GgufHeader:
+    """Return the header of a file without its arrays, in a tenth of the time of gguf's reader. Raises ModelError."""
+    try:
+        return read_header(path)
+    except READ_ERRORS as error:
+        raise ModelError(f"{path} is damaged: {error}; copy or download it again") from error
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """Return (settings of config.json, tensors under our names) of a file. Fused q, k and v stay fused."""
-    reader, values = gguf_reader(path), {}
+    with extra("train"):
+        from gguf import GGUFReader
+    reader, values = GGUFReader(path), {}
     for name, field in reader.fields.items():
         if not name.startswith("tokenizer.ggml.t"):  # the tokens and their types: slow to convert, and not needed here
             values[name] = field.contents()

@@ -39,7 +39,7 @@ from .architecture import Architecture
 from .file_types import build_pre_tokenizer
 from .folder_files import check_folder, check_token_ids, locate_tensors, read_json, refuse_quantized
 from .foreign_configs import DEFAULTS, ImportOptions, is_foreign
-from .gguf_source import gguf_reader
+from .gguf_source import header_of
 from .importing import Imported, import_folder
 from .irregular import architecture_of, build, to_irregular
 
@@ -50,8 +50,7 @@ about 0.1, separate training above 1."""
 
 def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Give a tokenizer from a GGUF file the pre-tokenizer that the file names. Unknown names change nothing."""
-    field = gguf_reader(path).fields.get("tokenizer.ggml.pre")
-    name = field.contents() if field is not None else ""
+    name = header_of(path).values.get("tokenizer.ggml.pre", "")
     pre_tokenizer = build_pre_tokenizer(name)
     if pre_tokenizer is not None:
         backend: Any = tokenizer.backend_tokenizer
@@ -69,8 +68,11 @@ def tie_what_is_stored_twice(model: Any, path: Path) -> None:
         difference = sum(float((h - e).square().sum()) for h, e in parts)
         if difference > SAME_TABLE**2 * float(embedding.norm()) ** 2:
             return
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf_reader(path).tensors}
-    if sizes["output.weight"] > sizes["token_embd.weight"]:
+    with extra("train"):
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    blocks = {each.name: GGML_QUANT_SIZES[GGMLQuantizationType(each.kind)] for each in header_of(path).tensors}
+    bits = {name: num_bytes / weights for name, (weights, num_bytes) in blocks.items()}
+    if bits["output.weight"] > bits["token_embd.weight"]:
         embedding.data = head.data
     model.config.tie_word_embeddings = True
     model.tie_weights()
@@ -108,8 +110,7 @@ def stored_dtype(source: str) -> torch.dtype:
     if path.suffix == ".gguf":
         # bf16 is the type in which models are published. It rounds a weight by at most 1/512 of itself, and a block of
         # 4 or 5 bits by 1/32 of the largest weight of the block.
-        field = gguf_reader(path).fields.get("general.file_type")
-        return GGUF_FILE_TYPES.get(int(field.contents()), torch.bfloat16) if field is not None else torch.bfloat16
+        return GGUF_FILE_TYPES.get(int(header_of(path).values.get("general.file_type", -1)), torch.bfloat16)
     if path.is_dir():
         values = read_json(path / "config.json")
         dtype = getattr(torch, str(values.get("dtype") or values.get("torch_dtype")), None)
