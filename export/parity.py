@@ -27,7 +27,6 @@ from .padding import padded_tensors
 from .request import ExportRequest, RoundingOptions
 from .verification import (
     MAX_EXACT_DIFFERENCE,
-    OWN_ERRORS,
     REPORT,
     Activation,
     EngineRun,
@@ -35,7 +34,9 @@ from .verification import (
     StoredWeights,
     Written,
     check_stepwise,
+    own_limit,
     replace_activation,
+    size_of,
 )
 
 ROUNDING_FACTOR = 2.0
@@ -111,7 +112,7 @@ class Reference:
 def reference_logits(
     checkpoint: Checkpoint, stored: StoredWeights, tokens: list[int], activation: Activation | None = None
 ) -> Reference:
-    """Return the logits of a file's weights. `activation` is that of `torch_logits`."""
+    """Return the logits of a file's weights. `activation` is that of `torch_sample`."""
     model = _build(checkpoint, stored)
     if activation is not None:
         replace_activation(model, activation)
@@ -190,7 +191,7 @@ def check_runs(reference: Reference, runs: list[EngineRun], origin: str, target:
 
     `origin` says where the weights were read. A distance is the root mean square of differences over the vocabulary.
     """
-    floor = MAX_EXACT_DIFFERENCE * max(1.0, float(np.abs(reference.exact).max()) / 32)
+    floor = MAX_EXACT_DIFFERENCE * size_of(reference.exact)
     worst, mean = (reference.factor * each for each in _distances(reference.exact, reference.rounded))
     # a single position may be further away than many on average, because one rounding can decide an attention
     limits = {"worst": WORST * worst + floor, "mean": mean + floor}
@@ -202,7 +203,7 @@ def check_runs(reference: Reference, runs: list[EngineRun], origin: str, target:
         for name, distance in distances.items():
             found[name][run.title] = distance
             if distance > limits[name]:
-                limits[name] = max(limits[name], OWN_ERRORS * reference.own_error())
+                limits[name] = max(limits[name], own_limit(reference.exact, reference.own_error))
             if not distance <= limits[name]:  # NaN is no distance
                 raise ArtefactError(
                     f"{target}: {run.title}, the engine's logits differ by {distance:.2e} ({name}) from torch's with "

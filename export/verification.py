@@ -17,12 +17,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..runtime.base.errors import ArtefactError
+from ..runtime.base.errors import ArtefactError, ModelError
 from ..runtime.base.extras import extra
 from ..runtime.sampling import log_softmax
 from ..train.model.architecture import Architecture
 from ..train.model.rescaling import Scales
-from ..train.model.rotary import rope_tables
 from .checkpoint import Checkpoint
 from .request import ExportRequest, RoundingOptions
 
@@ -31,8 +30,9 @@ MAX_LOGIT_DIFFERENCE = 1e-4
 
 MAX_EXACT_DIFFERENCE = 1e-3
 """Largest |logit difference| of an fp32 file in another engine, whose sums run in another order."""
-OWN_ERRORS = 2.0
-"""The same in errors of torch's own fp32 logits, if that is more: a model may depend on the last bits of an angle."""
+OWN_ERRORS, MAX_OWN_DIFFERENCE = 2.0, 1e-2
+"""The same in errors of torch's own fp32 logits, if that is more, and its cap: a model may depend on the last bits of
+an angle."""
 
 REPORT = "nothing was written. Please report this model; --no-verify exports it anyway"
 """End of the message for a file that is not what was exported."""
@@ -55,6 +55,8 @@ def sample_text() -> str:
 def sample_tokens(checkpoint: Checkpoint, slots: int = sys.maxsize) -> list[int]:
     """Return token ids of the sample text under the checkpoint's tokenizer, at most `slots`."""
     ids = checkpoint.tokenizer.encode(sample_text(), add_special_tokens=False).ids
+    if not ids:
+        raise ModelError(f"{checkpoint.name}: tokenizer.json gives no tokens for a text; its vocabulary is empty")
     window = max(settings.window for settings in checkpoint.attention)
     count = min(SAMPLE_TOKENS, len(ids))
     if window:  # every window must end within the sample, which repeats the text if that is too short
@@ -75,58 +77,58 @@ class Sample:
 
 
 def torch_sample(checkpoint: Checkpoint, slots: int = sys.maxsize, activation: Activation | None = None) -> Sample:
-    """Return at most `slots` tokens with the checkpoint's logits in torch. `activation` is that of torch_logits."""
-    tokens = sample_tokens(checkpoint, slots)
-    logits = torch_logits(checkpoint.folder, tokens, activation)
-    return Sample(tokens, logits, cache(partial(torch_error, checkpoint, tokens, logits)))
+    """Return at most `slots` tokens with the checkpoint's logits in torch. `activation` replaces the model's own.
+
+    Raises ArtefactError if the checkpoint was read as another model than transformers builds.
+    """
+    with extra("export"):
+        from ..train.model.source import load_for_inference
+        from .reading import check_reading
+    tokens, model = sample_tokens(checkpoint, slots), load_for_inference(checkpoint.folder)
+    check_reading(checkpoint, model, len(tokens))
+    logits = _logits(model, tokens, activation)
+    return Sample(tokens, logits, cache(partial(torch_error, checkpoint.folder, tokens, logits)))
 
 
 def torch_logits(folder: Path, tokens: list[int], activation: Activation | None = None) -> np.ndarray:
-    """Return logits [S, V] of the Hugging Face model in `folder`, fp32, eager.
-
-    `activation` replaces the model's own.
-    """
+    """Return logits [S, V] of the Hugging Face model in `folder`, fp32, eager."""
     with extra("export"):
-        import torch
-
         from ..train.model.source import load_for_inference
-    model = load_for_inference(folder)
+    return _logits(load_for_inference(folder), tokens, activation)
+
+
+def _logits(model: Any, tokens: list[int], activation: Activation | None = None) -> np.ndarray:
+    import torch
+
     if activation is not None:
         replace_activation(model, activation)
     with torch.inference_mode():
-        return model(torch.tensor([tokens])).logits[0].float().numpy()
+        return model(torch.tensor([tokens])).logits[0].numpy()
 
 
-def torch_error(checkpoint: Checkpoint, tokens: list[int], logits: np.ndarray) -> float:
-    """Return the largest |difference| of torch's fp32 logits [S, V] from those in fp64 with angles of rotation in fp64.
+def torch_error(folder: Path, tokens: list[int], logits: np.ndarray) -> float:
+    """Return the largest |difference| of torch's fp32 logits [S, V] from those in fp64.
 
-    transformers computes angles in fp32, in an fp64 model as well. At position 256 they are wrong by 1e-5, and sharp
-    attention multiplies that. Exporters store cosines and sines of exact angles.
+    transformers computes angles of rotation in fp32, in an fp64 model as well. At position 256 they are wrong by 1e-5,
+    and sharp attention multiplies that. Here they are products in fp64 of torch's own frequencies. Those are fp32
+    numbers, so every second one moves by a unit in its last place.
     """
     with extra("export"):
         import torch
 
+        from ..train.model.attention import FULL
         from ..train.model.source import load_for_inference
-    ropes = {
-        "sliding_attention" if each.window else "full_attention": (each.rope, each.rotary_dim)
-        for each in checkpoint.attention
-        if each.rope is not None
-    }
+        from .reading import frequencies_of
 
     def rotate_exactly(module: Any, inputs: Any, outputs: Any) -> Any:
-        kind = inputs[2] if len(inputs) > 2 else next(iter(ropes))  # only a family with two ropes names one
-        if kind not in ropes:
-            return outputs
-        tables = rope_tables(*ropes[kind], len(tokens))
-        return tuple(torch.from_numpy(table).double().repeat(1, 2)[None] for table in tables)
+        frequencies = frequencies_of(module, inputs[2] if len(inputs) > 2 else FULL)
+        frequencies[::2] *= 1 + torch.finfo(torch.float32).eps
+        angles = (torch.arange(len(tokens)).double()[:, None] * frequencies).repeat(1, 2)[None]
+        return angles.cos(), angles.sin()
 
-    model = load_for_inference(checkpoint.folder).double()
-    for name, module in model.named_modules():
-        if name.endswith("rotary_emb") and ropes:
-            module.register_forward_hook(rotate_exactly)
-    with torch.inference_mode():
-        exact = model(torch.tensor([tokens])).logits[0].numpy()
-    return float(np.abs(exact - logits).max())
+    model = load_for_inference(folder).double()
+    model.base_model.rotary_emb.register_forward_hook(rotate_exactly)
+    return float(np.abs(_logits(model, tokens) - logits).max())
 
 
 def replace_activation(model: Any, activation: Activation) -> None:
@@ -184,6 +186,16 @@ def compare_logits(reference: np.ndarray, logits: np.ndarray, tokens: list[int])
     )
 
 
+def size_of(reference: np.ndarray) -> float:
+    """Return the factor of limits: they grow with the logits' size, because fp32 rounding is relative."""
+    return max(1.0, float(np.abs(reference).max()) / 32)
+
+
+def own_limit(reference: np.ndarray, own_error: Callable[[], float]) -> float:
+    """Return the limit for a model whose fp32 logits have an error of their own."""
+    return min(OWN_ERRORS * own_error(), MAX_OWN_DIFFERENCE * size_of(reference))
+
+
 def check_exact(
     agreement: Agreement,
     reference: np.ndarray,
@@ -192,10 +204,9 @@ def check_exact(
     own_error: Callable[[], float] = lambda: 0.0,
 ) -> None:
     """Raise ArtefactError if an fp32 file is not the checkpoint's function, beyond torch's `own_error`."""
-    # it grows with the logits' size, because fp32 rounding is relative
-    limit = most * max(1.0, float(np.abs(reference).max()) / 32)
+    limit = most * size_of(reference)
     if agreement.max_logit_difference > limit:
-        limit = max(limit, OWN_ERRORS * own_error())
+        limit = max(limit, own_limit(reference, own_error))
     if not agreement.max_logit_difference <= limit:  # NaN is not within it
         raise ArtefactError(
             f"{target}: the fp32 file's logits differ from torch's by {agreement.max_logit_difference:.2e} (limit "

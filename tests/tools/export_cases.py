@@ -7,7 +7,8 @@ the checkpoint are then what the file has to compute. Magnitudes are rows of zer
 stores exactly. Random numbers are rounded in torch to the bits of the type, to find the size of that rounding. The
 limit is the effect of rounded weights and activations in torch, and no code of the exporter has a part in it. litert
 runs in the environment of `make litert`. Prints a line to reproduce each failure, and a summary as one line of JSON:
-the number of cases by outcome, by family and type, and of refusals by cause.
+the number of cases by outcome, by family and type, and of refusals by cause. With --misread, the exporter misreads one
+setting of each case (see MISREADINGS), and a case that is verified is wrong. Target hf-uniform exists only there.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,11 +36,14 @@ sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import stock_logits
 from tiny import LLAMA3_ROPE, tiny_architecture, tiny_model, tiny_tokenizer
 
+from efficientllm.export.checkpoint import Checkpoint
 from efficientllm.export.cli import export
 from efficientllm.export.verification import sample_text
-from efficientllm.runtime.base.errors import EfficientLLMError
+from efficientllm.runtime.base.errors import ArtefactError, EfficientLLMError
 from efficientllm.train.model.architecture import FAMILIES, LayerShape
+from efficientllm.train.model.attention import LayerAttention, layer_attention, rope_parameters
 from efficientllm.train.model.irregular import save_checkpoint
+from efficientllm.train.model.rescaling import Scales
 from efficientllm.train.model.source import load_for_inference
 
 BITS = {
@@ -282,6 +287,116 @@ def _distance(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.sqrt(np.square(first - second).mean(-1)).max())
 
 
+def _with_rope(checkpoint: Checkpoint, name: str, factor: float) -> Any:
+    """Return the attention of each layer with one setting of the rope multiplied."""
+    ropes = ({**each.rope, name: each.rope[name] * factor} for each in _attention(checkpoint) if each.rope)
+    return tuple(replace(each, rope=each.rope and next(ropes)) for each in _attention(checkpoint))
+
+
+def _attention(checkpoint: Checkpoint) -> tuple[LayerAttention, ...]:
+    return layer_attention(checkpoint.config, checkpoint.architecture)
+
+
+def _each_layer(**changes: Callable[[LayerAttention], Any]) -> Callable[[Checkpoint], Any]:
+    def changed(checkpoint: Checkpoint) -> Any:
+        return tuple(
+            replace(each, **{name: change(each) for name, change in changes.items()}) for each in _attention(checkpoint)
+        )
+
+    return changed
+
+
+def _rolled(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """Return a tensor with every query head in the place of the next one."""
+    array = _tensor(checkpoint, name)
+    return np.roll(array, checkpoint.architecture.head_dim, axis=0) if name.endswith("q_proj.weight") else array
+
+
+def _without_last_layer(checkpoint: Checkpoint, *arguments: Any, **more: Any) -> None:
+    _initialise(checkpoint, *arguments, **more)
+    shape = checkpoint.architecture
+    checkpoint.architecture = replace(shape, layers=shape.layers[:-1])
+
+
+_tensor, _initialise = Checkpoint.tensor, Checkpoint.__init__
+
+
+def _scales(checkpoint: Checkpoint) -> Scales:
+    return Scales.of(checkpoint.config, checkpoint.architecture)
+
+
+def _rope(name: str) -> dict[str, Any]:
+    """Return the misreading of one setting of the rope."""
+
+    def changed(checkpoint: Checkpoint) -> dict[str, Any]:
+        rope = rope_parameters(checkpoint.config)
+        return {**rope, name: rope[name] * 1.5}
+
+    return {"attention": property(lambda self: _with_rope(self, name, 1.5)), "rope": property(changed)}
+
+
+def _scale(name: str, factor: float) -> dict[str, Any]:
+    return {
+        "scales": property(lambda self: replace(_scales(self), **{name: factor * getattr(_scales(self), name)})),
+    }
+
+
+MISREADINGS: dict[str, dict[str, Any]] = {
+    "theta": _rope("rope_theta"),
+    "factor": _rope("factor"),
+    "rotated channels": {"attention": property(_each_layer(rotary_dim=lambda each: each.rotary_dim - 2))},
+    "no rope": {"attention": property(_each_layer(rope=lambda each: None, rotary_dim=lambda each: 0))},
+    "window": {"attention": property(_each_layer(window=lambda each: each.window and each.window + 4))},
+    "no window": {"attention": property(_each_layer(window=lambda each: 0))},
+    "scale": {"attention": property(_each_layer(scale=lambda each: each.scale * 1.05))},
+    "eps": _scale("stem_eps", 2),
+    "eps of q and k": _scale("qk_eps", 2),
+    "factor of the embedding": _scale("embedding", 1.05),
+    "head order": {"tensor": _rolled},
+    "layer count": {"__init__": _without_last_layer},
+}
+"""Name -> {attribute of Checkpoint: what it becomes}."""
+
+
+def possible_misreadings(checkpoint: Checkpoint) -> list[str]:
+    """Return the misreadings that change the function of a checkpoint."""
+    shape, parts = checkpoint.architecture, checkpoint.architecture.parts
+    used = [each for each, layer in zip(checkpoint.attention, shape.layers, strict=True) if layer.num_attention_heads]
+    ropes = [each.rope for each in used if each.rope]
+    applies = {
+        "theta": ropes,
+        "factor": ropes and all("factor" in rope for rope in ropes),
+        "rotated channels": [each for each in used if each.rotary_dim > 2],
+        "no rope": ropes,
+        "window": [each for each in used if each.window],
+        "no window": [each for each in used if each.window],
+        "scale": used,
+        "eps": True,
+        "eps of q and k": used and parts.qk_norm,
+        "factor of the embedding": parts.scales_embedding,
+        "head order": any(layer.num_attention_heads > 1 for layer in shape.layers),
+        "layer count": len(shape.layers) > 1,
+    }
+    return [name for name in MISREADINGS if applies[name]]
+
+
+def misread(target: str, case: Case, folder: Path, name: str = "") -> Outcome:
+    """Export a case while the exporter misreads a setting, by default one of those that matter."""
+    save_checkpoint(build(target, case), tiny_tokenizer(), folder / "checkpoint")
+    possible = possible_misreadings(Checkpoint(folder / "checkpoint", "checkpoint"))
+    name = name or random.Random(case.seed).choice(possible)
+    flags = {} if target == "hf-uniform" else {**case.flags, "quantize": case.quantize}
+    try:
+        with mock.patch.multiple(Checkpoint, **MISREADINGS[name]):
+            export(folder / "checkpoint", target, folder / "out", **flags)
+    except EfficientLLMError as error:
+        is_found = isinstance(error, ArtefactError) or name == "layer count"
+        return Outcome("right" if is_found else "refused", str(error))
+    except Exception:
+        return Outcome("traceback", traceback.format_exc())
+    return Outcome("wrong", f"verified with another {name}")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Result of a case."""
@@ -324,17 +439,20 @@ def cause(message: str) -> str:
     return re.sub(r"\d[\d.e+-]*", "N", message)
 
 
-def run_cases(target: str, seed: int, indices: Sequence[int]) -> Iterator[tuple[int, Case, Outcome]]:
+def run_cases(
+    target: str, seed: int, indices: Sequence[int], run: Callable[[str, Case, Path], Outcome]
+) -> Iterator[tuple[int, Case, Outcome]]:
     """Yield each case with its outcome."""
     for index in indices:
-        case = generate(target, seed, index)
+        case = generate("onnx" if target == "hf-uniform" else target, seed, index)
         with tempfile.TemporaryDirectory(prefix="export-case-") as folder:
-            yield index, case, run_case(target, case, Path(folder))
+            yield index, case, run(target, case, Path(folder))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=sorted(BITS), required=True)
+    parser.add_argument("--target", choices=[*sorted(BITS), "hf-uniform"], required=True)
+    parser.add_argument("--misread", action="store_true")
     for name, value in (("cases", 2000), ("seed", 1), ("first", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args(argv)
@@ -343,7 +461,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     causes: collections.Counter[str] = collections.Counter()
     table: dict[str, dict[str, collections.Counter[str]]] = {}
     indices = range(options.first, options.first + options.cases)
-    for index, case, outcome in run_cases(options.target, options.seed, indices):
+    run = misread if options.misread else run_case
+    for index, case, outcome in run_cases(options.target, options.seed, indices, run):
         kinds[outcome.kind] += 1
         row = table.setdefault(case.family, {})
         row.setdefault(case.quantize, collections.Counter())[outcome.kind] += 1
