@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ..train.model.folder_files import (
     INDEX_FILE,
     TEMPLATE_FILE,
     TOKENIZER_SETTINGS,
+    WEIGHT_SUFFIXES,
     WEIGHTS_FILE,
     check_folder,
     check_token_ids,
@@ -50,15 +52,15 @@ QUESTION = {"role": "user", "content": "Hello"}
 class Checkpoint:
     """A Hugging Face folder of a supported family, irregular or plain."""
 
-    def __init__(self, folder: Path, name: str, notes: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, name: str, notes: tuple[str, ...] = (), doubts: tuple[str, ...] = ()) -> None:
         """Check and open the folder.
 
-        `name` is the user's name of it, and `notes` are lines about its import for the manifest. Raises ModelError if
-        it is unsupported or damaged.
+        `name` is the user's name of it, and `notes` are lines about its import for the manifest. `doubts` are those
+        that say what was not verified. Raises ModelError if it is unsupported or damaged.
         """
         self.folder = folder
         self.name = name
-        self.notes = notes
+        self.notes, self.doubts = notes, doubts
         self.context_limit: int | None = None
         """Tokens at which the context ends if the target cannot store a window of the model."""
         check_folder(folder)
@@ -97,7 +99,7 @@ class Checkpoint:
     def tensor(self, name: str) -> np.ndarray:
         """Return one tensor as fp32, a gain with its offset added.
 
-        Raises ModelError if its shape disagrees with the config.
+        Raises ModelError if its shape disagrees with the config, or a number is not finite.
         """
         from safetensors import safe_open
 
@@ -108,6 +110,8 @@ class Checkpoint:
         expected = tensor_shape(self.architecture, name)
         if array.shape != expected:
             raise ModelError(f"{self.folder}: tensor {name} has shape {array.shape}, the config says {expected}")
+        if not np.isfinite(array).all():
+            raise ModelError(f"{self.folder}: tensor {name} holds NaN or infinite numbers; no file can compute with it")
         return array + self.architecture.parts.norm.gain_offset if name.endswith("norm.weight") else array
 
     def has_tensor(self, name: str) -> bool:
@@ -218,14 +222,17 @@ def open_checkpoint(name: str, foreign: ImportOptions = DEFAULTS, chat_template:
         is_job = (checkpoint.chat_template or "").startswith(LEARNED_MARKS)
         with tempfile.TemporaryDirectory(prefix="efficientllm-") as folder:
             _link_with_template(checkpoint.folder, Path(folder), (JOB_MARK if is_job else "") + chat_template)
-            yield Checkpoint(Path(folder), name, checkpoint.notes)
+            yield Checkpoint(Path(folder), name, checkpoint.notes, checkpoint.doubts)
 
 
 def _link_with_template(source: Path, folder: Path, template: str) -> None:
-    """Fill `folder` with links to the files of `source`, and with another chat template."""
+    """Fill `folder` with links to the weights of `source`, its other files, and another chat template."""
     for path in source.iterdir():
         if path.name not in (TEMPLATE_FILE, TOKENIZER_SETTINGS):
-            (folder / path.name).symlink_to(path.resolve(), path.is_dir())
+            if path.is_dir() or path.suffix in WEIGHT_SUFFIXES:
+                (folder / path.name).symlink_to(path.resolve(), path.is_dir())
+            else:
+                shutil.copy(path, folder)
     settings = {name: value for name, value in read_settings(source).items() if name != "chat_template"}
     (folder / TOKENIZER_SETTINGS).write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
     (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
@@ -246,14 +253,16 @@ def _open_folder(name: str, foreign: ImportOptions) -> Iterator[Checkpoint]:
         from ..train.model.irregular import save_checkpoint
         from ..train.model.source import load_foreign, load_source
     notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
     if is_imported and not foreign.adapter:
         imported, tokenizer = load_foreign(path, name, foreign)
-        model, notes = imported.model, (imported.table[0], imported.comparison)
+        model, doubts = imported.model, imported.doubts
+        notes = (imported.table[0], imported.comparison)
     else:
         model, tokenizer = load_source(name, name, foreign)
     with tempfile.TemporaryDirectory(prefix="efficientllm-") as folder:
         save_checkpoint(model, tokenizer, Path(folder))
-        yield Checkpoint(Path(folder), name, notes)
+        yield Checkpoint(Path(folder), name, notes, doubts)
 
 
 NAMES = {"int4-block32": "int4"}

@@ -70,6 +70,9 @@ def export(
         request.clock.begin(f"reading {checkpoint}")
         with open_checkpoint(str(checkpoint), imports, template) as opened:
             request.notes.extend(opened.notes)
+            request.limits.extend(opened.doubts)
+            if not getattr(chosen, "verify", True):
+                request.limits.append("not verified")
             exporter.write(opened, request, temporary)
     request.clock.end()
     log.info("; ".join((f"artefact: {folder} in {request.clock}", *request.limits)))

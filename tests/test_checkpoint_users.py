@@ -95,6 +95,16 @@ def test_an_adapter_is_exported_with_its_base(adapted: tuple[Path, Path, Any], t
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_loader_refuses_an_adapter_of_learned_tokens(save_tiny: SaveTiny, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
+    folder = save_tiny(tiny_architecture(layers=(LayerShape(4, 2, 128),) * 3))
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="adapter of type PROMPT_TUNING, which adds tokens and no weights to merge"):
+        load_source(str(folder), "", ImportOptions(adapter=str(tmp_path / "adapter")))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_an_adapter_that_does_not_fit_is_refused(adapted: tuple[Path, Path, Any], save_tiny: SaveTiny) -> None:
     _, adapter, _ = adapted
     other = save_tiny(tiny_architecture(hidden_size=32, layers=(LayerShape(4, 2, 64),) * 3))

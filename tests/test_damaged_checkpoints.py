@@ -205,3 +205,67 @@ def test_a_cache_without_room_is_refused(
 ) -> None:
     assert export(copy, "executorch", tmp_path / "out", f"--max-context={slots}") == 2
     assert "--max-context" in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "LICENSE", "config.json"])
+def test_export_refuses_a_link_out_of_the_folder(
+    name: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A downloaded folder could carry a private file into what is published."""
+    private = tmp_path / "private"
+    private.write_bytes((copy / name).read_bytes() if (copy / name).is_file() else b"secret")
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to(private)
+    assert export(copy, "hf-uniform", tmp_path / "out") == 2
+    assert f"{name} is a link out of the folder" in capsys.readouterr().err
+
+
+def test_export_reads_links_of_the_hubs_cache_and_links_of_weights(copy: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a" / "snapshots" / "1", tmp_path / "models--a" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    copy.rename(blobs)
+    snapshot.mkdir()
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert export(snapshot, "hf-uniform", tmp_path / "out") == 0
+    shutil.copytree(snapshot, tmp_path / "apart", symlinks=True)
+    for path in blobs.iterdir():
+        (tmp_path / "apart" / path.name).unlink()
+        if path.suffix == ".safetensors":
+            (tmp_path / "apart" / path.name).symlink_to(path)
+        else:
+            shutil.copy(path, tmp_path / "apart")
+    assert export(tmp_path / "apart", "hf-uniform", tmp_path / "out2") == 0
+
+
+def test_an_empty_vocabulary_is_one_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"] |= {"vocab": {}, "merges": []}
+    path.write_text(json.dumps(tokenizer | {"added_tokens": []}))
+    assert export(copy, "onnx", tmp_path / "out") == 2
+    assert "tokenizer.json gives no tokens for a text; its vocabulary is empty" in capsys.readouterr().err
+
+
+def test_an_index_without_metadata_is_one_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"]}))
+    assert export(copy, "onnx", tmp_path / "out") == 2
+    assert 'has no metadata, which transformers reads; add "metadata": {}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["onnx", "gguf"])
+def test_an_odd_number_of_rotated_channels_is_one_line(
+    target: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = tiny_architecture("gpt_neox", head_dim=20)
+    folder = save_tiny(
+        shape, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    )
+    assert export(folder, target, tmp_path / "out") == 2
+    assert "5 of 20 channels are rotated; the number must be even" in capsys.readouterr().err
+
+
+def test_a_setting_of_another_norm_changes_nothing(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_tiny(tiny_architecture("gpt_neox"), rms_norm_eps=1e-6)
+    assert export(folder, "onnx", tmp_path / "out", "--quantize", "int8") == 0

@@ -105,7 +105,8 @@ def test_python_exports_what_the_command_does(
     assert caplog.messages[-1].startswith(f"artefact: {folder} in ")
     seconds = Manifest.read(folder).stage_seconds
     assert list(seconds) == ["reading", "writing", "quantising", "hashing"]
-    assert caplog.messages[-1].endswith(f"({', '.join(f'{stage} {each:.1f}' for stage, each in seconds.items())})")
+    stages = ", ".join(f"{stage} {each:.1f}" for stage, each in seconds.items())
+    assert caplog.messages[-1].endswith(f"({stages}); not verified")
     with pytest.raises(UsageError, match="is not empty"):
         export(checkpoint, "gguf", folder)
     assert export(str(checkpoint), "gguf", str(folder), overwrite=True, verify=False) == folder

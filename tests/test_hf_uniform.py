@@ -97,13 +97,17 @@ def test_block_configs_hold_one_family(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_do_not_verify(
-    value: float, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("target", ["hf-uniform", "gguf", "onnx"])
+def test_weights_that_are_no_numbers_are_refused_by_name(
+    target: str, value: float, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """An embedding of a token that the sample lacks."""
     checkpoint = save_tiny(tiny_architecture())
     tensors = load_file(checkpoint / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    tensors["model.embed_tokens.weight"][0, 5] = value
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    assert export(checkpoint, "hf-uniform", tmp_path / "uniform") == 2
-    assert "logits differ by nan" in capsys.readouterr().err
-    assert not (tmp_path / "uniform").exists()
+    assert export(checkpoint, target, tmp_path / "out", *(() if target == "hf-uniform" else ("--quantize", "f32"))) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert "tensor model.embed_tokens.weight holds NaN or infinite numbers" in error[0]
+    assert not (tmp_path / "out").exists()

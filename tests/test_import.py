@@ -17,8 +17,11 @@ from foreign_tools import (
     TOKENS,
     TOOLS,
     change_config,
+    channels,
     flap,
     gaps,
+    keep,
+    keep_ffn,
     llm_pruner,
     logits,
     nemotron_nas,
@@ -31,6 +34,7 @@ from foreign_tools import (
     wanda_sp,
 )
 from safetensors.torch import load_file, save_file
+from tiny import tiny_architecture
 from training import command, metrics, run, unpruned
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
@@ -44,8 +48,8 @@ from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.foreign_configs import ImportOptions
 from efficientllm.train.model.source import load_source
 
-NOT_COMPARED = ("darwinlm", "nemotron_nas", "openelm", "fused")
-"""Fixtures whose original is another class than a stock one, or has groups that no stock class runs."""
+NOT_COMPARED = ("nemotron_nas", "openelm")
+"""Fixtures whose original is another class than a stock one."""
 
 
 @pytest.fixture
@@ -203,7 +207,7 @@ def test_equal_attention_of_all_layers_survives_a_removed_one(family: str, made:
     model: Any = load_source(str(folder))[0]
     with torch.inference_mode():
         torch.testing.assert_close(model(TOKENS).logits[0], expected, atol=1e-5, rtol=1e-5)
-    change_config(folder, **dict.fromkeys(LISTS[family]))
+    change_config(folder, **dict.fromkeys(LISTS[family]), sliding_window_pattern=2)
     with pytest.raises(ModelError, match="layers of unequal attention"):
         load_source(str(folder))
 
@@ -402,3 +406,167 @@ def test_a_damaged_gguf_is_one_line(made: Callable[..., Any], tmp_path: Path) ->
     (tmp_path / "gguf" / "file" / "model.gguf").rename(path)
     shutil.rmtree(tmp_path / "gguf" / "file")
     assert check_mutations(range(2000, 2030), path, tmp_path) > 10
+
+
+def expect_reading(folder: Path, expected: torch.Tensor) -> None:
+    """Expect the logits of the tool's model from an import."""
+    model: Any = load_source(str(folder))[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS, use_cache=False).logits[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def small(folder: Path) -> torch.Tensor:
+    """A plain Llama."""
+    return save(stock_model(), folder)
+
+
+STRAY = {
+    "model.layers.0.self_attn.q_proj.lora_A.default.weight": "LoRA adapters",
+    "model.layers.0.mlp.up_proj.weight_mask": "masks beside the weights",
+    "model.layers.0.mlp.up_proj.weight_scale_inv": "quantised weights",
+    "model.layers.0.mlp.up_proj.input_quantizer._amax": "quantised weights",
+    "model.layers.0.mlp.router.weight": "a mixture of experts",
+    "lm_head.bias": "belongs to no part of llama",
+    "model.layers.0.self_attn.q_norm.weight": "belongs to no part of llama",
+    "model.layers.0.input_layernorm.bias": "belongs to no part of llama",
+    "model.embed_norm.weight": "belongs to no part of llama",
+}
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_reader_refuses_tensors_of_plain_folders_that_no_part_reads(name: str, made: Callable[..., Any]) -> None:
+    folder, _ = made(small)
+    rename(folder, lambda tensors: {**tensors, name: torch.ones(2)})
+    with pytest.raises(ModelError, match=f"{name} belongs to.*") as error:
+        load_source(str(folder))
+    assert STRAY[name] in str(error.value)
+
+
+def test_reader_refuses_stray_tensors_of_irregular_folders(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny(tiny_architecture())
+    rename(folder, lambda tensors: {**tensors, "lm_head.bias": torch.ones(400)})
+    with pytest.raises(ModelError, match=r"has no tensor lm_head\.bias"):
+        load_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attention.masked_bias", "position_ids"]
+)
+def test_reader_ignores_buffers_that_the_config_determines(name: str, made: Callable[..., Any]) -> None:
+    folder, expected = made(small)
+    rename(folder, lambda tensors: {**tensors, name: torch.ones(8)})
+    expect_reading(folder, expected)
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "a factor of the embedding": ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 is not supported"),
+    "a cap of the logits": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+    "a clip": ({"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported"),
+    "ALiBi": ({"alibi": True}, "alibi=True is not supported"),
+    "a partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; llama rotates whole heads"),
+    "two ropes": ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_scaling has rope_type 'linear'"),
+    "too many layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but must be at most 10000"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_export_refuses_settings_that_it_does_not_read(
+    case: str, made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = made(small)
+    change_config(folder, **SETTINGS[case][0])
+    assert export(folder, "onnx", tmp_path / "out", "--no-verify") == 2
+    assert SETTINGS[case][1] in capsys.readouterr().err
+
+
+def test_reader_refuses_the_partial_rope_of_phi3(made: Callable[..., Any]) -> None:
+    folder, _ = made(TOOLS["fused"])
+    change_config(folder, rope_parameters={"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.75})
+    with pytest.raises(ModelError, match=r"partial_rotary_factor is 0\.75; mistral rotates whole heads"):
+        load_source(str(folder))
+
+
+def test_reader_keeps_the_groups_of_the_heads_that_are_left(made: Callable[..., Any]) -> None:
+    """Two heads of four are left over two key/value heads, and both read the second one."""
+
+    def cut(folder: Path) -> torch.Tensor:
+        model = stock_model(num_attention_heads=4, num_key_value_heads=2)
+        attention, left = model.model.layers[0].self_attn, channels([2, 3])
+        attention.o_proj.weight.data[:, channels([0, 1])] = 0
+        expected = logits(model)
+        keep(attention.q_proj, left)
+        keep(attention.o_proj, columns=left)
+        save_without_run(model, folder)
+        change_config(folder, pruned_heads={"0": [0, 1]})
+        return expected
+
+    folder, expected = made(cut)
+    expect_reading(folder, expected)
+    change_config(folder, pruned_heads={"0": [1, 2]})
+    with pytest.raises(AssertionError):
+        expect_reading(folder, expected)
+
+
+@pytest.mark.parametrize("layers", ["equal", "unequal"])
+def test_a_stored_head_counts_more_than_a_tied_flag(layers: str, made: Callable[..., Any]) -> None:
+    def untied(folder: Path) -> torch.Tensor:
+        model = stock_model()
+        if layers == "unequal":
+            keep_ffn(model.model.layers[1], 70)
+        return save(model, folder, tie_word_embeddings=True)
+
+    folder, expected = made(untied)
+    expect_reading(folder, expected)
+    rename(folder, lambda tensors: {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    tied: Any = load_source(str(folder))[0]
+    assert tied.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("stated", [2, 3, 10])
+def test_reader_takes_the_number_of_layers_from_the_tensors(stated: int, made: Callable[..., Any]) -> None:
+    folder, expected = made(small)
+    change_config(folder, num_hidden_layers=stated)
+    expect_reading(folder, expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_reader_accepts_removed_layers_without_layer_types(family: str, made: Callable[..., Any]) -> None:
+    """Configurations from before transformers 4.53 have no layer_types."""
+
+    def cut(folder: Path) -> torch.Tensor:
+        model = stock_model(family)
+        del model.model.layers[2]
+        return save(model, folder, num_hidden_layers=4, layer_types=None)
+
+    expect_reading(*made(cut))
+
+
+def test_export_ends_with_what_the_shapes_do_not_prove(
+    made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four of eight heads are left over four key/value heads. Two, one, one and none of a group look the same."""
+
+    def cut(folder: Path) -> torch.Tensor:
+        model = stock_model()
+        attention = model.model.layers[0].self_attn
+        keep(attention.q_proj, channels([0, 1, 2, 4]))
+        keep(attention.o_proj, columns=channels([0, 1, 2, 4]))
+        attention.num_key_value_groups = 1
+        return save(model, folder)
+
+    folder, _ = made(cut)
+    doubt = "query over key/value heads are read as 4 over 4 instead of 8 over 4, which is right only if every group"
+    assert export(folder, "onnx", tmp_path / "out", "--quantize", "f32") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("artefact: ")
+    assert doubt in last
+    assert any(doubt in limit for limit in Manifest.read(tmp_path / "out").limits)
+
+
+def test_export_ends_with_what_was_not_compared(
+    made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = made(TOOLS["openelm"])
+    assert export(folder, "onnx", tmp_path / "out", "--no-verify") == 0
+    ending = "; converted, not compared with its original; not verified"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(ending)

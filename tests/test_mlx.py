@@ -94,7 +94,7 @@ def test_mlx_lm_gives_our_logits(name: str, root: Path) -> None:
 
 def test_mlx_lm_refuses_a_rope_that_is_not_compared(root: Path) -> None:
     refusal = (root / "yarn" / "refusal.txt").read_text()
-    assert refusal == "rope_type 'yarn' is not supported; use efficientllm-export --target hf-uniform"
+    assert refusal == "rope_type 'yarn' is not supported in mlx-lm; use transformers"
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -15,6 +15,8 @@ from ...runtime.latency.shape import WIDTHS, LayerShape
 from .families import FAMILIES, Family, family_of
 from .folder_files import read_json, whole_number
 
+MAX_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -152,7 +154,7 @@ class Architecture:
             LayerShape(
                 **{name: whole_number(overrides.get(index, {}), name, value) for name, value in defaults.items()}
             )
-            for index in range(whole_number(config, "num_hidden_layers"))
+            for index in range(layer_count(config))
         )
         hidden_size = whole_number(config, "hidden_size")
         return cls(
@@ -168,6 +170,14 @@ class Architecture:
     def from_folder(cls, folder: Path) -> Architecture:
         """Read FOLDER/config.json."""
         return cls.from_hf_config(read_json(folder / "config.json"))
+
+
+def layer_count(config: Mapping[str, Any], default: int | None = None) -> int:
+    """Return num_hidden_layers. Raises ModelError for a number that no model has, before a list of that length."""
+    count = whole_number(config, "num_hidden_layers", default)
+    if count > MAX_LAYERS:
+        raise ModelError(f"config.json: num_hidden_layers is {count}, but must be at most {MAX_LAYERS}")
+    return count
 
 
 def layer_overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:

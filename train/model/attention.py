@@ -53,8 +53,14 @@ def layer_attention(config: Mapping[str, Any], architecture: Architecture) -> tu
     found = []
     for kind, is_rotary in zip(kinds, rotary, strict=True):
         rope = ropes[kind]
-        share = positive_number(rope, "partial_rotary_factor", 0.25) if parts.has_partial_rotary else 1.0
+        share = positive_number(rope, "partial_rotary_factor", 0.25 if parts.has_partial_rotary else 1.0)
         rotary_dim = int(head_dim * share)
+        if rotary_dim != head_dim and not parts.has_partial_rotary:
+            raise ModelError(
+                f"config.json: partial_rotary_factor is {share}; {architecture.family} rotates whole heads"
+            )
+        if rotary_dim % 2:  # transformers rotates one channel more, and other readers one less
+            raise ModelError(f"config.json: {rotary_dim} of {head_dim} channels are rotated; the number must be even")
         found.append(
             LayerAttention(
                 rope if is_rotary else None,
@@ -97,9 +103,11 @@ def _of_layers(name: str, values: Any, count: int, known: tuple[Any, ...]) -> li
 
 def rope_parameters(config: Mapping[str, Any], kind: str = FULL) -> dict[str, Any]:
     """Return rope_theta, rope_type, partial_rotary_factor and the scaling parameters of layers of a kind."""
-    values = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(values, dict):
-        raise ModelError(f"config.json: rope_parameters is {values!r}, but must be an object")
+    values, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    for name, given in {"rope_parameters": values, "rope_scaling": old}.items():
+        if not isinstance(given, dict):
+            raise ModelError(f"config.json: {name} is {given!r}, but must be an object")
+    values = _agreed(values, old) if values and old and values != old else values or old
     is_nested = FULL in values or WINDOW in values
     values = (values.get(kind) or {}) if is_nested else values
     theta = config.get("rope_theta", config.get("rotary_emb_base", 10000.0))
@@ -108,8 +116,22 @@ def rope_parameters(config: Mapping[str, Any], kind: str = FULL) -> dict[str, An
     rope_type = values.get("rope_type", values.get("type", "default"))
     theta = positive_number(values, "rope_theta", theta)
     scaling = {name: positive_number(values, name) for name in SCALING.get(rope_type, ())}
-    share = {"partial_rotary_factor": config["rotary_pct"]} if "rotary_pct" in config else {}
-    return {**share, **values, **scaling, "rope_theta": theta, "rope_type": rope_type}
+    share = config.get("partial_rotary_factor", config.get("rotary_pct"))
+    whole = {} if share is None else {"partial_rotary_factor": share}
+    return {**whole, **values, **scaling, "rope_theta": theta, "rope_type": rope_type}
+
+
+def _agreed(values: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Return rope_parameters if rope_scaling, their old name, agrees. transformers reads rope_scaling alone."""
+    same = values.get(FULL) or values  # a folder for old and new readers has the rope of full layers there
+    for name, value in old.items():
+        new = "rope_type" if name == "type" else name
+        if (same.get(new) or same.get(name)) != value:
+            raise ModelError(
+                f"config.json: rope_scaling has {name} {value!r}, rope_parameters has {same.get(new)!r}; remove one of "
+                "the two"
+            )
+    return values
 
 
 def context_length(config: Mapping[str, Any], architecture: Architecture) -> int:

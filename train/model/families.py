@@ -107,15 +107,27 @@ class Family:
         if config.get(name, self.activation) != self.activation:
             raise ModelError(f"{name}={config[name]!r} is not supported; only {self.activation} is")
         for name, value in {**UNDESCRIBED, **self.described}.items():
-            if name in config and config[name] != value and (config[name] or value):
+            is_read = name == self.scale_setting
+            if not is_read and config.get(name) not in (None, value) and (config[name] or value):
                 raise ModelError(
                     f"{name}={config[name]!r} is not supported: no part of train/model/families.py describes it "
                     f"(for this family it must be {value!r})"
                 )
 
 
-UNDESCRIBED: dict[str, Any] = {"attention_bias": False, "mlp_bias": False}
-"""Settings with a required value in every family, unless the family says otherwise."""
+BIASES: dict[str, Any] = {"attention_bias": False, "mlp_bias": False}
+UNDESCRIBED: dict[str, Any] = {
+    **BIASES,
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb"), 1.0),
+    **dict.fromkeys(("attention_multiplier", "scale_depth", "dim_model_base", "query_pre_attn_scalar", "rope_ratio")),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "logit_soft_cap", "clip_qkv", "qk_clip")),
+    **dict.fromkeys(("alibi", "use_alibi", "rope_interleaved", "use_logn_attn", "use_dynamic_ntk", "attention_sinks")),
+    **dict.fromkeys(
+        ("attn_temperature_tuning", "attention_chunk_size", "use_bidirectional_attention", "parallel_attn")
+    ),
+}
+"""Settings that change the function of other decoders without a tensor, and the value that changes nothing. A family
+may require another."""
 
 MISSING_PARTS = {
     ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"): "a mixture of experts",
@@ -172,7 +184,6 @@ FAMILIES: dict[str, Family] = {
         gguf="olmo",
         norm=Norm(takes_mean=True, has_gain=False, eps_setting="layer_norm_eps", stock_eps=1e-5),
         derives_head_dim=True,
-        described={"clip_qkv": None},
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
@@ -206,11 +217,6 @@ FAMILIES: dict[str, Family] = {
         scale_setting="query_pre_attn_scalar",
         scales_embedding=True,
         ties_by_default=True,
-        described={
-            "final_logit_softcapping": None,
-            "attn_logit_softcapping": None,
-            "use_bidirectional_attention": False,
-        },
     ),
 }
 """Supported families by Hugging Face model type."""

@@ -9,6 +9,7 @@ torch.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ TOKENIZER_SETTINGS = "tokenizer_config.json"
 WEIGHTS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl")
 READABLE_TYPES = ("F64", "F32", "F16", "BF16")
 """Types of weights, by safetensors' names."""
 REMEDY = "copy or download it again"
@@ -32,6 +34,7 @@ REMEDY = "copy or download it again"
 
 def check_folder(folder: Path) -> None:
     """Check the small files: configuration, tokenizer, chat template, index of the shards."""
+    _check_links(folder)
     read_json(folder / "config.json")
     settings = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
     for name in ("bos", "eos", "unk", "pad"):
@@ -40,6 +43,20 @@ def check_folder(folder: Path) -> None:
     if (folder / "tokenizer.json").is_file():
         read_tokenizer(folder)
     weight_files(folder)
+
+
+def _check_links(folder: Path) -> None:
+    """Raise ModelError for a link out of the folder, unless it is a weight file or in the hub's cache.
+
+    The small files are copied into exports. A downloaded folder could carry a private file there.
+    """
+    real = folder.resolve()
+    homes = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
+    for path in folder.iterdir():
+        target = Path(os.path.realpath(path))  # it has no error for a circle of links
+        is_small = path.suffix not in WEIGHT_SUFFIXES and not path.is_dir()
+        if is_small and not any(target.is_relative_to(home) for home in homes):
+            raise ModelError(f"{path} is a link out of the folder, to {target}; copy the file into the folder")
 
 
 def read_text(path: Path) -> str:
@@ -109,9 +126,12 @@ def weight_files(folder: Path, single: str = WEIGHTS_FILE) -> list[Path]:
     index = folder / f"{single}.index.json"
     if not index.is_file():
         return []
-    names = read_json(index).get("weight_map")
+    values = read_json(index)
+    names = values.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index} is damaged: no weight_map of tensor names to file names; {REMEDY}")
+    if "metadata" not in values:  # transformers ends in a KeyError
+        raise ModelError(f'{index} has no metadata, which transformers reads; add "metadata": {{}}')
     outside = next((name for name in names.values() if Path(name).is_absolute() or ".." in Path(name).parts), None)
     if outside is not None:
         raise ModelError(f"{index} is damaged: {outside} is outside the folder; {REMEDY}")
@@ -124,7 +144,7 @@ def weight_files(folder: Path, single: str = WEIGHTS_FILE) -> list[Path]:
 
 def pickles(folder: Path) -> list[Path]:
     """Return the files of a folder whose names are those of pickled weights."""
-    return sorted(path for ending in ("bin", "pt", "pth", "pkl") for path in folder.glob(f"*.{ending}"))
+    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES[1:])
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from ...runtime.base.errors import ModelError
-from .architecture import Architecture, LayerShape
-from .families import FAMILIES, UNDESCRIBED, Family, family_of
+from .architecture import Architecture, LayerShape, layer_count
+from .attention import layer_attention
+from .families import BIASES, FAMILIES, Family, family_of
 from .folder_files import read_json, refuse_quantized, whole_number
 from .foreign_configs import NOT_SETTINGS, Widths, kept_queries, stated_widths, translated
 from .gguf_source import read_gguf
@@ -45,6 +46,8 @@ class ForeignModel:
     tensors: Mapping[str, Stored]
     """All tensors of `architecture`."""
     head_dim_source: str
+    doubts: tuple[str, ...] = ()
+    """Readings that the shapes allow and do not prove, for the user."""
     added_heads: int = 0
     """Query heads of zeros that give groups the same size."""
 
@@ -84,22 +87,27 @@ def read_foreign(folder: Path, called: str, given_head_dim: int | None = None) -
         has_window = family == "mistral" or config.get("use_sliding_window")
         config = _without_window(config) if has_window else _without(config, WINDOW_SETTINGS)
         family, tensors = "llama_bias", _with_biases(tensors, head_dim)
-    config |= {name: FAMILIES[family].described.get(name, value) for name, value in UNDESCRIBED.items()}
+    config |= {name: FAMILIES[family].described.get(name, value) for name, value in BIASES.items()}
     FAMILIES[family].check(config)
     layers = _layers(tensors, head_dim, called)
     _check_stated(stated, layers)
     tensors, grouped, added = _with_equal_groups(tensors, layers, original, head_dim)
+    doubts = _doubts(layers, stated, original)
     vocab_size, hidden_size = _matrix(tensors, EMBEDDING)
+    is_tied = bool(config.get("tie_word_embeddings", FAMILIES[family].ties_by_default))
+    if is_tied and HEAD in tensors and not torch.equal(*(tensors[each].read().float() for each in (HEAD, EMBEDDING))):
+        # as transformers does
+        is_tied, doubts = False, (*doubts, "config.json ties the head, but another one is stored, and is used")
     architecture = Architecture(
         family=family,
         hidden_size=hidden_size,
         head_dim=head_dim,
         vocab_size=vocab_size,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", FAMILIES[family].ties_by_default)),
+        tie_word_embeddings=is_tied,
         layers=grouped,
     )
     tensors = _checked(tensors, architecture, called)
-    return ForeignModel(kind, _settings(config, architecture), architecture, tensors, source, added)
+    return ForeignModel(kind, _settings(config, architecture), architecture, tensors, source, doubts, added)
 
 
 def _present(tensors: Tensors, stated: Mapping[int, Widths]) -> Tensors:
@@ -252,6 +260,28 @@ def _check_stated(stated: Mapping[int, Widths], layers: tuple[LayerShape, ...]) 
                 )
 
 
+def _doubts(layers: tuple[LayerShape, ...], stated: Mapping[int, Widths], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a line about layers with other heads in a group than config.json says, if nothing says which were removed.
+
+    Shapes do not tell whether every group lost as many.
+    """
+    heads, groups = (config.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
+    if not isinstance(heads, int) or not isinstance(groups, int) or not groups:
+        return ()
+    changed = {
+        f"{layer.num_attention_heads} over {layer.num_key_value_heads}"
+        for index, layer in enumerate(layers)
+        if layer.num_attention_heads and layer.queries_per_group * groups != heads
+        if "num_attention_heads" not in stated.get(index, {}) and kept_queries(config, index) is None
+    }
+    if not changed:
+        return ()
+    return (
+        f"query over key/value heads are read as {', '.join(sorted(changed))} instead of {heads} over {groups}, which "
+        "is right only if every group lost as many",
+    )
+
+
 def _with_equal_groups(
     tensors: Tensors, layers: tuple[LayerShape, ...], config: Mapping[str, Any], head_dim: int
 ) -> tuple[Tensors, tuple[LayerShape, ...], int]:
@@ -263,10 +293,14 @@ def _with_equal_groups(
     found, shapes, added = dict(tensors), list(layers), 0
     for index, layer in enumerate(layers):
         heads, groups, kept = layer.num_attention_heads, layer.num_key_value_heads, kept_queries(config, index)
-        if not groups or heads == groups or (kept is None and heads % groups == 0):
+        if not groups or (kept is None and heads % groups == 0):
             continue
-        per_group, rest = divmod(whole_number(config, "num_attention_heads"), groups)
-        if kept is None or len(kept) != heads or rest:
+        before = whole_number(config, "num_attention_heads")
+        groups_before = whole_number(config, "num_key_value_heads", before)
+        per_group, rest = divmod(before, groups)
+        if kept is not None and len(kept) == heads == groups and before == groups_before:
+            continue  # every query head has its own keys and values, which were removed with it
+        if kept is None or len(kept) != heads or rest or groups != groups_before:
             raise ModelError(
                 f"layer {index} has {heads} query heads over {groups} key/value heads, and nothing says which head "
                 'reads which; list the removed heads in config.json as "pruned_heads": {"' + str(index) + '": [...]}'
@@ -308,21 +342,22 @@ def _picked(tensor: Stored, positions: list[int], head_dim: int, axis: int) -> S
 def _settings(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Return the settings for a class of the family, with the lists of layers as long as the model."""
     values, count = _without(config, NOT_SETTINGS), len(architecture.layers)
-    before = whole_number(config, "num_hidden_layers", count)
-    parts, is_unequal = architecture.parts, dict.fromkeys(LISTS, True)
+    before = max(layer_count(config, count), count)
     for name in LISTS:
         listed = values.pop(name, None)
         if isinstance(listed, list) and listed:
-            is_unequal[name] = len(set(map(str, listed))) > 1
-            values[name] = listed[:count] if is_unequal[name] else listed[:1] * count
-    matters = {"layer_types": parts.has_window_layers, "no_rope_layers": parts.has_rotary_layers}
-    if count < before and any(matters[name] and is_unequal[name] for name in LISTS):
+            values[name] = listed if len(set(map(str, listed))) > 1 else listed[:1] * before
+    whole = replace(architecture, layers=architecture.layers[:1] * before)
+    attention = {(layer.rotary_key, layer.window) for layer in layer_attention(values, whole)}
+    values |= {name: values[name][:count] for name in LISTS if name in values}
+    if count < before and len(attention) > 1:
         raise ModelError(
             f"config.json has {before} layers of unequal attention and the file {count}: nothing says which were "
             "removed; set num_hidden_layers and layer_types (no_rope_layers) to those of the remaining ones"
         )
     # the global widths of the file may contradict each other
-    return {**values, **asdict(architecture.widest), "num_hidden_layers": count}
+    counts = {"num_hidden_layers": count, "tie_word_embeddings": architecture.tie_word_embeddings}
+    return {**values, **asdict(architecture.widest), **counts}
 
 
 def _checked(tensors: Tensors, architecture: Architecture, called: str) -> Tensors:
@@ -330,8 +365,10 @@ def _checked(tensors: Tensors, architecture: Architecture, called: str) -> Tenso
     names, parts = tensor_names(architecture), architecture.parts
     norms = block_norms(parts, "attention") + block_norms(parts, "ffn") + ("self_attn.q_norm", "self_attn.k_norm")
     for name in sorted(set(tensors) - set(names)):
-        is_tied_head = name == HEAD and architecture.tie_word_embeddings
-        if not is_tied_head and split_name(name)[1].rpartition(".")[0] not in norms:
+        is_tied_head, suffix = name == HEAD and architecture.tie_word_embeddings, split_name(name)[1]
+        # an absent block may leave its norms
+        is_norm = suffix in layer_tensors(architecture.family) and suffix.rpartition(".")[0] in norms
+        if not is_tied_head and not is_norm:
             raise ModelError(f"{called}: tensor {name} belongs to no part of {architecture.family}")
     for name in names:
         if name not in tensors:

@@ -16,9 +16,18 @@ from ...runtime.base.quantities import round_up
 from ...runtime.latency.shape import WIDTHS
 from .architecture import Architecture, layer_overrides
 from .families import FAMILIES
-from .folder_files import PICKLE_FILE, pickles, positive_number, read_json, tensor_headers, weight_files, whole_number
+from .folder_files import (
+    PICKLE_FILE,
+    TensorHeader,
+    pickles,
+    positive_number,
+    read_json,
+    tensor_headers,
+    weight_files,
+    whole_number,
+)
 from .gguf_source import is_foreign_gguf
-from .tensors import layer_tensors, locate, split_name, tensor_names, tensor_shape
+from .tensors import BUFFERS, EMBEDDING, HEAD, locate, tensor_names, tensor_shape
 
 FAMILY_OF = dict.fromkeys(("deci", "decilm", "nemotron-nas", "darwinlm"), "llama") | {
     "openelm": "qwen3",
@@ -31,6 +40,7 @@ NOT_SETTINGS = (
     *("quantization_config", "per_layer_config", "block_configs", "pruned_heads"),
 )
 """Settings of a foreign config.json that ours must not have."""
+
 
 
 @dataclass(frozen=True)
@@ -73,17 +83,33 @@ def is_foreign(folder: Path) -> bool:
         architecture = Architecture.from_hf_config(config)
     except ModelError:
         return True
+    unknown = {name for name in headers if not (BUFFERS.search(name) or name.endswith("inv_freq"))}
     for name in tensor_names(architecture):
         place = locate(architecture, name, headers)
         if place.name not in headers:
             return True
+        unknown.discard(place.name)
         rows, *rest = headers[place.name].shape or (0,)
         if place.part is not None:  # one of three parts of a tensor, which are equal in the families that have them
             rows /= 3
         if (rows, *rest) != tensor_shape(architecture, name):
             return True
-    layer_names = layer_tensors(architecture.family)
-    return any(name.endswith("_proj.bias") and split_name(name)[1] not in layer_names for name in headers)
+    head, embedding = (locate(architecture, name, headers).name for name in (HEAD, EMBEDDING))
+    if head in unknown and _are_equal(headers, head, embedding):  # a tied head that is stored as well
+        unknown.remove(head)
+    return bool(unknown)
+
+
+def _are_equal(headers: Mapping[str, TensorHeader], first: str, second: str) -> bool:
+    """Tell whether two stored tensors hold the same numbers."""
+    import torch
+    from safetensors import safe_open
+
+    found = []
+    for name in (first, second):
+        with safe_open(headers[name].file, framework="pt") as stream:
+            found.append(stream.get_tensor(name).float())
+    return torch.equal(*found)
 
 
 def translated(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,8 +132,6 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
         }
     if kind == "phi3":
         values.setdefault("sliding_window", None)  # Mistral's default is another
-        if config.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ModelError(f"partial_rotary_factor={config['partial_rotary_factor']} of phi3 is not supported")
     return values
 
 

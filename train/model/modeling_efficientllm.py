@@ -335,6 +335,7 @@ class EfficientGPTNeoXConfig(IrregularConfigMixin, configuration_gpt_neox.GPTNeo
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        kwargs.pop("rms_norm_eps", None)
         super().__post_init__(**kwargs)
 
 

@@ -120,8 +120,7 @@ class Attention(nn.Module):
         super().__init__()
         stem, dim, rope = config["hidden_size"], config["head_dim"], config["rope_parameters"]
         if rope.get("rope_type", "default") not in ROPES:
-            remedy = "use efficientllm-export --target hf-uniform"
-            raise ValueError(f"rope_type {rope['rope_type']!r} is not supported; {remedy}")
+            raise ValueError(f"rope_type {rope['rope_type']!r} is not supported in mlx-lm; use transformers")
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
         query_width, key_width = self.heads * dim, self.groups * dim
         self.scale = config.get("query_pre_attn_scalar", dim) ** -0.5

@@ -42,6 +42,7 @@ from .foreign_configs import DEFAULTS, ImportOptions, is_foreign
 from .gguf_source import header_of
 from .importing import Imported, import_folder
 from .irregular import architecture_of, build, to_irregular
+from .tensors import BUFFERS
 
 SAME_TABLE = 0.3
 """Relative difference of embedding and head below which they are one table, rounded twice. Rounding to 4 bits gives
@@ -142,19 +143,17 @@ def load_source(
         imported, tokenizer = load_foreign(path, called, foreign)
         return imported.model, tokenizer
     folder, options = _located(source, path)
-    if path.is_dir():
-        locate_tensors(path)
     with loading(called):
         if path.suffix != ".gguf":  # look at the family before gigabytes of weights are read
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
             refuse_quantized(config.to_dict(), called)
             architecture_of(config)
+            if path.is_dir():
+                locate_tensors(path)
             if not path.is_dir() and not options and sys.stderr.isatty():
                 snapshot_download(source, allow_patterns=WEIGHT_FILES)  # apart, so that the hub's bars are seen
         with quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False, **options
-            )
+            model = _load(folder, called, **options)
     tokenizer = _tokenizer(path, folder, options, called)
     check_token_ids(tokenizer.get_vocab(), model.config.vocab_size, called)
     if path.suffix == ".gguf":  # the file's own name and storage type mean nothing in a converted model
@@ -200,7 +199,10 @@ def merge_adapter(model: Any, folder: str) -> Any:
         from peft import PeftModel
     with loading(called), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT only warns about weights that do not fit
-        adapted = PeftModel.from_pretrained(model, folder)
+        adapted: Any = PeftModel.from_pretrained(model, folder)
+        if adapted.active_peft_config.is_prompt_learning:
+            kind = adapted.active_peft_config.peft_type.value
+            raise ModelError(f"{called} is an adapter of type {kind}, which adds tokens and no weights to merge")
         return adapted.merge_and_unload()
 
 
@@ -246,11 +248,13 @@ def _tokenizer(path: Path, folder: str, options: dict[str, Any], called: str) ->
 
 def load_foreign(path: Path, called: str, options: ImportOptions) -> tuple[Imported, PreTrainedTokenizerBase]:
     """Import the folder of another tool. Reports its shape and the comparison with its original."""
+    if path.is_dir():
+        check_folder(path)
     with loading(called), quiet_loading():
         imported = import_folder(path, called, options)
     tokenizer = _foreign_tokenizer(path, called)
     check_token_ids(tokenizer.get_vocab(), imported.model.config.vocab_size, called)
-    for line in (*imported.table, imported.comparison):
+    for line in (*imported.table, imported.comparison, *imported.notes):
         _log.info(line)
     return imported, tokenizer
 
@@ -289,8 +293,23 @@ def load_for_inference(folder: Path) -> Any:
     Raises ModelError if transformers cannot load it.
     """
     with loading(str(folder)), quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
+        return _load(str(folder), str(folder), attn_implementation="eager").eval()
+
+
+def _load(folder: str, called: str, **options: Any) -> Any:
+    """Load a folder or hub id in fp32. Raises ModelError for tensors that its class lacks or does not have."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
+    )
+    model, info = loaded
+    unexpected = [name for name in info["unexpected_keys"] if not BUFFERS.search(name)]
+    for problem, names in {"has no": unexpected, "needs": info["missing_keys"]}.items():
+        if names:  # transformers only warns, and starts with random numbers
+            name = type(model).__name__
+            raise ModelError(
+                f"{called}: {name} {problem} tensor {min(names)} ({len(names)} such); is it another model?"
+            )
+    return model
 
 
 def content_key(model: Any) -> str:

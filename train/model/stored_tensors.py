@@ -19,12 +19,10 @@ from ...runtime.base.errors import ModelError, first_line
 from .architecture import Architecture
 from .families import StockNames
 from .folder_files import PICKLE_FILE, TensorHeader, pickles, tensor_headers, weight_files
-from .tensors import locate, tensor_names
+from .tensors import BUFFERS, locate, tensor_names
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts of names from DataParallel, torch.compile, FSDP and gradient checkpointing."""
-IGNORED = re.compile(r"rotary_emb\.(cos|sin)_cached|\.attention\.(masked_)?bias$|position_ids$")
-"""Buffers that the config determines."""
 HEADLESS = re.compile(r"(layers|embed_tokens|norm)\.")
 """Beginnings of names in a file of the base model without head."""
 
@@ -41,12 +39,12 @@ REFUSED = {
         "the low-rank factors of a matrix",
         "multiply them and save the product as the matrix",
     ),
-    r"_orig$|_mask$|\.mask$|parametrizations\.": (
+    r"_orig$|_mask$|\.mask$|parametrizations\.|\.original\d$": (
         "masks beside the weights (2:4 or unstructured sparsity)",
         "multiply them in with torch.nn.utils.prune.remove(module, 'weight')",
     ),
     r"\.(bitmask|compressed|row_offsets|meta)$": ("packed 2:4 sparse weights", "save the dense weights"),
-    r"(qweight|qzeros|weight_packed|weight_scale|absmax|quant_map|_scales|weight\.SCB)$": (
+    r"(qweight|qzeros|weight_packed|weight_scale(_inv|_2)?|input_scale|absmax|quant_map|_scales|SCB)$|_quantizer\.": (
         "quantised weights",
         "give the model that they were made from",
     ),
@@ -98,7 +96,7 @@ def read_stored(folder: Path) -> dict[str, Stored]:
     if headers:
         for name in headers:
             refuse_method(name, folder)
-        return {name: _stored(name, header) for name, header in headers.items() if not IGNORED.search(name)}
+        return {name: _stored(name, header) for name, header in headers.items() if not BUFFERS.search(name)}
     files = weight_files(folder, PICKLE_FILE)
     if not files:
         files = pickles(folder)
@@ -109,7 +107,7 @@ def read_stored(folder: Path) -> dict[str, Stored]:
     for file in files:
         for name, tensor in _unpickled(file).items():
             refuse_method(name, folder)
-            if not IGNORED.search(name):
+            if not BUFFERS.search(name):
                 if not tensor.is_floating_point():
                     raise ModelError(f"{file}: tensor {name} is stored as {tensor.dtype}; give the model in bfloat16")
                 found[name] = Stored(tuple(tensor.shape), lambda tensor=tensor: tensor)

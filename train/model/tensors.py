@@ -21,6 +21,8 @@ from .families import FAMILIES, Family, Place
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm"
+BUFFERS = re.compile(r"rotary_emb\.(cos|sin)_cached|\.attention\.(masked_)?bias$|position_ids$")
+"""Names of stored buffers that the config determines. A rotary table also tells head_dim."""
 
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
