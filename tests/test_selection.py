@@ -72,6 +72,15 @@ def test_a_width_that_is_no_multiple_becomes_one() -> None:
 
 
 @pytest.mark.parametrize("target", [60_000, 80_000, 100_000])
+def test_a_final_target_is_missed_by_the_smallest_unit_at_most(target: int) -> None:
+    rules = SelectionRules(("kv_group", "query_head", "ffn"), 8)
+    for seed in range(20):
+        removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE, seed), rules, target, final_target=target)
+        smallest = 3 * 64 * 8  # parameters of 8 channels
+        assert removal.after.num_parameters <= target < removal.after.num_parameters + smallest
+
+
+@pytest.mark.parametrize("target", [60_000, 80_000, 100_000])
 def test_stops_within_one_unit_of_the_target(target: int) -> None:
     rules = SelectionRules(("kv_group", "query_head", "ffn"), 8)
     removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE), rules, target)

@@ -193,7 +193,8 @@ class PruningEvent:
         while True:
             scores = self._ranking_scores()
             until = target if blocks is None else max(target, blocks.next_renewal)
-            removal = select_removal(pruner.architecture, scores, pruner.rules, until, stop_before=self._is_outdated)
+            rules, final_target = pruner.rules, pruner.budget.target
+            removal = select_removal(pruner.architecture, scores, rules, until, self._is_outdated, final_target)
             if removal.units:
                 pruner.units_of_event += [_in_source(unit, pruner.survivors) for unit in removal.units]
                 self._zero(removal)
@@ -243,7 +244,7 @@ class PruningEvent:
             unit = ranking.peek(name)
             if unit is not None:
                 self.pruner.next_saliency[name] = unit.score
-        return ranking.peek()
+        return ranking.peek(final_target=self.pruner.budget.target)
 
     def _zero(self, removal: Removal) -> None:
         """Zero the selected groups, after the remaining weights absorbed them if --weight-update is on."""

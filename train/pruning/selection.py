@@ -223,13 +223,22 @@ class Ranking:
         self._cache.clear()
         self._size = None
 
-    def peek(self, kind: str | None = None) -> Unit | None:
-        """Return the next unit, of any kind or of one."""
+    def peek(self, kind: str | None = None, final_target: float | None = None) -> Unit | None:
+        """Return the next unit, of any kind or of one.
+
+        Of groups that fall below a `final_target` in parameters, the smallest is returned, and only if no other fits.
+        """
         candidates = []
         for name, layer in self._keys():
             if kind is None or name == kind:
                 candidates.append(self._candidate(name, layer))
         units = [unit for unit in candidates if unit is not None]
+        # steps of other measures differ too much: the smallest may be a fraction of the others for the same loss
+        is_counted = self.rules.measure.unit == self.rules.ranking_measure.unit == "parameters"
+        groups = [unit.freed for unit in units if unit.kind in KINDS]
+        if final_target is not None and is_counted and groups:
+            most = max(self.architecture.num_parameters - final_target, min(groups))
+            units = [unit for unit in units if unit.freed <= most or unit.kind in BLOCKS]
         # Ties (all-zero scores) are broken by position, so every rank and every resumed run agrees.
         return min(units, key=lambda unit: (unit.score, unit.kind, unit.layer), default=None)
 
@@ -396,20 +405,21 @@ def select_removal(
     rules: SelectionRules,
     target: float,
     stop_before: Callable[[Unit, Sequence[Unit]], bool] = lambda unit, taken: False,
+    final_target: float | None = None,
 ) -> Removal:
     """Take the units with the lowest scores in order until the rules' measure is at most `target`.
 
     It stops earlier before a unit for which `stop_before` (unit, taken units) holds, or when nothing more may be
-    removed.
+    removed. `final_target` is as in `Ranking.peek`.
     """
     ranking = Ranking(architecture, scores, rules)
     units: list[Unit] = []
     while rules.measure.of(ranking.architecture) > target:
-        unit = ranking.peek()
+        unit = ranking.peek(final_target=final_target)
         # a unit may free bytes of the budget and no millisecond of the ranking, so the target may still be in reach
         if unit is None and ranking.rules.cost is not None:
             ranking.rank_by_measure()
-            unit = ranking.peek()
+            unit = ranking.peek(final_target=final_target)
         if unit is None or stop_before(unit, units):
             break
         ranking.take(unit)
