@@ -14,24 +14,22 @@ import json
 import math
 import statistics
 import sys
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.quantities import format_count, format_duration, markdown_table
 from efficientllm.train.model.architecture import Architecture, matmul_parameters
-from efficientllm.train.planning.gpus import GPU_UTILISATION
-from efficientllm.train.reporting.metrics import read_metrics
 from efficientllm.train.reporting.plots import save_figure
 
 SAME_SHARE = 0.02
 """Tolerance of the share of the source's parameters between runs of one law."""
-MEASURED, WANTED = "#2f6db3", "#e08a3c"
 FURTHEST = 1000
 """Largest multiple of the longest run with a prediction."""
 
@@ -42,8 +40,6 @@ class LawOptions:
 
     within: float = flags.number(1.1, above=1)
     """Perplexity to reach, as a multiple of the source's."""
-    tflops: float = flags.number(0.0, at_least=0)
-    """Peak of a GPU in TFLOP/s, to predict its hours."""
     picture: str = ""
     """PNG file to write with the law."""
 
@@ -64,7 +60,12 @@ class RunPoint:
     gap_error: float
     """Standard error of the gap over documents."""
     seconds_per_token: float
-    flops_per_token: float
+
+    @classmethod
+    def of_study(cls, row: Mapping[str, Any]) -> RunPoint:
+        """Return a run of research/study, which is one of several seeds, as a point without an error of its own."""
+        sizes, speed = (row["parameters"], row["source_parameters"]), row["seconds"] / row["tokens"]
+        return cls(row["arm"], row["tokens"], *sizes, row["gap"], 0.0, speed)
 
     @property
     def share(self) -> float:
@@ -84,6 +85,25 @@ class TokenLaw:
     def gap(self, tokens: float) -> float:
         """Return the expected gap in nats per token."""
         return math.exp(self.log_scale - self.exponent * math.log(tokens))
+
+    @property
+    def formula(self) -> str:
+        return f"{math.exp(self.log_scale):.3g} * tokens ^ -{self.exponent:.3f}"
+
+    def band(self, tokens: float) -> tuple[float, float] | None:
+        """Return the gap of one further run with 95 % probability, lowest and highest; None with two runs."""
+        freedom = len(self.points) - 2
+        if not freedom:
+            return None
+        from scipy.stats import t
+
+        logs = [math.log(point.tokens) for point in self.points]
+        errors = [math.log(point.gap / self.gap(point.tokens)) for point in self.points]
+        mean = statistics.fmean(logs)
+        distance = (math.log(tokens) - mean) ** 2 / sum((each - mean) ** 2 for each in logs)
+        variance = sum(error**2 for error in errors) / freedom * (1 + 1 / len(logs) + distance)
+        factor = math.exp(float(t.ppf(0.975, freedom)) * math.sqrt(variance))
+        return self.gap(tokens) / factor, self.gap(tokens) * factor
 
     def tokens(self, gap: float) -> float:
         """Return the tokens for an expected gap; infinite if more tokens do not help."""
@@ -115,15 +135,11 @@ def read_point(folder: str) -> RunPoint:
     path = Path(folder)
     try:
         summary = json.loads((path / "model" / "training.json").read_text(encoding="utf-8"))
-        shape = json.loads((path / "architecture.json").read_text(encoding="utf-8"))
-        config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} is not a finished run of efficientllm-train") from error
     if not summary.get("quality"):
         raise UsageError(f"{folder} has no quality beside its source's: it was trained with --no-quality")
     every, tokens = summary["quality"]["texts"]["all texts"], summary["tokens"]
-    source = Architecture.from_dict(shape["source"])
-    flops = training_flops(read_metrics(path), source.num_parameters, source, config["optimizer"]["distill"] > 0)
     return RunPoint(
         folder,
         tokens,
@@ -132,7 +148,6 @@ def read_point(folder: str) -> RunPoint:
         math.log(every["ratio"]),
         every["ratio_stderr"] / every["ratio"],
         summary["seconds"] / tokens,
-        flops / tokens,
     )
 
 
@@ -155,7 +170,7 @@ def fit(points: Sequence[RunPoint]) -> TokenLaw:
     return TokenLaw(intercept, -slope, tuple(points))
 
 
-def law_lines(law: TokenLaw, within: float, tflops: float) -> list[str]:
+def law_lines(law: TokenLaw, within: float) -> list[str]:
     """Return lines on the runs, the law, and the tokens for a perplexity of `within` times the source's."""
     last = law.points[-1]
     rows = [["run", "tokens", "parameters", "perplexity / source", "by the law"]]
@@ -164,11 +179,11 @@ def law_lines(law: TokenLaw, within: float, tflops: float) -> list[str]:
         expected = f"x{math.exp(law.gap(point.tokens)):.3f}"
         size = f"{format_count(point.parameters)} ({point.share:.0%})"
         rows.append([point.folder, format_count(point.tokens), size, measured, expected])
-    formula = f"gap = {math.exp(law.log_scale):.3g} * tokens ^ -{law.exponent:.3f} nats per token"
-    return [markdown_table(rows), "", formula, _answer(law, within, tflops, last.seconds_per_token)]
+    formula = f"gap = {law.formula} nats per token"
+    return [markdown_table(rows), "", formula, _answer(law, within, last.seconds_per_token)]
 
 
-def _answer(law: TokenLaw, within: float, tflops: float, seconds_per_token: float) -> str:
+def _answer(law: TokenLaw, within: float, seconds_per_token: float) -> str:
     last = law.points[-1]
     tokens = law.tokens(math.log(within))
     if tokens > FURTHEST * last.tokens:
@@ -179,34 +194,27 @@ def _answer(law: TokenLaw, within: float, tflops: float, seconds_per_token: floa
         )
     answer = f"x{within:g}: about {format_count(round(tokens))} tokens, {format_duration(tokens * seconds_per_token)} "
     answer += "on the machine of the longest run"
-    if tflops:
-        seconds = tokens * last.flops_per_token / (tflops * 1e12 * GPU_UTILISATION)
-        answer += f", {format_duration(seconds)} on a GPU of {tflops:g} TFLOP/s at {GPU_UTILISATION:.0%} of its peak"
     if tokens > last.tokens:
         answer += f"; {tokens / last.tokens:.0f} times the longest run: an extrapolation"
     return answer
 
 
-def draw_law(law: TokenLaw, within: float, path: Path) -> None:
-    """Draw gap against tokens on logarithmic axes: the runs with their errors, the law, and the target."""
+def draw_laws(laws: Mapping[str, TokenLaw], end: float, path: Path, within: float | None = None) -> None:
+    """Draw gap against tokens on logarithmic axes: runs, laws up to `end` tokens with their bands, and a target."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    first, last = law.points[0].tokens, law.points[-1].tokens
-    wanted = math.log(within)
-    end = min(max(last, law.tokens(wanted)) * 1.5, FURTHEST * last)
-    axes.plot([first, last], [law.gap(first), law.gap(last)], color=MEASURED, linewidth=1, label="law")
-    axes.plot([last, end], [law.gap(last), law.gap(end)], "--", color=MEASURED, linewidth=1, label="extrapolated")
-    axes.errorbar(
-        [point.tokens for point in law.points],
-        [point.gap for point in law.points],
-        yerr=[point.gap_error for point in law.points],
-        fmt="o",
-        color=MEASURED,
-        label="runs",
-    )
-    axes.axhline(wanted, color=WANTED, linewidth=1, label=f"{within:g} times the source's perplexity")
+    for number, (name, law) in enumerate(laws.items()):
+        tokens = np.geomspace(law.points[0].tokens, end)
+        axes.plot(tokens, [law.gap(each) for each in tokens], color=f"C{number}", linewidth=1, label=name)
+        bands = [law.band(each) or (law.gap(each), law.gap(each)) for each in tokens]
+        lowest, highest = zip(*bands, strict=True)
+        axes.fill_between(tokens, lowest, highest, color=f"C{number}", alpha=0.15, linewidth=0)
+        gaps, errors = zip(*((point.gap, point.gap_error) for point in law.points), strict=True)
+        axes.errorbar([point.tokens for point in law.points], gaps, yerr=errors, fmt="o", color=f"C{number}")
+    if within is not None:
+        axes.axhline(math.log(within), color="C7", linewidth=1, label=f"{within:g} times the source's perplexity")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("tokens of the run")
@@ -222,9 +230,11 @@ def body(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished run of efficientllm-train")
     arguments = parser.parse(argv)
     law, options = fit([read_point(folder) for folder in arguments.pop("runs")]), flags.take(arguments, LawOptions)
-    print("\n".join(law_lines(law, options.within, options.tflops)))
+    print("\n".join(law_lines(law, options.within)))
     if options.picture:
-        draw_law(law, options.within, Path(options.picture))
+        last, wanted = law.points[-1].tokens, law.tokens(math.log(options.within))
+        end = min(max(last, wanted) * 1.5, FURTHEST * last)
+        draw_laws({"law": law}, end, Path(options.picture), options.within)
         print(f"\npicture: {options.picture}")
     return 0
 
