@@ -19,16 +19,19 @@ def _pruning(**changes: object) -> Change:
     return lambda config: replace(config, pruning=replace(config.pruning, **changes))  # type: ignore[arg-type]
 
 
-def _optimizer(**changes: object) -> Change:
-    return lambda config: replace(config, optimizer=replace(config.optimizer, **changes))  # type: ignore[arg-type]
+def _distilled(config: TrainConfig) -> TrainConfig:
+    """Set the loss of all arms but the unpruned source: cross-entropy and distillation from the source."""
+    return replace(config, optimizer=replace(config.optimizer, distill=1.0))
 
 
 _by_target = _pruning(rank_by="target", block_tokens=1024, block_renewals=2)
 _one_shot = _pruning(prune_start=ONE_SHOT_AT, prune_end=ONE_SHOT_AT)
-_distilled = _optimizer(distill=1.0)
-"""The loss of the peers, as of ours: cross-entropy and distillation from the source."""
-_recovered = _pruning(saliency="token-fisher", recover="least-squares")
+_uniform = _pruning(layout="uniform", width_multiple=1)
+"""By single channels: a step takes one in every layer, and 32 of them would be 1.5 % of SmolLM2-135M."""
+_fitted = _pruning(recover="least-squares")
+_token_fisher = _pruning(saliency="token-fisher")
 _in_steps = _pruning(prune_start=0.1, prune_end=0.4, removals=4, recover_tokens=8192)
+_ours_in_steps = (_token_fisher, _fitted, _in_steps, _distilled)
 _unpruned = _pruning(
     prune=("none",), target_params=None, target_latency=None, device_profile=None, workload=None, rank_by="target"
 )
@@ -42,11 +45,11 @@ class Arm:
     changes: tuple[Change, ...]
     """Applied in order to the common configuration."""
     is_ours: bool = False
-    is_repeated: bool = False
-    """Whether it runs for every seed."""
     same_for_all_ratios: bool = False
     shape_of: str | None = None
     """Arm whose final shape this one begins with, with random weights."""
+    is_scaled: bool = False
+    """Whether it begins with random weights in the source's proportions."""
     trains: bool = True
     is_for_device: bool = False
     """Whether it ranks by a device's milliseconds, so that it needs a profile."""
@@ -59,84 +62,66 @@ class Arm:
         return common
 
 
-TAYLOR1 = "taylor1"
+STEPS = "recover-steps"
 
 ARMS: dict[str, Arm] = {
     "source": Arm("source, untouched", (_unpruned,), same_for_all_ratios=True, trains=False),
-    "source-trained": Arm("source, same training", (_unpruned,), same_for_all_ratios=True),
-    TAYLOR1: Arm("pruning-aware, taylor1", (), is_ours=True, is_repeated=True),
-    "one-shot-taylor": Arm("one-shot taylor1, then training", (_one_shot,), is_repeated=True),
-    "distill": Arm("pruning-aware, taylor1, distillation", (_distilled,), is_ours=True, is_repeated=True),
+    "source-trained": Arm("source, trained on the same text", (_unpruned,), same_for_all_ratios=True),
+    "continuous": Arm("pruning continuously by token-fisher, distillation", (_token_fisher, _distilled), is_ours=True),
     "recover": Arm(
         "pruning at once by token-fisher, least squares, distillation",
-        (_recovered, _pruning(prune_start=0.2, prune_end=0.2), _distilled),
+        (_token_fisher, _fitted, _pruning(prune_start=0.2, prune_end=0.2), _distilled),
         is_ours=True,
-        is_repeated=True,
     ),
-    "recover-steps": Arm(
-        "pruning in steps by token-fisher, least squares after each, distillation",
-        (_recovered, _in_steps, _distilled),
-        is_ours=True,
-        is_repeated=True,
+    STEPS: Arm(
+        "pruning in steps by token-fisher, least squares after each, distillation", _ours_in_steps, is_ours=True
     ),
-    "one-shot-fisher": Arm(
-        "one-shot fisher, then the same loss", (_one_shot, _pruning(saliency="fisher"), _distilled), is_repeated=True
-    ),
-    "one-shot-flap": Arm(
-        "FLAP's fluctuation, then the same loss", (_one_shot, _pruning(saliency="flap"), _distilled), is_repeated=True
-    ),
-    "one-shot-wanda": Arm(
-        "Wanda, structured, uniform, then the same loss",
-        (_one_shot, _pruning(saliency="wanda", layout="uniform"), _distilled),
-        is_repeated=True,
-    ),
-    "one-shot-minitron": Arm(
-        "Minitron's activations, uniform, then the same loss",
-        (_one_shot, _pruning(saliency="minitron", layout="uniform"), _distilled),
-        is_repeated=True,
-    ),
-    "taylor2": Arm("pruning-aware, taylor2", (_pruning(saliency="taylor2"),), is_ours=True),
-    "obs": Arm("pruning-aware, taylor1, OBS update", (_pruning(weight_update="obs"),), is_ours=True),
-    "one-shot-magnitude": Arm("one-shot magnitude, then training", (_one_shot, _pruning(saliency="magnitude"))),
-    "random": Arm("random groups, removed gradually", (_pruning(saliency="random"),)),
-    "uniform": Arm("pruning-aware, taylor1, uniform layout", (_pruning(layout="uniform"),)),
-    "recover-uniform": Arm(
-        "in steps with least squares, uniform layout, distillation",
-        (_recovered, _in_steps, _distilled, _pruning(layout="uniform")),
-        is_repeated=True,
-    ),
-    "latency": Arm(
-        "in steps with least squares, by milliseconds, distillation",
-        (_recovered, _in_steps, _distilled, _by_target),
-        is_ours=True,
-        is_repeated=True,
-        is_for_device=True,
-    ),
+    "random": Arm("random groups, removed gradually", (_pruning(saliency="random"), _distilled)),
+    "recover-uniform": Arm("in steps with least squares, uniform layout, distillation", (*_ours_in_steps, _uniform)),
     "latency-blocks": Arm(
         "in steps with least squares, by milliseconds, whole blocks, too, distillation",
-        (_recovered, _in_steps, _distilled, _by_target, _pruning(prune=("attention", "ffn", "blocks"))),
+        (*_ours_in_steps, _by_target, _pruning(prune=("attention", "ffn", "blocks"))),
         is_ours=True,
-        is_repeated=True,
         is_for_device=True,
     ),
     "depth": Arm(
         "depth only, best contiguous layers, in steps with least squares, distillation",
-        (_recovered, _in_steps, _distilled),
-        is_repeated=True,
+        _ours_in_steps,
         drops_layers=True,
     ),
-    "scratch": Arm("same shape from scratch", (_unpruned,), shape_of=TAYLOR1),
+    "scratch": Arm("shape of ours from random weights, distillation", (_unpruned, _distilled), shape_of=STEPS),
+    "scaled": Arm(
+        "the source's proportions from random weights, distillation", (_unpruned, _distilled), is_scaled=True
+    ),
 }
 """In the order they run; every arm sees the same tokens in the same order."""
 
-ONE_SHOT = "one-shot-"
+ONE_SHOT, FIT = "one-shot-", "-fit"
+PUBLISHED = {
+    "flap": "FLAP's fluctuation",
+    "wanda": "Wanda, structured, uniform",
+    "minitron": "Minitron's activations, uniform",
+}
+"""Titles of criteria of other methods."""
+UNIFORM = ("wanda", "minitron")
+"""Criteria whose scores are compared within a layer only."""
 
 
 def add_arm(name: str) -> bool:
-    """Tell whether there is an arm of this name. one-shot-CRITERION becomes one for every criterion of --saliency."""
-    criterion = name.removeprefix(ONE_SHOT)
-    if name not in ARMS and criterion != name:
+    """Tell whether there is an arm of this name.
+
+    one-shot-CRITERION becomes one for every criterion of --saliency, and one-shot-CRITERION-fit one that is fitted.
+    """
+    criterion = name.removeprefix(ONE_SHOT).removesuffix(FIT)
+    if name not in ARMS and name.startswith(ONE_SHOT):
         uses_gradient(criterion)  # UsageError where it is unknown
-        changes = (_one_shot, _pruning(saliency=criterion), _distilled)
-        ARMS[name] = Arm(f"one-shot {criterion}, then the same loss", changes, is_repeated=True)
+        title = PUBLISHED.get(criterion, f"one-shot {criterion}") + ", least squares" * name.endswith(FIT)
+        changes = [_one_shot, _pruning(saliency=criterion), _distilled]
+        changes += [_uniform] * (criterion in UNIFORM) + [_fitted] * name.endswith(FIT)
+        ARMS[name] = Arm(f"{title}, then the same loss", tuple(changes))
     return name in ARMS
+
+
+for _criterion in ("token-fisher", "fisher", *PUBLISHED):
+    for _fit in ("", FIT):
+        add_arm(f"{ONE_SHOT}{_criterion}{_fit}")

@@ -36,7 +36,7 @@ def plot_perplexities(results: Sequence[StudyResult], keep: float, path: Path) -
             end = (max(values), place)
             axes.annotate(f"{mean:.1f}", end, xytext=(4, 0), textcoords="offset points", va="center", size=8)
         axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
-        axes.set_yticks(range(len(arms)), [arm.title for arm, _ in arms])
+        axes.set_yticks(range(len(arms)), [f"{arm.title}, {found[0].parameters / 1e6:.2f}M" for arm, found in arms])
         axes.set_xlabel(f"perplexity, {text}")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import platform
 import statistics
@@ -21,9 +20,11 @@ from efficientllm.train.reporting.plots import plot_architecture
 
 from .arms import ARMS
 from .figure import plot_perplexities
-from .overlap import jaccard_of_removed
 from .result import Results, StudyResult, of_arm
-from .study import Study
+from .study import Study, target_parameters
+
+NOTES = "<!-- notes -->\n"
+"""Text of the page from here on is written by hand and kept."""
 
 
 def nats_of_arms(results: Results, keep: float) -> dict[str, list[float]]:
@@ -38,15 +39,10 @@ def _ours(arms: Iterable[str]) -> list[str]:
     return [arm for arm in arms if ARMS[arm].is_for_device] or [arm for arm in arms if ARMS[arm].is_ours]
 
 
-def best_of_ours(results: Results, keep: float) -> str | None:
-    """Return the arm of ours with the lowest mean."""
-    nats = nats_of_arms(results, keep)
-    return min(_ours(nats), key=lambda arm: statistics.fmean(nats[arm]), default=None)
-
-
 def _best_shape(results: Results, keep: float) -> Architecture | None:
-    """Return the architecture of the first seed of our best arm."""
-    best = best_of_ours(results, keep)
+    """Return the architecture of the first seed of our arm with the lowest mean."""
+    nats = nats_of_arms(results, keep)
+    best = min(_ours(nats), key=lambda arm: statistics.fmean(nats[arm]), default=None)
     return of_arm(results, best, keep)[0].architecture if best is not None else None
 
 
@@ -71,42 +67,21 @@ def _chat_cells(evaluations: Sequence[Evaluation]) -> list[str]:
     return [_over_seeds(ends, 2), _over_seeds([sum(quality.right) for quality in measured], 0)]
 
 
-def _overlap(results: Results, arm: str, reference: str | None, keep: float, source: Architecture) -> str:
-    """Return the Jaccard index of the groups that two arms removed, "" for an arm and itself."""
-    if reference is None or arm == reference:
-        return ""
-    return _in_common(of_arm(results, arm, keep), of_arm(results, reference, keep), source)
-
-
-def _in_common(some: Results, others: Results, source: Architecture) -> str:
-    """Return the Jaccard index of the groups that the first of each removed, "" if one of them removed nothing."""
-    first, second = (found[0].survivors if found else None for found in (some, others))
-    return f"{jaccard_of_removed(first, second, source):.2f}" if first is not None and second is not None else ""
-
-
-def _between_seeds(results: Results, source: Architecture) -> str:
-    """Return the Jaccard index of the groups that two seeds of an arm removed, over all pairs."""
-    survivors = [result.survivors for result in results if result.survivors is not None]
-    pairs = [jaccard_of_removed(one, other, source) for one, other in itertools.combinations(survivors, 2)]
-    return _over_seeds(pairs, 2) if pairs else ""
-
-
 def _untouched(results: Results) -> StudyResult | None:
     """Return the untouched source, if it was measured."""
     return next((result for result in results if not ARMS[result.arm].trains), None)
 
 
-def table(results: Results, keep: float, source: Architecture) -> str:
+def table(results: Results, keep: float) -> str:
     """Return a table with one row per arm at a ratio."""
     texts, tasks = list(results[0].perplexities), list(results[0].evaluation.tasks)
     chats = all(result.evaluation.quality is not None and result.evaluation.quality.answers for result in results)
     is_timed = results[0].ms is not None
     untouched = _untouched(results)
-    reference = best_of_ours(results, keep)
     header = ["arm", "seeds", "parameters", *(["predicted ms"] if is_timed else [])]
     header += [*(["nats above the source"] if untouched else []), *[f"{text} ppl" for text in texts]]
     header += ["end of turn", "questions"] if chats else []
-    header += [*tasks, "train s", "TFLOP", "removed as ours", "seeds alike"]
+    header += [*tasks, "train s", "TFLOP"]
     rows = [header]
     for arm, description in ARMS.items():
         found = of_arm(results, arm, keep)
@@ -119,7 +94,7 @@ def table(results: Results, keep: float, source: Architecture) -> str:
             [
                 title,
                 str(len(found)),
-                format_count(found[0].parameters),
+                f"{found[0].parameters:,}",
                 *([_over_seeds([result.ms or math.nan for result in found], 2)] if is_timed else []),
                 *([_over_seeds([result.nats - untouched.nats for result in found], 3)] if untouched else []),
                 *perplexities,
@@ -127,37 +102,9 @@ def table(results: Results, keep: float, source: Architecture) -> str:
                 *[_task_cell(evaluations, task) for task in tasks],
                 f"{statistics.fmean(result.seconds for result in found):.0f}",
                 f"{found[0].flops / 1e12:.1f}",
-                _overlap(results, arm, reference, keep, source),
-                _between_seeds(found, source),
             ]
         )
     return markdown_table(rows)
-
-
-def transfer_table(results: Results, keep: float, source: Architecture) -> str:
-    """Return a row per arm and ranking device, the study's own device first; its name is empty without others."""
-    untouched = _untouched(results)
-    devices = dict.fromkeys(result.ranked_for for result in results if result.ranked_for is not None)
-    header = ["arm", "ranked for", "seeds", "parameters", "predicted ms"]
-    rows = [[*header, *(["nats above the source"] if untouched else []), "removed as for this device"]]
-    for arm in (name for name, description in ARMS.items() if description.is_for_device and devices):
-        own = of_arm(results, arm, keep)
-        for device in (None, *devices):
-            found = of_arm(results, arm, keep, ranked_for=device)
-            if not found:
-                continue
-            rows.append(
-                [
-                    ARMS[arm].title,
-                    device or "this device",
-                    str(len(found)),
-                    format_count(found[0].parameters),
-                    _over_seeds([result.ms or math.nan for result in found], 2),
-                    *([_over_seeds([result.nats - untouched.nats for result in found], 3)] if untouched else []),
-                    _in_common(found, own, source) if device else "",
-                ]
-            )
-    return markdown_table(rows) if len(rows) > 1 else ""
 
 
 def verdict(results: Results, keep: float) -> str:
@@ -172,9 +119,13 @@ def verdict(results: Results, keep: float) -> str:
     best, rival = min(ours, key=lambda arm: means[arm]), min(others, key=lambda arm: means[arm])
     is_first = means[best] <= means[rival]
     relation = "our best arm has the lowest perplexity" if is_first else "**a baseline has the lowest perplexity**"
+    ours_has, rival_has = (
+        f"{statistics.fmean(result.perplexities[text] for result in of_arm(results, arm, keep)):.2f}"
+        for arm in (best, rival)
+    )
     return (
-        f"On {text}, {relation}. Ours has {math.exp(means[best]):.2f}. The best baseline has "
-        f"{math.exp(means[rival]):.2f} ({ARMS[rival].title}). {_significance(nats[best], nats[rival])}"
+        f"Of these arms, on {text}, {relation}. Ours has {ours_has}. The best baseline has {rival_has} "
+        f"({ARMS[rival].title}). {_significance(nats[best], nats[rival])}"
     )
 
 
@@ -194,6 +145,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
     chips = platform.machine() if hardware.device.type == "cpu" else ""
     data = ", ".join(Path(path).name for path in config.data)
     measured = results[0].evaluation.perplexity
+    commits = " and ".join(sorted({result.commit or "unknown" for result in results}))
     sizes = "".join(f", {name} {value.tokens:,} tokens{value.behind}" for name, value in measured.items())
     parts = [
         "# The study at equal time" if config.device_profile else "# The study",
@@ -210,34 +162,36 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         *([f"- Tasks are zero-shot, {config.limit or 'all'} documents each."] if results[0].evaluation.tasks else []),
         "- ± is the standard error over documents. Brackets are the range over seeds. Matrix products are in "
         f"{config.eval_dtype}.",
-        f"- Commit {commit() or 'unknown'}, {hardware.describe()} {chips}".rstrip() + ".",
-        *_device_line(study),
+        f"- Commit {commits}, {hardware.describe()} {chips}".rstrip() + ".",
+        *_size_line(study, results),
         "- *Nats above the source* is the mean over those kinds of text. TFLOP counts 6 per parameter and token, and 2 "
-        "more per parameter of the source for a teacher. *Removed as ours* is the Jaccard index of the removed FFN "
-        "channels and heads with our best arm, seed 0. *Seeds alike* is the same index of pairs of seeds.",
+        "more per parameter of the source for a teacher.",
         "",
     ]
     for keep in map(float, config.keep):
         if not nats_of_arms(results, keep):
             continue
         of = f"the time of {config.workload}" if config.device_profile else "the non-embedding parameters"
-        parts += [f"## {keep - 1:+.0%} of {of}", "", table(results, keep, study.source), ""]
+        parts += [f"## {keep - 1:+.0%} of {of}", "", table(results, keep), ""]
+        missing = [f"`{arm}`" for arm in config.arms if not of_arm(results, arm, keep) and not ARMS[arm].is_ours]
+        if missing:
+            parts += [f"Not measured at this size: {', '.join(missing)}.", ""]
         line = verdict(results, keep)
         if line:
             parts += [line, ""]
-        if transfer := transfer_table(results, keep, study.source):
-            parts += ["Groups ranked for another device, with the same time on this one:", "", transfer, ""]
         parts += [f"![Perplexity of every arm]({folder_name}/perplexity-{keep:g}.png)", ""]
         if _best_shape(results, keep) is not None:
             parts += [f"![Shape of our best arm]({folder_name}/architecture-{keep:g}.png)", ""]
     return "\n".join(parts)
 
 
-def _device_line(study: Study) -> list[str]:
-    """Return the description of the device on which all arms are equally fast."""
+def _size_line(study: Study, results: Results) -> list[str]:
+    """Return what is equal for all arms: the parameters, or the time on a device."""
     time = study.time
     if time is None:
-        return []
+        pruned = [result for result in results if result.keep < 1]
+        off = [abs(one.parameters / target_parameters(study.source, one.keep) - 1) for one in pruned]
+        return [f"- Sizes differ from the target by at most {max(off):.2%}."] if off else []
     errors = ", ".join(f"{error.median:.1%} at depth {error.depth}" for error in time.profile.errors)
     return [
         f"- All arms end at the same predicted time of {time.describe()}. The median error of its profile is {errors}. "
@@ -267,7 +221,8 @@ def write_report(study: Study, path: Path) -> None:
             plot_perplexities(results, keep, folder / f"perplexity-{keep:g}.png")
         if (shape := _best_shape(results, keep)) is not None:
             plot_architecture(study.source, shape, folder / f"architecture-{keep:g}.png")
-    write_text_atomically(path, markdown(study, results, folder.name))
+    _, marker, notes = (path.read_text(encoding="utf-8") if path.is_file() else "").partition(NOTES)
+    write_text_atomically(path, markdown(study, results, folder.name) + marker + notes)
 
 
 def _public(value: Any) -> Any:

@@ -15,7 +15,6 @@ from efficientllm.train.evaluation.evaluate import Evaluation
 from efficientllm.train.model.architecture import Architecture
 
 from .arms import ARMS, add_arm
-from .overlap import Survivors
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,10 @@ class StudyResult:
     flops: float = 0.0
     architecture: Architecture | None = None
     """Final shape of a trained arm."""
-    survivors: Survivors | None = None
-    """Groups of the source that remain, of an arm that prunes."""
     ms: float | None = None
     """Predicted, of the workload on the profiled device, where the study has one."""
-    ranked_for: str | None = None
-    """Another device, whose milliseconds groups competed for."""
+    commit: str | None = None
+    """Version of the code that measured it."""
 
     @property
     def perplexities(self) -> dict[str, float]:
@@ -62,10 +59,10 @@ class StudyResult:
         return vars(self) | {"evaluation": self.evaluation.to_dict(), "architecture": shape}
 
     def summary(self) -> dict[str, Any]:
-        """`to_dict` without scores of documents and without survivors: what the page's JSON holds."""
+        """`to_dict` without scores of documents: what the page's JSON holds."""
         evaluation = self.evaluation.to_dict()
         tasks = {name: {k: v for k, v in task.items() if k != "samples"} for name, task in evaluation["tasks"].items()}
-        return self.to_dict() | {"survivors": None, "evaluation": evaluation | {"tasks": tasks}}
+        return self.to_dict() | {"evaluation": evaluation | {"tasks": tasks}}
 
     @classmethod
     def read(cls, path: Path) -> StudyResult:
@@ -81,10 +78,7 @@ class StudyResult:
 Results = Sequence[StudyResult]
 
 
-def of_arm(results: Results, arm: str, keep: float, ranked_for: str | None = None) -> list[StudyResult]:
-    """Return every seed of an arm at a ratio (or of an arm that is equal at all ratios).
-
-    Only results ranked for the device `ranked_for` count; None is the study's own.
-    """
+def of_arm(results: Results, arm: str, keep: float) -> list[StudyResult]:
+    """Return every seed of an arm at a ratio (or of an arm that is equal at all ratios)."""
     wanted = 1.0 if ARMS[arm].same_for_all_ratios else keep
-    return [one for one in results if (one.arm, one.keep, one.ranked_for) == (arm, wanted, ranked_for)]
+    return [one for one in results if (one.arm, one.keep) == (arm, wanted)]

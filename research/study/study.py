@@ -7,13 +7,13 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.files import write_json_atomically
 from efficientllm.runtime.base.quantities import not_one_of
-from efficientllm.runtime.latency.profile import DeviceProfile
+from efficientllm.runtime.base.user_cache import commit
 from efficientllm.train.checkpoint.run_folder import is_finished
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.hardware import choose_hardware
@@ -23,7 +23,7 @@ from efficientllm.train.config.sections import OptimizerConfig, RunConfig, Sourc
 from efficientllm.train.evaluation.evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from efficientllm.train.evaluation.quality.contract import Report
 from efficientllm.train.model.architecture import Architecture
-from efficientllm.train.model.irregular import save_checkpoint
+from efficientllm.train.model.irregular import build, save_checkpoint
 from efficientllm.train.model.source import load_source
 from efficientllm.train.pruning.blocks import BlockProbe
 from efficientllm.train.pruning.measures import DeviceTime
@@ -35,7 +35,7 @@ from efficientllm.train.run_text import RunText
 
 from ..token_law import training_flops
 from .arms import ARMS, Arm, add_arm
-from .depth import best_contiguous
+from .depth import best_contiguous, scaled
 from .result import StudyResult
 
 
@@ -54,16 +54,13 @@ class StudyConfig:
     device_profile: str = ""
     """Profile of a device, as efficientllm-bench --profile writes it: arms are then equally fast there, and --keep is
     shares of the source's time."""
-    ranking_profile: tuple[str, ...] = ()
-    """Profile of another device, repeatable: the arms that rank by milliseconds run once more by that device's, still
-    as fast as the others on --device-profile: what pruning for another device costs."""
     workload: str = "depth=512"
     """What is timed there: prompt=256,answer=128 (tokens) a whole answer, depth=512 one token after 512."""
     arms: tuple[str, ...] = flags.comma_separated(*(name for name, arm in ARMS.items() if not arm.is_for_device))
-    """Arms to run, comma-separated; those that rank by milliseconds (latency, latency-blocks) need --device-profile.
+    """Arms to run, comma-separated; latency-blocks, which ranks by milliseconds, needs --device-profile.
     one-shot-CRITERION runs any criterion of --saliency, plug-ins included."""
     seeds: int = flags.number(1, at_least=1)
-    """Seeds of the arms that are repeated; the others run with the first."""
+    """Seeds of every arm that trains."""
     batch_size: int = 4
     """Sequences per step."""
     sequence_length: int = flags.count(256)
@@ -101,20 +98,9 @@ class StudyConfig:
             flags.require(self, "arms", add_arm(name), not_one_of(name, ARMS), value=name)
             needs = ARMS[name].is_for_device and not self.device_profile
             flags.require(self, "arms", not needs, "needs --device-profile", value=name)
-        self._check_ranking_profiles()
         for text in self.keep:
             flags.require(self, "keep", 0 < float(text) < 1, "must be between 0 and 1", value=text)
         _ = self.measures
-
-    def _check_ranking_profiles(self) -> None:
-        names = [Path(path).stem for path in self.ranking_profile]
-        for path in self.ranking_profile:
-            flags.require(self, "ranking_profile", bool(self.device_profile), "needs --device-profile", value=path)
-            is_used = any(ARMS[name].is_for_device for name in self.arms)
-            rule = "is for arms that rank by milliseconds; add latency-blocks to --arms"
-            flags.require(self, "ranking_profile", is_used, rule, value=path)
-            is_single = names.count(Path(path).stem) == 1
-            flags.require(self, "ranking_profile", is_single, "another one has this name; rename it", value=path)
 
     @property
     def measures(self) -> MeasureConfig:
@@ -134,14 +120,11 @@ class Job:
     keep: float
     """Share of the non-embedding parameters; 1.0 for an arm that prunes nothing."""
     seed: int
-    ranked_for: str | None = None
-    """Profile of another device, whose milliseconds groups compete for."""
 
     @property
     def name(self) -> str:
-        ranked = f"-for-{Path(self.ranked_for).stem}" if self.ranked_for is not None else ""
         place = "" if self.keep == 1.0 else f"{self.keep:g}/"
-        return f"{place}{self.arm}{ranked}-s{self.seed}"
+        return f"{place}{self.arm}-s{self.seed}"
 
 
 def jobs(config: StudyConfig) -> list[Job]:
@@ -151,11 +134,9 @@ def jobs(config: StudyConfig) -> list[Job]:
         for index, keep in enumerate(map(float, config.keep)):
             for name in config.arms:
                 arm = ARMS[name]
-                if (seed and not arm.is_repeated) or (index and arm.same_for_all_ratios):
+                if (seed and not arm.trains) or (index and arm.same_for_all_ratios):
                     continue
-                others = config.ranking_profile if arm.is_for_device else ()
-                for profile in (None, *others):
-                    found.append(Job(name, 1.0 if arm.same_for_all_ratios else keep, seed, profile))
+                found.append(Job(name, 1.0 if arm.same_for_all_ratios else keep, seed))
     return found
 
 
@@ -168,7 +149,7 @@ def target_parameters(source: Architecture, keep: float) -> int:
 
 def _settings(config: StudyConfig) -> dict[str, Any]:
     """Return the settings that distinguish studies, as JSON values. Other settings only add jobs."""
-    free = ("output", "device", "threads", "arms", "seeds", "keep", "ranking_profile")
+    free = ("output", "device", "threads", "arms", "seeds", "keep")
     return json.loads(json.dumps({name: value for name, value in vars(config).items() if name not in free}))
 
 
@@ -179,7 +160,6 @@ class Study:
         check(config.measures)
         self.config = config
         _ = self.time  # UsageError before anything is trained
-        self._check_names_of_devices()
         self.folder = Path(config.output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_settings()
@@ -189,16 +169,6 @@ class Study:
             save_checkpoint(model, tokenizer, self.source_folder)
         raw = json.loads((self.source_folder / "config.json").read_text(encoding="utf-8"))
         self.source = Architecture.from_hf_config(raw)
-
-    def _check_names_of_devices(self) -> None:
-        """UsageError where the report could not tell two --ranking-profile apart."""
-        path_of: dict[str, str] = {}
-        for path in self.config.ranking_profile:
-            name = DeviceProfile.load(Path(path)).measured_on.device
-            if name in path_of:
-                both = f"--ranking-profile: {path_of[name]} and {path} are both of {name!r}"
-                raise UsageError(f"{both}; measure one of them under another --profile-name")
-            path_of[name] = path
 
     def _check_settings(self) -> None:
         """UsageError where the folder holds another study."""
@@ -251,11 +221,10 @@ class Study:
             sequence_length=settings.sequence_length,
             eval_tokens=settings.sequence_length * settings.batch_size,
         )
-        if arm.shape_of is not None:
-            shape = self.folder / Job(arm.shape_of, job.keep, 0).name / "model"
-            if not shape.is_dir():
-                raise UsageError(f"--arms {job.arm} needs {arm.shape_of}: run that arm first")
-            source = replace(source, source=str(shape), init="random")
+        teacher = "source"
+        if arm.shape_of is not None or arm.is_scaled:
+            source = replace(source, source=str(self._shape_folder(job, arm)), init="random")
+            teacher = str(self.source_folder)
         common = TrainConfig(
             source=source,
             pruning=self.common_pruning(job.keep),
@@ -273,9 +242,24 @@ class Study:
             ),
         )
         config = arm.configure(common)
-        if job.ranked_for is not None:
-            config = replace(config, pruning=replace(config.pruning, ranking_profile=job.ranked_for))
+        if config.optimizer.distill:
+            config = replace(config, optimizer=replace(config.optimizer, teacher=teacher))
         return self._without_best_layers(config) if arm.drops_layers else config
+
+    def _shape_folder(self, job: Job, arm: Arm) -> Path:
+        """Return a model folder of the shape that an arm trains from random weights."""
+        if arm.shape_of is not None:
+            folder = self.folder / Job(arm.shape_of, job.keep, 0).name / "model"
+            if not folder.is_dir():
+                raise UsageError(f"--arms {job.arm} needs {arm.shape_of}: run that arm first")
+            return folder
+        folder = self.folder / f"{job.keep:g}" / "scaled"
+        if not folder.is_dir():
+            model, tokenizer = load_source(str(self.source_folder))
+            shape, config = scaled(self.source, target_parameters(self.source, job.keep)), cast(Any, model.config)
+            config.update({"hidden_size": shape.hidden_size, "head_dim": shape.head_dim})
+            save_checkpoint(build(config, shape), tokenizer, folder)
+        return folder
 
     def common_pruning(self, keep: float) -> PruneConfig:
         """Return the target of every arm, ranked by parameters unless the arm says otherwise."""
@@ -316,11 +300,13 @@ class Study:
     def _result(self, job: Job, arm: Arm, folder: Path, measured: Evaluation) -> StudyResult:
         if not arm.trains:
             ms = self.milliseconds(self.source)
-            return StudyResult(job.arm, job.keep, job.seed, self.source.num_parameters, measured, ms=ms)
+            return StudyResult(
+                job.arm, job.keep, job.seed, self.source.num_parameters, measured, ms=ms, commit=commit()
+            )
         training = json.loads((folder / "model" / "training.json").read_text(encoding="utf-8"))
         shape = json.loads((folder / "architecture.json").read_text(encoding="utf-8"))
         with_teacher = self.train_config(job, arm, folder, False).optimizer.distill > 0
-        initial = training["parameters"] if arm.shape_of else self.source.num_parameters
+        initial = training["parameters"] if arm.shape_of or arm.is_scaled else self.source.num_parameters
         return StudyResult(
             job.arm,
             job.keep,
@@ -331,9 +317,8 @@ class Study:
             seconds=training["seconds"],
             flops=training_flops(read_metrics(folder), initial, self.source, with_teacher),
             architecture=Architecture.from_dict(shape["final"]),
-            survivors=shape.get("survivors"),
             ms=self.milliseconds(Architecture.from_dict(shape["final"])),
-            ranked_for=DeviceProfile.load(Path(job.ranked_for)).measured_on.device if job.ranked_for else None,
+            commit=commit(),
         )
 
     @functools.cached_property
