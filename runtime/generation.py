@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -46,12 +48,17 @@ SINK_TOKENS = 32
 """First tokens that a sliding window keeps, because they act as attention sinks (arXiv 2309.17453)."""
 
 
+SCORED_TOKENS = 64
+"""Most tokens of a prompt that a pass scores, if the engine checks proposals. Each has logits of its own."""
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of a generated token, before sampling options."""
+    """Log-probability of a token, before sampling options."""
 
     token: int
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt."""
     top: tuple[tuple[int, float], ...]
     """(token, log-probability) of the most likely tokens, best first."""
 
@@ -98,8 +105,8 @@ class GenerationStats:
 class AnswerOptions:
     """Options of one answer."""
 
-    max_tokens: int = flags.number(256, at_least=1)
-    """Largest number of generated tokens."""
+    max_tokens: int = flags.number(256, at_least=0)
+    """Largest number of generated tokens. 0: the prompt is only evaluated."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """Sampling options. Those that are None have the model's values (`EngineScheduler.sampling_defaults`)."""
     stop: Sequence[str] = ()
@@ -108,6 +115,8 @@ class AnswerOptions:
     """Text, such as the marker of a call, after which `stop` is ignored."""
     top_logprobs: int | None = None
     """Record the log-probability of every token and of this many best ones (see `Generation.pop_logprobs`)."""
+    scores_prompt: bool = False
+    """Record the log-probabilities of the prompt's tokens as well. Needs `top_logprobs`, and the prompt must fit."""
     overflow: Overflow = "error"
     """At the end of the context window, "error" refuses a prompt without room for an answer and ends the answer.
     "slide" drops the oldest tokens except the first few."""
@@ -137,10 +146,12 @@ class Generation:
         token outside the vocabulary.
         """
         options = options or AnswerOptions()
-        if len(prompt) >= engine.context_length and options.overflow == "error":
+        if len(prompt) >= engine.context_length and (options.overflow == "error" or options.scores_prompt):
             raise ContextOverflowError(
                 f"the prompt has {len(prompt)} tokens and leaves no room in the context window of "
-                f"{engine.context_length}; shorten it or load with a larger --context"
+                f"{engine.context_length}; shorten it or load with a larger --context",
+                len(prompt),
+                engine.context_length,
             )
         if unknown := [token for token in options.logit_bias if not 0 <= token < engine.vocab_size]:
             raise UsageError(f"logit_bias: token {unknown[0]} is outside the vocabulary of {engine.vocab_size}")
@@ -152,7 +163,9 @@ class Generation:
         self.lease = engine.lease()
         """Requests the evaluation of `tokens`. The caller that evaluates it passes the logits to `accept`."""
         self._token_start = 0.0
-        self.tokens = list(prompt)
+        self._unscored = deque(prompt[1:] if options.scores_prompt else ())
+        """Tokens of the prompt whose log-probabilities are not known yet."""
+        self.tokens = list(prompt[: len(prompt) - len(self._unscored)])
         """Input of the next token: prompt and answer without the tokens that were dropped from the window."""
         self.answer: list[int] = []
         self.top_logprobs = options.top_logprobs
@@ -161,7 +174,7 @@ class Generation:
         self._may_force = constraint is not None and options.top_logprobs is None and not options.logit_bias
         self._opening = ""
         """Text of forced tokens that precede the first pass."""
-        self._logprobs: list[TokenLogprob] = []
+        self._logprobs = [TokenLogprob(prompt[0], None, ())] if options.scores_prompt else []
         room = engine.context_length - len(prompt)
         self.max_tokens = options.max_tokens if options.overflow == "slide" else min(options.max_tokens, room)
         self.sampler = Sampler(options.sampling.with_defaults(engine.sampling_defaults), prompt, options.logit_bias)
@@ -220,9 +233,11 @@ class Generation:
         Requests the evaluation of the last token unless the answer `is_over`.
         """
         rows, draft, begin = np.atleast_2d(logits), self.lease.draft, len(self.lease.tokens)
+        is_scoring = bool(self._unscored)
         if not self.stats.passes:
             self.stats.cached_tokens = self.lease.cached_tokens
-            self.stats.prefilled_tokens = len(self.tokens) - len(self.answer) - self.stats.cached_tokens
+            known = len(self.tokens) + len(self._unscored)
+            self.stats.prefilled_tokens = known - len(self.answer) - self.stats.cached_tokens
         piece, num_right = self._accept_row(rows[0]), 0
         while not self.is_over:
             # one further token, or several that a grammar forces; none if the window slid
@@ -233,15 +248,29 @@ class Generation:
                 break
             num_right = number
             piece += self._accept_row(rows[number])
-        self.stats.drafted_tokens += len(draft)
-        self.stats.accepted_tokens += num_right
+        if not is_scoring:
+            self.stats.drafted_tokens += len(draft)
+            self.stats.accepted_tokens += num_right
         self._propose()
-        self._count_time()
+        if not self._unscored:
+            self._count_time()
         piece, self._opening = self._opening + piece, ""
         return piece
 
     def _accept_row(self, logits: np.ndarray) -> str:
-        """Sample a token from fp32 logits [V] and return the text of it and of forced tokens after it."""
+        """Sample a token from fp32 logits [V] and return the text of it and of forced tokens after it.
+
+        While tokens of the prompt are to be scored, the next of them is taken instead, without text.
+        """
+        if self._unscored and self.top_logprobs is not None:
+            token = self._unscored.popleft()
+            self._logprobs.append(token_logprob(logits, token, self.top_logprobs))
+            self.tokens.append(token)
+            self.lease.append(token)
+            return ""
+        if not self.max_tokens:
+            self.is_over = True
+            return ""
         token = None if self.is_cancelled else self._choose(logits)
         piece = self._append(token) if token is not None else self._stop()
         return piece + self._append_forced()
@@ -249,14 +278,16 @@ class Generation:
     def _propose(self) -> None:
         """Let the next pass check proposed tokens if that is expected to be faster."""
         self.lease.draft = []
-        if self._proposer is not None and not self.is_over:
+        if self._proposer is not None and self._unscored:
+            self.lease.draft = list(itertools.islice(self._unscored, SCORED_TOKENS))
+        elif self._proposer is not None and not self.is_over:
             room = self.engine.context_length - len(self.tokens)
             left = self.max_tokens - self.stats.completion_tokens - 1  # the pass itself gives one token more
             self.lease.draft = self.engine.draft(self._proposer, min(room, left))
 
     def _append_forced(self) -> str:
         """Append the tokens that the constraint forces, and return the text to show."""
-        if self.is_over or self.constraint is None or not self._may_force:
+        if self.is_over or self.constraint is None or not self._may_force or not self.max_tokens:
             return ""
         text = ""
         for token in self.constraint.forced_tokens():

@@ -14,7 +14,6 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from ..runtime.call_reader import ArgumentsEvent, CallEvent, Event, ReasoningEvent
-from ..runtime.engines.scheduler import EngineScheduler
 from .answers.builders import ChatBuilder, with_first
 from .answers.choices import Choice
 from .body import BodyRoute
@@ -27,7 +26,7 @@ from .schemas.messages import MAX_PARTS, MAX_TOOLS, Bool, Float, Int, Json, Name
 from .schemas.response_models import ResponseModel
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-"""Reason for the end of an answer in OpenAI's API -> in Anthropic's, which names no stop text here."""
+"""Reason for the end of an answer in OpenAI's API -> in Anthropic's, unless a stop text was found."""
 
 
 class Block(RequestPart):
@@ -100,11 +99,12 @@ class AnthropicTool(RequestPart):
     name: Name
     description: Text = ""
     input_schema: Json
+    strict: Bool = False
 
     def as_tool(self) -> dict[str, Any]:
         """Return the same as a tool of OpenAI's API."""
-        function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
-        return {"type": "function", "function": function}
+        function = self.model_dump(include={"name", "description", "strict"})
+        return {"type": "function", "function": {**function, "parameters": self.input_schema}}
 
 
 class ToolChoice(RequestPart):
@@ -116,6 +116,16 @@ class ToolChoice(RequestPart):
 class Thinking(RequestPart):
     without_effect = ("budget_tokens", "display")
     type: Literal["enabled", "disabled", "adaptive"]
+
+
+class OutputFormat(RequestPart):
+    type: Literal["json_schema"]
+    schema_: Annotated[Json, Field(alias="schema")]
+
+
+class OutputConfig(RequestPart):
+    without_effect = ("effort",)
+    format: OutputFormat | None = None
 
 
 class MessagesRequest(TranslatedRequest):
@@ -133,6 +143,7 @@ class MessagesRequest(TranslatedRequest):
     stop_sequences: Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] = Field(default=[])
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(default=[])
     tool_choice: ToolChoice = ToolChoice()
+    output_config: OutputConfig = OutputConfig()
     thinking: Thinking | None = None
     """Sets enable_thinking of the chat template."""
 
@@ -148,6 +159,9 @@ class MessagesRequest(TranslatedRequest):
             "tool_choice": {"any": "required", "tool": named}.get(choice.type, choice.type),
             "parallel_tool_calls": not choice.disable_parallel_tool_use,
         }
+        if self.output_config.format is not None:
+            schema = {"schema": self.output_config.format.schema_, "strict": True}
+            values["response_format"] = {"type": "json_schema", "json_schema": schema}
         if self.thinking is not None:
             values["chat_template_kwargs"] = {"enable_thinking": self.thinking.type != "disabled"}
         return ChatRequest.model_validate(values)
@@ -168,18 +182,14 @@ class AnthropicMessage(ResponseModel):
     model: str
     content: list[dict[str, Any]]
     stop_reason: str | None = None
-    stop_sequence: None = None
+    stop_sequence: str | None = None
     usage: AnthropicUsage
-
-
-class TokenCount(ResponseModel):
-    input_tokens: int
 
 
 class MessageBuilder(ChatBuilder):
     """Builds an answer of blocks: reasoning, texts and calls, whole or as typed events."""
 
-    id_prefix = "msg"
+    id_prefix = "msg_"
     ping = 'event: ping\ndata: {"type": "ping"}\n\n'
 
     def __init__(self, request: ChatRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
@@ -210,7 +220,7 @@ class MessageBuilder(ChatBuilder):
             yield _written("error", error=AnthropicEndpoints.error_body(error)["error"])
             return
         message = self._message()
-        delta = {"stop_reason": message.stop_reason, "stop_sequence": None}
+        delta = message.model_dump(include={"stop_reason", "stop_sequence"})
         yield _written("message_delta", delta=delta, usage=message.usage.model_dump())
         yield _written("message_stop")
 
@@ -271,9 +281,16 @@ class MessageBuilder(ChatBuilder):
             cache_read_input_tokens=cached,
             output_tokens=usage.completion_tokens,
         )
-        reason = STOP_REASONS[self._reason] if self._reason else None
+        reason, text = STOP_REASONS[self._reason] if self._reason else None, self.choices[0].generation.text
+        if reason and text.stopped:
+            reason = "stop_sequence"
         return AnthropicMessage(
-            id=self.base["id"], model=self.base["model"], content=self._blocks, stop_reason=reason, usage=counts
+            id=self.base["id"],
+            model=self.base["model"],
+            content=self._blocks,
+            stop_reason=reason,
+            stop_sequence=text.found if reason == "stop_sequence" else None,
+            usage=counts,
         )
 
 
@@ -304,8 +321,4 @@ class AnthropicEndpoints:
         return await self._endpoints.answer(chat, partial(MessageBuilder, chat), http)
 
     async def count_tokens(self, request: MessagesRequest, http: Request) -> Response:
-        def compute(engine: EngineScheduler) -> TokenCount:
-            (choice,) = self._endpoints.choices(engine, request.translation)
-            return TokenCount(input_tokens=choice.generation.stats.prompt_tokens)
-
-        return await self._endpoints.until_disconnect(http, self._endpoints.with_engine(request.model, compute))
+        return await self._endpoints.count(request.translation, http)

@@ -18,7 +18,7 @@ from ..runtime.prompt import text_prompt
 from ..runtime.sampling import SamplingDefaults
 from .access.guard import TRUSTED
 from .answers.builders import ChatBuilder, CompletionBuilder, TextBuilder
-from .answers.choices import Choice, make_choices, pieces_of, text_of
+from .answers.choices import Choice, make_choices, pieces_of, prompt_of, text_of
 from .answers.embeddings import embed_texts
 from .answers.responses_builder import ResponsesBuilder
 from .body import BodyRoute
@@ -46,6 +46,7 @@ from .schemas.response_models import (
     ResponseAnswer,
     ResponseModel,
     TextCompletion,
+    TokenCount,
     Tokenized,
 )
 from .schemas.responses_api import ResponsesRequest
@@ -96,28 +97,38 @@ class Endpoints:
         self._pool, self._metrics, self._options, self.sampling = pool, metrics, options, sampling
         self._examples = options.argument_examples
         self.router = router = APIRouter(route_class=BodyRoute)
+        self.short = APIRouter(route_class=BodyRoute, include_in_schema=False)
+        """OpenAI's routes without /v1, as llama-server also has them."""
         methods = ["GET", "HEAD"]
         router.api_route("/", methods=methods, response_class=HTMLResponse, include_in_schema=False)(self.page)
         router.get("/page/{name}", include_in_schema=False)(page_file)
         loading = {"description": "the first model is being loaded", "model": Health}
         router.get("/health", responses={503: loading})(self.health)
         router.head("/health", include_in_schema=False)(self.health)
+        router.api_route("/v1/health", methods=methods, include_in_schema=False)(self.health)
         router.get("/metrics", response_class=Response)(self.prometheus)
-        router.get("/v1/models")(self.models)
-        router.get("/v1/models/{name:path}", responses=ERRORS)(self.model)
+        self._add_openai("GET", "/models", self.models)
+        self._add_openai("GET", "/models/{name:path}", self.model, responses=ERRORS)
         # OpenAPI 3.1 has no schema for single events
         events = {"description": "the answer, whole or as events", "content": {"text/event-stream": {}}}
 
-        def post(path: str, endpoint: Any, model: type[ResponseModel], **details: Any) -> None:
-            responses: Responses = {200: {"model": model, **details}, **ERRORS}
-            router.post(path, responses=responses)(endpoint)
+        def answers(model: type[ResponseModel], **details: Any) -> Responses:
+            return {200: {"model": model, **details}, **ERRORS}
 
-        post("/v1/chat/completions", self.chat_completions, ChatCompletion, **events)
-        post("/v1/completions", self.completions, TextCompletion, **events)
-        post("/v1/responses", self.responses, ResponseAnswer, **events)
-        post("/v1/embeddings", self.embeddings, Embeddings)
-        post("/tokenize", self.tokenize, Tokenized)
-        post("/detokenize", self.detokenize, Detokenized)
+        for path, endpoint, responses in (
+            ("/chat/completions", self.chat_completions, answers(ChatCompletion, **events)),
+            ("/chat/completions/input_tokens", self.count_chat, answers(TokenCount)),
+            ("/completions", self.completions, answers(TextCompletion, **events)),
+            ("/responses", self.responses, answers(ResponseAnswer, **events)),
+            ("/embeddings", self.embeddings, answers(Embeddings)),
+        ):
+            self._add_openai("POST", path, endpoint, responses=responses)
+        router.post("/tokenize", responses=answers(Tokenized))(self.tokenize)
+        router.post("/detokenize", responses=answers(Detokenized))(self.detokenize)
+
+    def _add_openai(self, method: str, path: str, endpoint: Any, **details: Any) -> None:
+        self.router.api_route(f"/v1{path}", methods=[method], **details)(endpoint)
+        self.short.api_route(path, methods=[method])(endpoint)
 
     async def page(self) -> Response:
         return page_file("index.html")
@@ -181,15 +192,26 @@ class Endpoints:
         return await self.until_disconnect(http, self.with_engine(request.model, compute))
 
     async def with_engine(self, model: str, compute: Callable[[EngineScheduler], ResponseModel]) -> ResponseModel:
-        """Return the result of `compute` in a thread with the engine of `model`, "" for the first model."""
+        """Return the result of `compute` in a thread with the engine of `model`, see `ModelPool.named`."""
         deadline = self._pool.deadline()
-        worker = await self._pool.enter(model or next(iter(self._pool.artefacts)), deadline)
+        worker = await self._pool.enter(self._pool.named(model), deadline)
         try:
             result = await worker.prepare(partial(compute, worker.engine), deadline)
         except EfficientLLMError as error:
             raise APIError(400, str(error)) from error
         worker.leave()  # an error has freed the place already
         return result
+
+    async def count_chat(self, request: ChatRequest, http: Request) -> Response:
+        return await self.count(request, http)
+
+    async def count(self, request: ChatRequest, http: Request) -> Response:
+        """Return the number of tokens of a prompt."""
+
+        def compute(engine: EngineScheduler) -> TokenCount:
+            return TokenCount(input_tokens=len(prompt_of(engine, request).tokens))
+
+        return await self.until_disconnect(http, self.with_engine(request.model, compute))
 
     async def chat_completions(self, request: ChatRequest, http: Request) -> Response:
         return await self.answer(request, partial(ChatBuilder, request), http)
@@ -206,12 +228,10 @@ class Endpoints:
         return await self.until_disconnect(http, self._answer(request, make_builder))
 
     def _name_model(self, request: CompletionRequest | EmbeddingsRequest | ResponsesRequest) -> None:
-        """Name the only model in a request without one. APIError 400 if the server has several."""
-        if not request.model:
-            name, *others = self._pool.artefacts
-            if others:
-                raise APIError(400, f"model: is missing; this server has {', '.join(self._pool.artefacts)}")
-            request.model = name
+        """Name the model that a request means, see `ModelPool.named`. APIError 400 without a name of several."""
+        if not request.model and len(self._pool.artefacts) > 1:
+            raise APIError(400, f"model: is missing; this server has {', '.join(self._pool.artefacts)}")
+        request.model = self._pool.named(request.model)
 
     async def _answer(self, request: CompletionRequest, make_builder: MakeBuilder) -> ResponseModel | Response:
         self._name_model(request)

@@ -6,7 +6,7 @@ Unlike a prompt of OpenAI's API, that of /completion may have control tokens, be
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,10 +15,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from ..runtime.base.errors import UsageError
 from ..runtime.engines.scheduler import EngineScheduler
-from ..runtime.generation import Generation
-from ..runtime.grammar import lark_of
+from ..runtime.generation import Generation, TokenLogprob
 from ..runtime.sampling import SamplingOptions
 from .answers.builders import TextBuilder, with_first
 from .answers.choices import Choice, prompt_of
@@ -30,41 +28,42 @@ from .models.worker import Piece
 from .schemas.api_error import APIError
 from .schemas.completions import (
     MAX_TOKENS,
+    Bias,
     ChatRequest,
     LlamaSampling,
     Prompt,
     TextRequest,
     Token,
-    TokenKey,
     TranslatedRequest,
 )
 from .schemas.messages import Bool, Float, Int, Json, Text
-from .schemas.response_models import ResponseModel
+from .schemas.response_models import UNLESS_EMPTY, ResponseModel, Timings
 
 RANDOM_SEEDS = (-1, 2**32 - 1)
 """Values of `seed` that ask for random numbers."""
+
+REPEATED = {"grammar", "n_probs", "ignore_eos"}
+"""Fields of a request that `generation_settings` repeats."""
+
+MISSING = object()
+"""Value of a field that an answer does not have."""
 
 
 class PlainRequest(TextRequest):
     """A text completion whose prompts may have control tokens."""
 
     has_control_tokens: ClassVar[bool] = True
+    text_bias: dict[Text, Bias] = Field({})
+    """{text: bias of its tokens}"""
+
+    def biases(self, tokenize: Callable[[str], list[int]]) -> list[tuple[int, float]]:
+        texts = [(token, bias) for text, bias in self.text_bias.items() for token in tokenize(text)]
+        return super().biases(tokenize) + texts
 
 
 class LlamaCompletion(LlamaSampling, TranslatedRequest):
     """POST /completion."""
 
-    without_effect = (
-        *("cache_prompt", "id_slot", "n_keep", "n_discard", "n_cache_reuse", "samplers", "timings_per_token"),
-        *("repeat_last_n", "penalize_nl", "sse_ping_interval", *LlamaSampling.without_effect),
-    )
-    values_off: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **LlamaSampling.values_off,
-        **dict.fromkeys(("ignore_eos", "post_sampling_probs", "return_progress"), (False,)),
-        **dict.fromkeys(("n_probs", "min_keep", "n_indent"), (0,)),
-        "n_cmpl": (1,),
-        "t_max_predict_ms": (0, -1),
-    }
     model: Text = ""
     prompt: Prompt
     n_predict: Annotated[Int, Field(ge=-1, le=MAX_TOKENS)] = -1
@@ -77,58 +76,39 @@ class LlamaCompletion(LlamaSampling, TranslatedRequest):
     """A grammar in llama.cpp's GBNF, or in Lark's syntax."""
     json_schema: Json | None = None
     logit_bias: (
-        Annotated[list[tuple[Token, Float | Literal[False]]], Field(max_length=1024, fail_fast=True)]
-        | Annotated[dict[TokenKey, Float | Literal[False]], Field(max_length=1024)]
+        Annotated[list[tuple[Token | Text, Float | Literal[False]]], Field(max_length=1024, fail_fast=True)]
+        | Annotated[dict[Text, Float | Literal[False]], Field(max_length=1024)]
     ) = Field(default=[])
+    """Pairs of a token, or a text whose tokens are meant, and its bias."""
+    ignore_eos: Bool = False
+    n_probs: Annotated[Int, Field(ge=0, le=20)] = 0
+    """Number of most likely tokens that `completion_probabilities` has for each token."""
     return_tokens: Bool = False
-
-    @property
-    def limit(self) -> int:
-        """Return the most tokens of the answer, -1 without a limit."""
-        return self.n_predict if self.max_tokens is None else self.max_tokens
+    timings_per_token: Bool = False
+    response_fields: Annotated[list[Text], Field(max_length=100)] = Field(default=[])
+    """Fields of the answer that are sent, such as generation_settings/n_predict. Empty: all."""
 
     def translate(self) -> PlainRequest:
-        biases = {}
+        biases: dict[bool, dict[str, float]] = {True: {}, False: {}}
+        is_map = isinstance(self.logit_bias, dict)
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
         for token, bias in pairs:
+            is_token = isinstance(token, int) or (is_map and token.isdigit())
             # -100 forbids a token in OpenAI's API, false in this one, which has no limits of numbers
-            biases[str(token)] = -100 if bias is False else max(-100, min(100, bias))
-        values = self.model_dump(include={"model", "prompt", "top_p", "min_p", "stop", "stream"})
-        values |= self.model_dump(include={"presence_penalty", "frequency_penalty"})
+            biases[is_token][str(token)] = -100 if bias is False else max(-100, min(100, bias))
+        values = self.model_dump(include={"model", "prompt", "top_p", "min_p", "stop", "stream", "ignore_eos"})
+        values |= self.model_dump(include={"presence_penalty", "frequency_penalty", "repeat_penalty"})
+        values |= self.model_dump(include={"grammar", "json_schema", "timings_per_token"})
         values |= {
-            "max_tokens": MAX_TOKENS if self.limit < 0 else max(1, self.limit),
+            "max_tokens": self.n_predict if self.max_tokens is None else self.max_tokens,
             "temperature": None if self.temperature is None else max(0.0, self.temperature),
             "top_k": None if self.top_k is None else max(0, self.top_k),
-            "repetition_penalty": self.repeat_penalty,
             "seed": None if self.seed in RANDOM_SEEDS else self.seed,
-            "logit_bias": biases,
+            "logit_bias": biases[True],
+            "text_bias": biases[False],
+            "logprobs": self.n_probs or None,
         }
-        if self.grammar and self.json_schema is not None:
-            raise ValueError("grammar: cannot be combined with json_schema; remove one")
-        if self.json_schema is not None:
-            values["response_format"] = {"type": "json_schema", "json_schema": {"schema": self.json_schema}}
-        if self.grammar:
-            try:
-                values["response_format"] = {"type": "lark", "lark": lark_of(self.grammar)}
-            except UsageError as error:
-                raise ValueError(str(error)) from error
         return PlainRequest.model_validate(values)
-
-
-class Timings(ResponseModel):
-    cache_n: int
-    """Tokens of the prompt that were cached."""
-    prompt_n: int
-    """Tokens of the prompt that were evaluated."""
-    prompt_ms: float
-    prompt_per_token_ms: float
-    prompt_per_second: float
-    predicted_n: int
-    predicted_ms: float
-    predicted_per_token_ms: float
-    predicted_per_second: float
-    draft_n: int
-    draft_n_accepted: int
 
 
 class LlamaAnswer(ResponseModel):
@@ -147,7 +127,9 @@ class LlamaAnswer(ResponseModel):
     truncated: bool
     stop_type: Literal["eos", "limit", "word"]
     stopping_word: str
+    has_new_line: bool
     timings: Timings
+    completion_probabilities: Annotated[list[dict[str, Any]], UNLESS_EMPTY] = Field([])
 
 
 class LlamaBuilder(TextBuilder):
@@ -156,14 +138,19 @@ class LlamaBuilder(TextBuilder):
     def __init__(self, asked: LlamaCompletion, choices: Sequence[Choice], clock: AnswerClock) -> None:
         super().__init__(asked.translation, choices, clock)
         self._asked = asked
+        self._texts, self._num_sent = [""] * len(choices), [0] * len(choices)
+        """Text so far, and tokens that events have carried, by choice."""
 
     async def whole(self, pieces: AsyncGenerator[Piece]) -> Any:
         """Return the answer in one object, after the last piece, or a list of answers to several prompts."""
-        texts = [""] * len(self.choices)
+        records: list[list[TokenLogprob]] = [[] for _ in self.choices]
         async for piece in pieces:
-            texts[piece.choice] += piece.text
-        answers = [self._answer(index, text) for index, text in enumerate(texts)]
-        return answers[0] if len(answers) == 1 else JSONResponse([answer.model_dump() for answer in answers])
+            self._texts[piece.choice] += piece.text
+            records[piece.choice] += piece.logprobs
+        answers = []
+        for index, text in enumerate(self._texts):
+            answers.append(self._selected(self._answer(index, text, records[index])))
+        return JSONResponse(answers[0] if len(answers) == 1 else answers)
 
     async def events(self, first: Piece | None, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
         """Yield server-sent events of `first` and of the rest of `pieces`."""
@@ -171,54 +158,71 @@ class LlamaBuilder(TextBuilder):
             async for piece in with_first(first, pieces):
                 if piece.is_ping:
                     yield self.ping
-                elif piece.finish_reason:
-                    yield f"data: {self._answer(piece.choice, '').model_dump_json()}\n\n"
-                elif self._asked.limit:
-                    stats = self.choices[piece.choice].generation.stats
-                    counts = {"tokens_predicted": piece.tokens, "tokens_evaluated": stats.prompt_tokens}
-                    said = {"index": piece.choice, "content": piece.text, "tokens": [], "stop": False}
-                    yield f"data: {json.dumps(said | counts)}\n\n"
+                    continue
+                self._texts[piece.choice] += piece.text
+                event = self._piece_event(piece)
+                if piece.finish_reason:
+                    event = self._selected(self._answer(piece.choice, "", piece.logprobs))
+                yield f"data: {json.dumps(event)}\n\n"
         except APIError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
 
-    def _answer(self, index: int, text: str) -> LlamaAnswer:
-        # the engine always chooses a token, which an answer of at most 0 tokens does not show
-        generation, is_empty = self.choices[index].generation, not self._asked.limit
+    def _piece_event(self, piece: Piece) -> dict[str, Any]:
+        generation, begin = self.choices[piece.choice].generation, self._num_sent[piece.choice]
+        self._num_sent[piece.choice] = piece.tokens
+        # the answer may have grown meanwhile, but it never shrinks
+        said = {"index": piece.choice, "content": piece.text, "tokens": generation.answer[begin : piece.tokens]}
+        counts = {"tokens_predicted": piece.tokens, "tokens_evaluated": generation.stats.prompt_tokens}
+        timed = {"timings": self.timings(piece.choice).model_dump()} if self._asked.timings_per_token else {}
+        return {**said, "stop": False, **counts, **timed, **self._probabilities(piece.logprobs)}
+
+    def _probabilities(self, records: Sequence[TokenLogprob]) -> dict[str, Any]:
+        if not self._asked.n_probs:
+            return {}
+        shown = []
+        for record in records:
+            top = [self._token(token, logprob) for token, logprob in record.top]
+            shown.append({**self._token(record.token, record.logprob), "top_logprobs": top})
+        return {"completion_probabilities": shown}
+
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        return {"id": token, **self.token_fields(token, logprob)}
+
+    def _selected(self, answer: LlamaAnswer) -> dict[str, Any]:
+        """Return the fields of an answer that the request asks for."""
+        fields = answer.model_dump()
+        if not self._asked.response_fields:
+            return fields
+        selected = {}
+        for path in self._asked.response_fields:
+            value: Any = fields
+            for name in path.split("/"):
+                value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
+            if value is not MISSING:
+                selected[path] = value
+        return selected
+
+    def _answer(self, index: int, text: str, records: Sequence[TokenLogprob]) -> LlamaAnswer:
+        generation = self.choices[index].generation
         stats = generation.stats
-        count = 0 if is_empty else stats.completion_tokens
-        if generation.text.stopped:
-            stop_type = "word"
-        else:
-            stop_type = "limit" if stats.finish_reason == "length" or is_empty else "eos"
-        settings = _settings(generation.sampler.options, generation) | {"grammar": self._asked.grammar}
-        prompt_ms, predicted_ms = stats.time_to_first_token_ms, 1e3 * stats.decode_seconds
-        timings = Timings(
-            cache_n=stats.cached_tokens,
-            prompt_n=stats.prefilled_tokens,
-            prompt_ms=prompt_ms,
-            prompt_per_token_ms=prompt_ms / max(1, stats.prefilled_tokens),
-            prompt_per_second=stats.prefill_tokens_per_second,
-            predicted_n=count,
-            predicted_ms=predicted_ms,
-            predicted_per_token_ms=predicted_ms / max(1, count - stats.first_tokens),
-            predicted_per_second=stats.decode_tokens_per_second,
-            draft_n=stats.drafted_tokens,
-            draft_n_accepted=stats.accepted_tokens,
-        )
+        stop_type = "word" if generation.text.stopped else "limit" if stats.finish_reason == "length" else "eos"
+        settings = _settings(generation.sampler.options, generation) | self._asked.model_dump(include=REPEATED)
         return LlamaAnswer(
             index=index,
-            content="" if is_empty else text,
-            tokens=generation.answer if self._asked.return_tokens and not is_empty else [],
+            content=text,
+            tokens=generation.answer if self._asked.return_tokens else [],
             model=self.base["model"],
             prompt=self.choices[index].prompt,
             generation_settings=settings,
-            tokens_predicted=count,
+            tokens_predicted=stats.completion_tokens,
             tokens_evaluated=stats.prompt_tokens,
             tokens_cached=stats.cached_tokens,
-            truncated=stats.prompt_tokens + count > generation.engine.context_length,
+            truncated=stats.prompt_tokens + stats.completion_tokens > generation.engine.context_length,
             stop_type=stop_type,
             stopping_word=generation.text.found,
-            timings=timings,
+            has_new_line="\n" in self._texts[index],
+            timings=self.timings(index),
+            **self._probabilities(records),
         )
 
 
@@ -237,8 +241,6 @@ def _settings(sampling: SamplingOptions, generation: Generation | None = None) -
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "stop": [] if generation is None else list(generation.text.stop),
-        "n_probs": 0,
-        "ignore_eos": False,
     }
 
 
@@ -286,7 +288,7 @@ class LlamaServerEndpoints:
             return Properties(
                 default_generation_settings={"n_ctx": engine.context_length, "params": settings},
                 total_slots=engine.num_sequences,
-                model_path=model or next(iter(self._pool.artefacts)),
+                model_path=self._pool.named(model),
                 chat_template=engine.chat_template or "",
                 bos_token=engine.bos_token,
                 eos_token=engine.eos_token,

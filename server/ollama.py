@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -123,7 +123,7 @@ KeepAlive = Annotated[Float, BeforeValidator(_seconds), Field(ge=-1e9, le=1e9)]
 class OllamaRequest(TranslatedRequest):
     """The fields of both endpoints."""
 
-    without_effect = ("context", "truncate", "shift")
+    without_effect = ("truncate", "shift")
     model: Text
     keep_alive: KeepAlive | None = None
     format: Literal["", "json"] | Json = ""
@@ -143,11 +143,12 @@ class OllamaRequest(TranslatedRequest):
         format: dict[str, Any] = {"type": "json_object"} if self.format else {}
         if isinstance(self.format, dict) and self.format:
             format["schema"] = self.format
-        variables = {"enable_thinking": self.think} if isinstance(self.think, bool) else {}
+        variables: dict[str, Any] = {} if self.think is None else {"enable_thinking": bool(self.think)}
+        if isinstance(self.think, str):
+            variables["reasoning_effort"] = self.think
         values = {
             "model": self.model,
             "messages": messages,
-            "reasoning_effort": self.think if isinstance(self.think, str) else None,
             "stream": self.stream,
             **self.options.as_fields(),
             **fields,
@@ -193,10 +194,16 @@ class OllamaPrompt(OllamaRequest):
 class OllamaEmbed(RequestPart):
     """POST /api/embed."""
 
-    without_effect = ("truncate", "options")
+    without_effect = ("options",)
     model: Text
+    truncate: Bool = True
+    """Whether the end of a text that does not fit is cut off. Otherwise it is refused."""
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     keep_alive: KeepAlive | None = None
+
+
+class TruncatedEmbeddings(EmbeddingsRequest):
+    truncate: ClassVar[bool] = True
 
 
 class OllamaEmbedPrompt(RequestPart):
@@ -356,8 +363,8 @@ class OllamaEndpoints:
     def __init__(self, endpoints: Endpoints, pool: ModelPool) -> None:
         self._endpoints, self._pool = endpoints, pool
         self.router = router = APIRouter(prefix=self.prefix, include_in_schema=False, route_class=BodyRoute)
-        router.get("/version")(self.version)
-        router.get("/tags")(self.tags)
+        router.api_route("/version", methods=["GET", "HEAD"])(self.version)
+        router.api_route("/tags", methods=["GET", "HEAD"])(self.tags)
         router.post("/show")(self.show)
         router.get("/ps")(self.running)
         router.post("/embed")(self.embed)
@@ -393,12 +400,13 @@ class OllamaEndpoints:
             left = self._pool.expires_in(name)
             seconds = min(max(left, 0), LONGEST_SECONDS)  # a date has no infinity
             until = datetime.now(UTC) + timedelta(seconds=seconds)
-            models.append({**card, "size": size, "size_vram": 0, "expires_at": until.isoformat()})
+            more = {"size_vram": 0, "expires_at": until.isoformat(), "context_length": worker.engine.context_length}
+            models.append({**card, "size": size, **more})
         return {"models": models}
 
     async def embed(self, request: OllamaEmbed, http: Request) -> Response:
         async def answer() -> OllamaEmbeddings:
-            found = await self._embed(request.model, request.input, request.keep_alive)
+            found = await self._embed(request.model, request.input, request.keep_alive, request.truncate)
             vectors: Any = [each.embedding for each in found.data]
             count = found.usage.prompt_tokens
             return OllamaEmbeddings(model=request.model, embeddings=vectors, prompt_eval_count=count)
@@ -413,9 +421,12 @@ class OllamaEndpoints:
 
         return await self._endpoints.until_disconnect(http, answer())
 
-    async def _embed(self, model: str, input: str | list[str], keep_alive: float | None) -> Embeddings:
+    async def _embed(
+        self, model: str, input: str | list[str], keep_alive: float | None, truncate: bool = True
+    ) -> Embeddings:
+        kind = TruncatedEmbeddings if truncate else EmbeddingsRequest
         named = self._kept(model, keep_alive)
-        return await self._endpoints.embed(EmbeddingsRequest.model_validate({"model": named, "input": input}))
+        return await self._endpoints.embed(kind.model_validate({"model": named, "input": input}))
 
     async def chat(self, request: OllamaChat, http: Request) -> Response:
         return await self._answer(request, http)
@@ -427,9 +438,8 @@ class OllamaEndpoints:
         name = self._kept(request.model, request.keep_alive)
         if request.is_load:
             unloads = request.keep_alive == 0
-            is_unloaded = name in self._pool.artefacts and name not in self._pool.loaded
             # also to unload: the time that `_kept` has set starts when a request leaves
-            if not (unloads and is_unloaded):
+            if not unloads or name in self._pool.loaded:
                 worker = await self._pool.enter(name, self._pool.deadline())
                 worker.leave()
             return JSONResponse({"model": request.model, "done": True, "done_reason": "unload" if unloads else "load"})
@@ -441,7 +451,8 @@ class OllamaEndpoints:
     def _kept(self, name: str, keep_alive: float | None) -> str:
         """Return the name of a model, which stays loaded for `keep_alive` seconds after its next request, if given."""
         name = self._name(name)
-        if keep_alive is not None and name in self._pool.artefacts:
+        self._pool.require(name)
+        if keep_alive is not None:
             self._pool.keep(name, keep_alive)
         return name
 

@@ -95,6 +95,28 @@ def test_an_answer_is_that_of_openai_s_api(client: httpx.Client) -> None:
     assert counted.json() == {"input_tokens": usage["prompt_tokens"]}
 
 
+def test_stop_sequence_is_named(client: httpx.Client) -> None:
+    text = ask(client, **GREEDY)["content"][0]["text"]
+    stop = text[2:4]
+    settings = {**GREEDY, "stop_sequences": ["never said", stop]}
+    answer = ask(client, **settings)
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", stop)
+    assert "".join(block["text"] for block in answer["content"]) == text[: text.index(stop)]
+    assert streamed(client, **settings)[1]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": stop}
+    assert ask(client, **GREEDY)["stop_sequence"] is None
+
+
+def test_output_config_gives_object_and_strict_tools_refuse(client: httpx.Client) -> None:
+    config = {"format": {"type": "json_schema", "schema": SCHEMA}, "effort": "low"}
+    answer = ask(client, output_config=config, max_tokens=60, temperature=0)
+    assert json.loads(answer["content"][0]["text"])["room"] in ("den", "hall")
+    schema = {"type": "object", "properties": {"rooms": {"type": "array", "uniqueItems": True}}}
+    for strict, status in ((False, 200), (True, 400)):
+        tool = {**TOOL, "input_schema": schema, "strict": strict}
+        body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 3, "tools": [tool]}
+        assert client.post("/v1/messages", json=body).status_code == status
+
+
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "set_light"}])
 def test_calls_are_blocks_and_their_results_go_on(client: httpx.Client, choice: dict[str, str]) -> None:
     settings = {"tools": [TOOL], "tool_choice": {**choice, "disable_parallel_tool_use": True}, "max_tokens": 200}
@@ -125,7 +147,7 @@ def test_reasoning_is_a_block(client: httpx.Client, pool: ModelPool, monkeypatch
 @pytest.mark.parametrize(
     ("body", "status", "kind", "message"),
     [
-        ({"model": "other"}, 404, "not_found_error", "model 'other' does not exist"),
+        ({"output_config": {"format": {"type": "text"}}}, 400, "invalid_request_error", "output_config.format.type"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
             400,

@@ -22,6 +22,7 @@ from efficientllm.runtime.base.errors import ArtefactError, UsageError
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.memory import memory_bytes
+from efficientllm.runtime.sampling import log_softmax
 from efficientllm.server import cli
 from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.options import AppOptions
@@ -93,6 +94,36 @@ def test_logprobs_belong_to_the_tokens(client: openai.OpenAI) -> None:
     )
     assert text is not None
     assert len(text.tokens or []) == len(text.token_logprobs or []) == len(text.top_logprobs or []) == 3
+
+
+def test_prompt_has_log_probabilities_of_its_tokens(address: str, artefact: Path) -> None:
+    engine = load_engine(artefact, EngineOptions(threads=1))
+    tokens = engine.tokenize("The quick brown fox jumps over the lazy dog. " * 12, special=False)
+    expected: list[float | None] = [None]
+    for end in range(1, len(tokens)):
+        expected.append(float(log_softmax(engine.prefill(tokens[:end]))[tokens[end]]))
+    engine.close()
+    asked = {"prompt": tokens, "echo": True, "logprobs": 2, "temperature": 0}
+    for count in (0, 3):
+        (choice,) = post(address, "completions", **asked, max_tokens=count).json()["choices"]
+        found = choice["logprobs"]
+        assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+        assert found["token_logprobs"][1 : len(tokens)] == pytest.approx(expected[1:], abs=1e-3)
+        assert len(found["token_logprobs"]) == len(tokens) + count
+        assert "".join(found["tokens"]) == choice["text"]
+    text = post(address, "completions", **asked, max_tokens=3, stream=True).text
+    events = [json.loads(line[6:])["choices"][0] for line in text.splitlines() if line.startswith("data: {")]
+    streamed = [value for event in events if event["logprobs"] for value in event["logprobs"]["token_logprobs"]]
+    assert streamed[1:] == pytest.approx(found["token_logprobs"][1:], abs=1e-3)
+    assert "".join(event["text"] for event in events) == choice["text"]
+    plain = post(address, "completions", prompt=tokens, max_tokens=3, temperature=0).json()["choices"][0]["text"]
+    assert choice["text"].endswith(plain)
+
+
+def test_prompt_may_only_be_evaluated(address: str) -> None:
+    answer = post(address, "completions", prompt="Hello there", max_tokens=0).json()
+    assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("", "length")
+    assert (answer["usage"]["completion_tokens"], answer["usage"]["prompt_tokens"] > 0) == (0, True)
 
 
 class Empty:
@@ -295,7 +326,7 @@ def test_models_are_loaded_on_use_and_the_oldest_leaves(artefact: Path) -> None:
         assert loaded() == ["first", "third"]
         assert ask("second") == 200
         assert loaded() == ["third", "second"]
-        assert ask("") == 400  # which of them?
+        assert (ask(""), ask("fourth")) == (400, 404)  # which of them?
 
 
 def test_an_answer_has_its_time(artefact: Path) -> None:

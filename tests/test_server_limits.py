@@ -144,7 +144,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3, "st
             "messages.0.content.0",
         ),
         ("completions", {"prompt": [""] * 190_000}, "prompt: "),
-        ("completions", {"prompt": [[""] * 190_000]}, "prompt.0.0: "),
+        ("completions", {"prompt": [[None] * 190_000]}, "prompt.0.0: "),
         ("embeddings", {"input": [[]] * 190_000}, "input.0: "),
         ("responses", {"input": [{"type": "message", "role": "x", "content": ""}] * 15_000}, "input.0"),
     ],

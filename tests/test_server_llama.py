@@ -110,6 +110,95 @@ def test_a_rendered_template_is_continued_like_the_chat(client: httpx.Client) ->
     assert whole["tokens_evaluated"] == expected["usage"]["prompt_tokens"]
 
 
+def test_events_carry_tokens_and_probabilities(client: httpx.Client) -> None:
+    whole = complete(client, return_tokens=True, n_probs=3)
+    *pieces, last = events(client, n_probs=3, timings_per_token=True)
+    assert [token for piece in pieces for token in piece["tokens"]] == whole["tokens"]
+    assert all("predicted_n" in piece["timings"] for piece in pieces)
+    records = whole["completion_probabilities"]
+    assert [record["id"] for record in records] == whole["tokens"]
+    assert all(record["id"] == record["top_logprobs"][0]["id"] for record in records)  # greedy
+    assert [len(record["top_logprobs"]) for record in records] == [3] * 12
+    streamed = [record["id"] for event in (*pieces, last) for record in event.get("completion_probabilities", [])]
+    assert streamed == whole["tokens"]
+
+
+def test_response_fields_select_parts_of_answer(client: httpx.Client) -> None:
+    whole = complete(client, response_fields=["content", "generation_settings/n_predict", "nothing/at all"])
+    assert whole == {"content": complete(client)["content"], "generation_settings/n_predict": 12}
+
+
+def test_ignore_eos_and_biased_texts_change_tokens(client: httpx.Client) -> None:
+    ends = client.post("/tokenize", json={"content": "<|im_end|><|endoftext|>"}).json()["tokens"]
+    loves_end = [[end, 90.0] for end in ends]
+    assert complete(client, logit_bias=loves_end)["stop_type"] == "eos"
+    assert complete(client, logit_bias=loves_end, ignore_eos=True)["tokens_predicted"] == 12
+    for biases in ([["zq", 90.0]], {"zq": 90.0}):
+        assert set(complete(client, logit_bias=biases)["content"]) <= {"z", "q"}
+
+
+def test_prompt_may_mix_tokens_and_texts(client: httpx.Client) -> None:
+    tokens = client.post("/tokenize", json={"content": "Hello"}).json()["tokens"]
+    expected = complete(client)["content"]
+    assert complete(client, prompt=[*tokens[:2], "llo"])["tokens_evaluated"] > 2
+    assert [each["content"] for each in complete(client, prompt=[tokens, {"prompt_string": "Hello"}])] == [expected] * 2
+    mixed = {"input": [{"content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}, "Hello"]}
+    first, second = client.post("/embeddings", json=mixed).json()["data"]
+    assert first["embedding"] == second["embedding"]
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions", "/responses", "/v1/messages"])
+def test_any_name_means_only_model_on_paths_without_prefix(client: httpx.Client, path: str) -> None:
+    asked = {"input": "Hello"} if "responses" in path else {"messages": MESSAGES[1:]}
+    limit = {"max_tokens": 2} if "responses" not in path else {}
+    answer = client.post(path, json={"model": "gpt-3.5-turbo", **asked, **limit})
+    assert (answer.status_code, answer.json()["model"]) == (200, "tiny")
+
+
+def test_paths_without_prefix_are_served(client: httpx.Client) -> None:
+    assert client.get("/models").json() == client.get("/v1/models").json()
+    assert client.get("/v1/health").json()["status"] == "ok"
+    asked = {"messages": MESSAGES}
+    usage = client.post("/chat/completions", json={**asked, "max_tokens": 1}).json()["usage"]
+    counted = client.post("/chat/completions/input_tokens", json=asked).json()
+    assert counted == {"input_tokens": usage["prompt_tokens"]}
+
+
+def test_chat_takes_fields_of_llama_server(client: httpx.Client) -> None:
+    asked = {"messages": MESSAGES, "temperature": 0, "max_tokens": 8, "n_probs": 0}
+    plain = client.post("/v1/chat/completions", json={**asked, "n_probs": None}).json()
+    fields = {"cache_prompt": True, "id_slot": 0, "mirostat": 0, "dry_multiplier": 0.0, "typical_p": 1, "samplers": []}
+    fields |= {"reasoning_format": "auto", "return_progress": True, "verbosity": "low", "add_generation_prompt": True}
+    del asked["max_tokens"], asked["n_probs"]
+    other = client.post("/chat/completions", json={**asked, **fields, "n_predict": 8, "repeat_penalty": 1.0})
+    assert other.json()["choices"] == plain["choices"], other.text
+    assert other.json()["system_fingerprint"].startswith("b")
+    assert other.json()["timings"]["predicted_n"] == 8
+    for name, value in (("json_schema", {"const": "a"}), ("grammar", 'root ::= "\\"a\\""')):
+        answer = client.post("/chat/completions", json={**asked, name: value}).json()
+        assert answer["choices"][0]["message"]["content"] == '"a"'
+    assert client.post("/v1/chat/completions", json={**asked, "top_p": 0, "max_tokens": 2}).status_code == 200
+    for wrong in ({"grammar": "root ::= ("}, {"add_generation_prompt": False}, {"mirostat": 2}):
+        assert client.post("/chat/completions", json={**asked, **wrong}).status_code == 400
+
+
+def test_stream_has_timings_at_its_end_or_in_each_event(client: httpx.Client) -> None:
+    asked = {"messages": MESSAGES, "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}}
+    for each in (False, True):
+        text = client.post("/v1/chat/completions", json={**asked, "timings_per_token": each}).text
+        found = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        timed = ["timings" in event for event in found]
+        assert timed == [False, *[each] * (len(found) - 3), True, True]
+        assert all(event["system_fingerprint"].startswith("b") for event in found)
+
+
+def test_prompt_that_does_not_fit_is_measured_in_error(client: httpx.Client) -> None:
+    answer = client.post("/completion", json={"prompt": "word " * 400})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["n_ctx"]) == (400, "exceed_context_size_error", 256)
+    assert error["n_prompt_tokens"] > 256
+
+
 def test_what_turns_nothing_on_may_be_there(client: httpx.Client) -> None:
     """The fields that llama.cpp's page and other clients send with every request."""
     fields = {"cache_prompt": True, "id_slot": -1, "mirostat": 0, "mirostat_tau": 5.0, "typical_p": 1, "tfs_z": 1}
@@ -123,8 +212,8 @@ def test_what_turns_nothing_on_may_be_there(client: httpx.Client) -> None:
     ("fields", "message"),
     [
         ({"mirostat": 2}, "mirostat is not served here"),
-        ({"ignore_eos": True}, "ignore_eos is not served here"),
-        ({"n_probs": 3}, "n_probs is not served here"),
+        ({"post_sampling_probs": True}, "post_sampling_probs is not served here"),
+        ({"logit_bias": [["x", "y"]]}, "logit_bias.0.1: "),
         ({"grammar": "root ::= ("}, "grammar: "),
         ({"grammar": "root ::= " + "(" * 50_000}, "grammar: "),
         ({"grammar": 'root ::= "a"', "json_schema": {}}, "grammar: cannot be combined"),
@@ -145,7 +234,6 @@ def test_properties_describe_the_model(client: httpx.Client) -> None:
     settings = found["default_generation_settings"]
     assert settings["n_ctx"] == 256
     assert settings["params"]["temperature"] == 0.8
-    assert client.get("/props", params={"model": "other"}).status_code == 404
 
 
 def test_tokens_have_pieces(client: httpx.Client) -> None:

@@ -164,6 +164,8 @@ def test_calls_are_objects_of_the_last_line(client: httpx.Client, monkeypatch: p
 
 def test_models_are_listed_and_shown(client: httpx.Client) -> None:
     assert client.get("/api/version").json()["version"]
+    assert client.head("/api/tags").status_code == 200
+    assert client.get("/api/ps").json()["models"][0]["context_length"] == 1024
     (card,) = client.get("/api/tags").json()["models"]
     assert (card["name"], card["model"], len(card["digest"])) == ("tiny:latest", "tiny:latest", 64)
     assert card["size"] > 1000
@@ -180,6 +182,7 @@ def test_embeddings_are_those_of_openai_s_api(client: httpx.Client) -> None:
     assert found["prompt_eval_count"] == expected["usage"]["prompt_tokens"]
     assert ask(client, "embed", input="Hello")[0]["embeddings"] == found["embeddings"][:1]
     assert ask(client, "embeddings", prompt="Hello") == [{"embedding": found["embeddings"][0]}]
+    assert ask(client, "embed", input="a " * 2000)[0]["prompt_eval_count"] == 1024
 
 
 def until_loaded(client: httpx.Client, names: list[str]) -> None:
@@ -226,7 +229,9 @@ def test_a_flag_unloads_idle_models_and_requests_load_them_again(artefact: Path)
         ("chat", {"messages": [{"role": "user", "content": "a", "images": ["x"]}]}, 400, "images is not served here"),
         ("chat", {"messages": MESSAGES, "options": {"temperature": 3}}, 400, "temperature: Input should be less than"),
         ("chat", {"messages": MESSAGES, "keep_alive": "soon"}, 400, "keep_alive: Input should be a valid number"),
-        ("embed", {"input": ""}, 400, "input: needs at least one token"),
+        ("embed", {"input": ""}, 400, "input: must not be empty"),
+        ("embed", {"input": "a " * 2000, "truncate": False}, 400, "input: is too large"),
+        ("generate", {"prompt": "a", "context": [1, 2]}, 400, "context is not served here"),
         ("generate", {"prompt": "a", "suffix": "b"}, 400, "suffix is not served here; remove it"),
         ("generate", {"prompt": "a " * 2000}, 400, "context window"),
     ],

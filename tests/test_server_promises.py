@@ -209,7 +209,8 @@ def test_what_is_wrong_with_a_field_is_said(address: str, body: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"), [([], "at least 1 item"), (["x"] * 17, "at most 16 items"), (["a", None], "prompt.1: ")]
+    ("prompt", "said"),
+    [([], "at least 1 item"), (["x"] * 17, "has 17 texts; the limit is 16"), (["a", None], "prompt.1: ")],
 )
 def test_what_is_wrong_with_prompts_is_said(address: str, prompt: Any, said: str) -> None:
     answer = post(address, "completions", prompt=prompt)

@@ -115,7 +115,7 @@ UNSERVED = {
     "best_of": (3, "remove it"),
     "store": (True, "remove it"),
     "guided_json": ({}, "use response_format with type json_schema"),
-    "repeat_penalty": (1.1, "remove it"),
+    "mirostat": (2, "remove it"),
 }
 
 
@@ -181,7 +181,6 @@ TOOL = '"tools": [{"type": "function", "function": {"name": "f", "description": 
         ),
         (b'{"model": "\xff"}', "the body cannot be read as JSON: it is not UTF-8"),
         (with_fields('"a\\nb": 1'), "a\\nb is not served here"),
-        (with_fields('"top_p": 1e-320'), "top_p: "),
         (
             with_fields(SCHEMA % '{"const": Infinity}'),
             "response_format.json_schema.schema: NaN and Infinity are not JSON",
@@ -241,7 +240,6 @@ def test_tokens_go_forth_and_back(address: str) -> None:
     assert len(as_text) > len(tokens)
     assert post_path(address, "/detokenize", tokens=as_text).json() == {"content": "Hello <|im_end|>"}
     assert post_path(address, "/detokenize", tokens=[400]).status_code == 400
-    assert post_path(address, "/tokenize", model="other", content="x").status_code == 404
 
 
 def test_a_completion_may_begin_with_its_prompt_and_prompts_may_be_tokens(address: str) -> None:
@@ -255,7 +253,6 @@ def test_a_completion_may_begin_with_its_prompt_and_prompts_may_be_tokens(addres
     events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
     texts = ["".join(e["choices"][0]["text"] for e in events if e["choices"][0]["index"] == index) for index in (0, 1)]
     assert texts == [choice["text"] for choice in echoed]
-    assert post(address, "completions", prompt="Hi", echo=True, logprobs=1).status_code == 400
 
 
 FORM = "application/x-www-form-urlencoded"
@@ -331,7 +328,7 @@ def test_every_route_is_counted(address: str) -> None:
 def test_made_up_paths_make_no_labels(address: str) -> None:
     for index in range(20):
         assert httpx.get(f"{address}/v1/models/random-{index}").status_code == 404
-        assert post(address, model=f"random-{index}").status_code == 404
+        assert post(address, model=f"random-{index}", max_tokens=1).json()["model"] == "tiny"
     text = httpx.get(f"{address}/metrics").text
     assert "random-" not in text
     assert 'endpoint="/v1/models/{name:path}",status="404"} 20' in text

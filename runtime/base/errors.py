@@ -92,6 +92,11 @@ class DeviceError(EfficientLLMError):
 class ContextOverflowError(EfficientLLMError):
     """A prompt that does not fit the context window."""
 
+    def __init__(self, message: str, num_tokens: int = 0, context_length: int = 0) -> None:
+        """Keep the tokens of the prompt and of the window, 0 if they are not told."""
+        super().__init__(message)
+        self.num_tokens, self.context_length = num_tokens, context_length
+
 
 class TrainingDivergedError(EfficientLLMError):
     """A loss or gradients that stayed non-finite."""

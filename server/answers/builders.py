@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from ...runtime.call_reader import ArgumentsEvent, CallEvent, Event, ReasoningEvent, TextEvent
@@ -33,9 +34,13 @@ from ..schemas.response_models import (
     TextChoice,
     TextCompletion,
     TextLogprobs,
+    Timings,
     Usage,
 )
 from .choices import Choice
+
+FINGERPRINT = f"b{version('efficientllm')}"
+"""The build of the server, as llama-server writes it."""
 
 
 @dataclass
@@ -80,14 +85,33 @@ class CompletionBuilder(abc.ABC):
     ping = ": ping\n\n"
     """Text of a stream that clients ignore."""
     id_prefix: str
+    """Start of the id of an answer, with its separator."""
     chunk_object: str
     response_model: type[ResponseModel]
 
     def __init__(self, request: CompletionRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
         self.request, self.choices, self.clock = request, choices, clock
         self.token_bytes: dict[int, bytes] = {}
-        identity = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        identity = f"{self.id_prefix}{uuid.uuid4().hex}"
         self.base: dict[str, Any] = {"id": identity, "created": int(time.time()), "model": request.model}
+
+    def timings(self, choice: int = 0) -> Timings:
+        """Return counts and times of a choice."""
+        stats = self.choices[choice].generation.stats
+        prompt_ms, predicted_ms = stats.time_to_first_token_ms, 1e3 * stats.decode_seconds
+        return Timings(
+            cache_n=stats.cached_tokens,
+            prompt_n=stats.prefilled_tokens,
+            prompt_ms=prompt_ms,
+            prompt_per_token_ms=prompt_ms / max(1, stats.prefilled_tokens),
+            prompt_per_second=stats.prefill_tokens_per_second,
+            predicted_n=stats.completion_tokens,
+            predicted_ms=predicted_ms,
+            predicted_per_token_ms=predicted_ms / max(1, stats.completion_tokens - stats.first_tokens),
+            predicted_per_second=stats.decode_tokens_per_second,
+            draft_n=stats.drafted_tokens,
+            draft_n_accepted=stats.accepted_tokens,
+        )
 
     def usage(self) -> Usage:
         """Return the token counts. A prompt counts once for all its choices; its first choice tells its cached part."""
@@ -151,7 +175,8 @@ class CompletionBuilder(abc.ABC):
             logprobs = self._logprobs(index, each.logprobs)
             common = {"index": index, "finish_reason": each.finish_reason, "logprobs": logprobs}
             choices.append(self._choice(each, common))
-        return self.response_model.model_validate({**self.base, "choices": choices, "usage": self.usage()})
+        whole = {**self.base, "system_fingerprint": FINGERPRINT, "timings": self.timings()}
+        return self.response_model.model_validate({**whole, "choices": choices, "usage": self.usage()})
 
     async def events(self, first: Piece | None, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
         """Yield server-sent events of `first` and of the rest of `pieces`."""
@@ -161,13 +186,16 @@ class CompletionBuilder(abc.ABC):
             async for piece in with_first(first, pieces):
                 if piece.is_ping:
                     yield self.ping
+                timed = {}
+                if piece.finish_reason or (self.request.timings_per_token and not piece.is_ping):
+                    timed = {"timings": self.timings(piece.choice).model_dump()}
                 for choice in self._piece_choices(piece):
-                    yield self._event(choices=[choice])
+                    yield self._event(choices=[choice], **timed)
         except APIError as error:  # the status was sent with the first event, so only the stream can tell
             yield f"data: {json.dumps(error.body)}\n\n"
             return
         if self.request.stream_options is not None and self.request.stream_options.include_usage:
-            yield self._event(choices=[], usage=self.usage().model_dump())
+            yield self._event(choices=[], usage=self.usage().model_dump(), timings=self.timings().model_dump())
         yield "data: [DONE]\n\n"
 
     def _piece_choices(self, piece: Piece) -> Iterable[dict[str, Any]]:
@@ -187,7 +215,12 @@ class CompletionBuilder(abc.ABC):
             yield {**delta, "index": piece.choice, "finish_reason": reason, "logprobs": shown}
 
     def _event(self, **fields: Any) -> str:
-        return f"data: {json.dumps({**self.base, 'object': self.chunk_object, **fields})}\n\n"
+        common = {**self.base, "object": self.chunk_object, "system_fingerprint": FINGERPRINT}
+        return f"data: {json.dumps(common | fields)}\n\n"
+
+    def token_fields(self, token: int, logprob: float | None) -> dict[str, Any]:
+        """Return a token with its log-probability."""
+        return {"token": self._text_of(token), "logprob": logprob, "bytes": list(self.token_bytes[token])}
 
     def _text_of(self, token: int) -> str:
         return self.token_bytes[token].decode("utf-8", errors="replace")
@@ -212,7 +245,7 @@ class CompletionBuilder(abc.ABC):
 class ChatBuilder(CompletionBuilder):
     """Builds chat completions."""
 
-    id_prefix, chunk_object, response_model = "chatcmpl", "chat.completion.chunk", ChatCompletion
+    id_prefix, chunk_object, response_model = "chatcmpl-", "chat.completion.chunk", ChatCompletion
 
     def _choice(self, collected: CollectedChoice, common: dict[str, Any]) -> ChatChoice:
         calls = collected.calls
@@ -243,18 +276,15 @@ class ChatBuilder(CompletionBuilder):
             return None
         content = []
         for record in records:
-            top = [self._token(token, logprob) for token, logprob in record.top]
-            content.append({**self._token(record.token, record.logprob), "top_logprobs": top})
+            top = [self.token_fields(token, logprob) for token, logprob in record.top]
+            content.append({**self.token_fields(record.token, record.logprob), "top_logprobs": top})
         return ChatLogprobs.model_validate({"content": content})  # faster than an instance for each token
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._text_of(token), "logprob": logprob, "bytes": list(self.token_bytes[token])}
 
 
 class TextBuilder(CompletionBuilder):
     """Builds text completions."""
 
-    id_prefix, chunk_object, response_model = "cmpl", "text_completion", TextCompletion
+    id_prefix, chunk_object, response_model = "cmpl-", "text_completion", TextCompletion
 
     def __init__(self, request: CompletionRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
         super().__init__(request, choices, clock)
@@ -281,6 +311,7 @@ class TextBuilder(CompletionBuilder):
             texts.append(text)
             offsets.append(self._num_characters[choice])
             self._num_characters[choice] += len(text)
-            tops.append({self._text_of(token): logprob for token, logprob in record.top})
+            top = {self._text_of(token): logprob for token, logprob in record.top}
+            tops.append(None if record.logprob is None else top)
         logprobs: list[Any] = [record.logprob for record in records]
         return TextLogprobs(tokens=texts, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)

@@ -13,8 +13,8 @@ from ...runtime.generation import AnswerOptions, Generation, Overflow
 from ...runtime.grammar import GrammarConstraint
 from ...runtime.prompt import ChatPrompt, text_prompt, tool_prompt
 from ...runtime.sampling import SamplingDefaults
-from ..schemas.api_error import APIError
-from ..schemas.completions import REASONING_VARIABLES, ChatRequest, CompletionRequest, TextRequest
+from ..schemas.api_error import APIError, context_error
+from ..schemas.completions import REASONING_VARIABLES, AnyPrompt, ChatRequest, CompletionRequest, TextRequest
 from ..schemas.response_models import TokenPiece
 
 
@@ -39,9 +39,10 @@ def make_choices(
         options = AnswerOptions(
             request.token_limit,
             defaults.fill(request.sampling),
-            logit_bias=request.biases,
+            logit_bias=_biases(engine, request),
             stop=request.stops,
             top_logprobs=request.top_count,
+            scores_prompt=isinstance(request, TextRequest) and request.echo and request.top_count is not None,
             overflow=overflow,
         )
         # each choice of a seeded request has its own random numbers
@@ -53,9 +54,16 @@ def make_choices(
         assert isinstance(request, TextRequest)
         return list(_text_choices(engine, request, each))
     except ContextOverflowError as error:
-        raise APIError(400, str(error), code="context_length_exceeded") from error
+        raise context_error(str(error), error.num_tokens, error.context_length) from error
     except EfficientLLMError as error:
         raise APIError(400, str(error)) from error
+
+
+def _biases(engine: EngineScheduler, request: CompletionRequest) -> dict[int, float]:
+    """Return {token: bias}. OpenAI's -100 forbids a token."""
+    pairs = request.biases(partial(engine.tokenize, special=False))
+    biases = {token: bias if bias > -100 else -float("inf") for token, bias in pairs}
+    return biases | dict.fromkeys(engine.end_ids if request.ignore_eos else (), -float("inf"))
 
 
 def prompt_of(engine: EngineScheduler, request: ChatRequest) -> ChatPrompt:
@@ -80,18 +88,31 @@ def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[
 def _text_choices(engine: EngineScheduler, request: TextRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
     constraint = _constraint_of(engine, request)
     for prompt in request.prompts:
-        is_text = isinstance(prompt, str)
-        tokens = text_prompt(engine, prompt, request.has_control_tokens) if is_text else prompt
-        if not tokens:
-            raise APIError(400, "prompt: must not be empty")
-        if max(tokens) >= engine.vocab_size:
-            raise APIError(400, f"prompt: token {max(tokens)} is outside the vocabulary of {engine.vocab_size}")
-        echo = ""
-        if request.echo:
-            echo = prompt if is_text else text_of(engine, tokens)
+        text = prompt if isinstance(prompt, str) else ""
+        tokens = tokens_of(engine, prompt, "prompt", request.has_control_tokens)
+        echo = (text or text_of(engine, tokens)) if request.echo else ""
         for options in each:
             generation = Generation(engine, tokens, options, _copy_of(constraint))
-            yield Choice(generation, echo=echo, prompt=prompt if is_text else "")
+            yield Choice(generation, echo=echo, prompt=text)
+
+
+def tokens_of(engine: EngineScheduler, prompt: AnyPrompt, name: str, has_control_tokens: bool = False) -> list[int]:
+    """Return the tokens of a prompt. APIError 400 with the `name` of its field if there are none or unknown ones."""
+    tokens: list[int] = []
+    for part in [prompt] if isinstance(prompt, str) else prompt:
+        if isinstance(part, int):
+            tokens.append(part)
+        elif part:  # only a prompt that starts with a text has a BOS token
+            tokens += (
+                engine.tokenize(part, special=has_control_tokens)
+                if tokens
+                else text_prompt(engine, part, has_control_tokens)
+            )
+    if not tokens:
+        raise APIError(400, f"{name}: must not be empty")
+    if max(tokens) >= engine.vocab_size:
+        raise APIError(400, f"{name}: token {max(tokens)} is outside the vocabulary of {engine.vocab_size}")
+    return tokens
 
 
 def _constraint_of(engine: EngineScheduler, request: CompletionRequest) -> GrammarConstraint | None:

@@ -9,10 +9,10 @@ import numpy as np
 
 from ...runtime.base.errors import ContextOverflowError, EfficientLLMError
 from ...runtime.engines.scheduler import EngineScheduler
-from ...runtime.prompt import text_prompt
-from ..schemas.api_error import APIError
-from ..schemas.completions import EmbeddingsRequest
+from ..schemas.api_error import APIError, context_error
+from ..schemas.completions import AnyPrompt, EmbeddingsRequest
 from ..schemas.response_models import Embedding, Embeddings, EmbeddingsUsage
+from .choices import tokens_of
 
 
 async def embed_texts(engine: EngineScheduler, request: EmbeddingsRequest) -> Embeddings:
@@ -27,15 +27,14 @@ async def embed_texts(engine: EngineScheduler, request: EmbeddingsRequest) -> Em
     return Embeddings(model=request.model, data=data, usage=usage)
 
 
-def _embed(engine: EngineScheduler, text: str | list[int], request: EmbeddingsRequest) -> tuple[np.ndarray, int]:
+def _embed(engine: EngineScheduler, text: AnyPrompt, request: EmbeddingsRequest) -> tuple[np.ndarray, int]:
     """Return the vector of one text, [hidden_size], and the number of its tokens."""
+    tokens = tokens_of(engine, text, "input")
+    tokens = tokens[: engine.context_length] if request.truncate else tokens
     try:
-        tokens = text_prompt(engine, text) if isinstance(text, str) else text
-        if not text or not tokens or max(tokens) >= engine.vocab_size:
-            raise APIError(400, f"input: needs at least one token, each from 0 to {engine.vocab_size - 1}")
         return engine.embed(tokens, request.pooling), len(tokens)
     except ContextOverflowError as error:
-        raise APIError(400, f"input: {error}", code="context_length_exceeded") from error
+        raise context_error(f"input: is too large: {error}", len(tokens), engine.context_length) from error
     except EfficientLLMError as error:
         raise APIError(400, f"input: {error}") from error
 

@@ -23,7 +23,7 @@ REPEATED = ResponsesRequest.model_fields.keys() & ResponseAnswer.model_fields.ke
 class ResponsesBuilder(ChatBuilder):
     """Builds a response, which is the only choice of a chat as a list of items: one for each text and call."""
 
-    id_prefix = "resp"
+    id_prefix = "resp_"
 
     def __init__(self, request: ResponsesRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
         super().__init__(request.translation, choices, clock)

@@ -155,6 +155,11 @@ class ModelPool:
         """Return the number of requests that wait or are being answered."""
         return sum(worker.in_flight for worker in self._workers.values()) + sum(self._arriving.values())
 
+    def named(self, name: str) -> str:
+        """Return the name of the model that a request for `name` means: any name means the only one, "" the first."""
+        first, *others = self.artefacts
+        return name if name and others else first
+
     def require(self, name: str) -> Artefact:
         """Return the artefact of a model. Raises APIError 404 for an unknown one."""
         if name not in self.artefacts:
@@ -230,7 +235,7 @@ class ModelPool:
         """
         try:
             worker = await asyncio.to_thread(self._load, name)
-        except EfficientLLMError as error:
+        except (EfficientLLMError, OSError) as error:
             raise APIError(503, f"model {name!r} cannot be loaded: {error}", "server_error") from error
         while not self._fits(name):
             if not await self._unload_idle():

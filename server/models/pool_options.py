@@ -22,7 +22,7 @@ class PoolOptions:
     pin: tuple[str, ...] = ()
     """File of a system prompt, or .json with messages or with messages and tools, repeatable. It is evaluated when a
     model is loaded and stays in its cache."""
-    waiting: int = flags.number(8, at_least=0)
+    waiting: int = flags.number(64, at_least=0)
     """Requests per model that may wait for a place. Further ones are refused with status 429."""
     timeout: float = flags.number(600.0, above=0)
     """Longest time of a request in seconds, including its wait."""

@@ -21,13 +21,28 @@ NOT_FIELDS = re.compile(r"[A-Z]\w*(Item|Tool|Part|Schema|Function|Request)|.*\W.
 class APIError(Exception):
     """An error that is answered in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        **sizes: int,
+    ) -> None:
+        """Keep the body. `sizes` are further fields of ErrorDetail."""
         if len(message) > MAX_MESSAGE_CHARACTERS:
             message = message[:MAX_MESSAGE_CHARACTERS] + " ..."
         message = message.encode("utf-8", "backslashreplace").decode()  # a request may contain lone surrogates
         super().__init__(message)
         self.status = status
-        self.body = ErrorAnswer(error=ErrorDetail(message=message, type=kind, code=code)).model_dump()
+        detail = {"message": message, "type": kind, "code": code, **sizes}
+        self.body = ErrorAnswer(error=ErrorDetail.model_validate(detail)).model_dump()
+
+
+def context_error(message: str, num_tokens: int, context_length: int) -> APIError:
+    """Return the error for a prompt that does not fit, with llama-server's type and OpenAI's code."""
+    sizes = {"n_prompt_tokens": num_tokens, "n_ctx": context_length}
+    return APIError(400, message, "exceed_context_size_error", "context_length_exceeded", **sizes)
 
 
 def shutdown_error() -> APIError:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
+from ...runtime.base.errors import UsageError
 from ...runtime.copied_arguments import ToolArguments
+from ...runtime.grammar import lark_of
 from ...runtime.prompt import ToolUse
 from ...runtime.sampling import REQUEST_RANGES, SamplingOptions
 from .api_error import validation_message
@@ -30,7 +32,7 @@ from .messages import (
     ToolChoiceOption,
 )
 
-MAX_MESSAGES = 512
+MAX_MESSAGES = 4096
 MAX_STOPS = 16
 MAX_PROMPTS = 16
 MAX_INPUTS = 2048
@@ -50,7 +52,6 @@ REASONING_VARIABLES = ("enable_thinking", "reasoning_effort")
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 Token = Annotated[int, Field(ge=0, strict=True)]
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_CHARACTERS, fail_fast=True)]
 
 
 def _check_token_key(text: str) -> str:
@@ -59,16 +60,40 @@ def _check_token_key(text: str) -> str:
     return text
 
 
-def _texts_of(value: Any) -> list[str | list[int]]:
-    """Return `value`, which is one text, the token ids of one text, or a list of either, as a list."""
-    return [value] if isinstance(value, str) or isinstance(value[0], int) else value
+def _plain_text(value: Any) -> Any:
+    """Return the text of llama-server's objects `prompt_string` and `content`, and any other value as it is."""
+    if not isinstance(value, dict) or len(value) != 1:
+        return value
+    parts = value.get("content")
+    if isinstance(parts, list) and all(isinstance(one, dict) and one.get("type") == "text" for one in parts):
+        return "".join(str(one.get("text", "")) for one in parts)
+    return value.get("prompt_string", value)
 
 
-Prompt = Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+PlainText = Annotated[Text, BeforeValidator(_plain_text)]
+Tokens = Annotated[list[Token | PlainText], Field(min_length=1, max_length=MAX_CHARACTERS, fail_fast=True)]
+"""One prompt as token ids, between which llama-server also has texts."""
+AnyPrompt = str | list[int | str]
+Prompt = (
+    PlainText
+    | Annotated[list[Token | PlainText | Tokens], Field(min_length=1, max_length=MAX_CHARACTERS, fail_fast=True)]
+)
 """A text, its tokens, or several of either."""
+
+
+def _prompts_of(value: Any, name: str, limit: int) -> list[AnyPrompt]:
+    """Return `value`, a `Prompt` of the field `name`, as a list. Raise ValueError for more than `limit`."""
+    is_one = isinstance(value, str) or any(isinstance(each, int) for each in value)
+    if not is_one and len(value) > limit:
+        raise ValueError(f"{name}: has {len(value)} texts; the limit is {limit}")
+    return [value] if is_one else value
+
+
 TokenKey = Annotated[str, AfterValidator(_check_token_key)]
 """A token id as a key of a JSON object."""
 Bias = Annotated[Float, Field(ge=-100, le=100)]
+TopP = Annotated[Float, Field(ge=0, le=1), AfterValidator(lambda value: max(value, REQUEST_RANGES["top_p"][0]))]
+"""0 asks for the most likely token."""
 
 
 def in_range(name: str) -> Any:
@@ -93,21 +118,35 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",),
     "top_logprobs": (0,),
     "stream_options": ({}, {"include_obfuscation": False}),
+    **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), (0, 0.0)),
+    **dict.fromkeys(("typical_p", "typ_p", "tfs_z"), (1, 1.0)),
+    **dict.fromkeys(("post_sampling_probs", "verbose", "backend_sampling"), (False,)),
+    **dict.fromkeys(("min_keep", "n_indent"), (0,)),
+    "top_n_sigma": (-1, -1.0),
+    "n_cmpl": (1,),
+    "t_max_predict_ms": (0, -1),
+    "reasoning_format": ("auto", "deepseek"),
+    "parse_tool_calls": (True,),
 }
-"""OpenAI's fields that are not served, each with the values that request nothing."""
+"""Fields of OpenAI, llama.cpp and Ollama that are not served, each with the values that request nothing."""
 
 WITHOUT_EFFECT = (
     *("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    "prediction",
+    *("prediction", "verbosity"),
 )
 """OpenAI's fields that name the user or a priority. The answer is the same without them."""
+
+LLAMA_WITHOUT_EFFECT = (
+    *("cache_prompt", "id_slot", "n_keep", "n_discard", "n_cache_reuse", "repeat_last_n", "penalize_nl"),
+    *("mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
+    *("xtc_threshold", "dynatemp_exponent", "samplers", "sse_ping_interval", "return_progress"),
+)
+"""Fields of llama.cpp about its caches, its slots and samplers that are off. The order of the samplers is our own."""
 
 ALTERNATIVES = {
     "functions": "use tools",
     "function_call": "use tool_choice",
     "max_output_tokens": "use max_tokens",
-    "grammar": "use response_format with type lark",
-    "json_schema": "use response_format with type json_schema",
     "guided_json": "use response_format with type json_schema",
     "guided_regex": "use response_format with type regex",
     "guided_grammar": "use response_format with type lark",
@@ -115,15 +154,19 @@ ALTERNATIVES = {
 """Names that other servers have for fields that are served here."""
 
 
+def is_listed_neutral(name: str, value: Any) -> bool:
+    """Return whether NEUTRAL_VALUES lists `value` for a field."""
+    return any(type(value) is type(each) and value == each for each in NEUTRAL_VALUES.get(name, ()))
+
+
 class RequestBody(RequestPart):
     """A whole request body. Unknown fields are refused unless NEUTRAL_VALUES lists their value."""
 
-    without_effect = WITHOUT_EFFECT
+    without_effect = (*WITHOUT_EFFECT, *LLAMA_WITHOUT_EFFECT)
 
     @classmethod
     def is_neutral(cls, name: str, value: Any) -> bool:
-        neutral_values = NEUTRAL_VALUES.get(name, ())
-        return value is None or any(type(value) is type(each) and value == each for each in neutral_values)
+        return value is None or is_listed_neutral(name, value)
 
     @classmethod
     def remedy(cls, name: str) -> str:
@@ -137,7 +180,7 @@ class CompletionRequest(RequestBody, abc.ABC):
     """May be left out if the server has one model."""
     max_tokens: Annotated[Int | None, Field(ge=1, le=MAX_TOKENS)] = None
     temperature: Annotated[Float | None, in_range("temperature")] = None
-    top_p: Annotated[Float | None, in_range("top_p")] = None
+    top_p: TopP | None = None
     top_k: Annotated[Int | None, in_range("top_k")] = None
     min_p: Annotated[Float | None, in_range("min_p")] = None
     repetition_penalty: Annotated[Float | None, in_range("repetition_penalty")] = None
@@ -150,6 +193,36 @@ class CompletionRequest(RequestBody, abc.ABC):
     stream: Bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat = ResponseFormat()
+    ignore_eos: Bool = False
+    """Whether the end tokens are forbidden."""
+    timings_per_token: Bool = False
+    """Whether each event has `timings`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_llama_fields(cls, values: Any) -> Any:
+        """Replace the fields that llama-server adds to OpenAI's API by those with the same meaning."""
+        if type(values) is not dict:
+            return values
+        values = dict(values)
+        for other, name in (("n_predict", "max_tokens"), ("repeat_penalty", "repetition_penalty")):
+            if values.get(name) is None and other in values:
+                values[name] = values.pop(other)
+        if values.get("max_tokens") == -1:
+            values["max_tokens"] = MAX_TOKENS
+        grammar, schema = values.pop("grammar", None), values.pop("json_schema", None)
+        if grammar and (schema is not None or values.get("response_format")):
+            raise ValueError("grammar: cannot be combined with json_schema or response_format; remove one")
+        if schema is not None:
+            values["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+        elif grammar:
+            if not isinstance(grammar, str):
+                raise ValueError("grammar: must be a text")
+            try:
+                values["response_format"] = {"type": "lark", "lark": lark_of(grammar)}
+            except UsageError as error:
+                raise ValueError(str(error)) from error
+        return values
 
     @model_validator(mode="after")
     def _check_stream(self) -> CompletionRequest:
@@ -163,10 +236,9 @@ class CompletionRequest(RequestBody, abc.ABC):
         names = {field.name for field in dataclasses.fields(SamplingOptions)}
         return SamplingOptions(**self.model_dump(include=names))
 
-    @property
-    def biases(self) -> dict[int, float]:
-        """Return {token: bias}. OpenAI's -100 forbids a token."""
-        return {int(token): bias if bias > -100 else -float("inf") for token, bias in self.logit_bias.items()}
+    def biases(self, tokenize: Callable[[str], list[int]]) -> list[tuple[int, float]]:
+        """Return pairs of a token and its bias."""
+        return [(int(token), bias) for token, bias in self.logit_bias.items()]
 
     @property
     def token_limit(self) -> int:
@@ -216,16 +288,7 @@ class TranslatedRequest(RequestPart):
 class LlamaSampling(RequestPart):
     """Sampling options by the names that llama.cpp and Ollama have for them."""
 
-    without_effect = (
-        *("mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
-        *("dry_sequence_breakers", "xtc_threshold", "dynatemp_exponent"),
-    )
-    values_off: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), (0,)),
-        **dict.fromkeys(("typical_p", "typ_p", "tfs_z"), (1,)),
-        "top_n_sigma": (-1,),
-    }
-    """Fields that are not served, each with the values that turn them off."""
+    without_effect = LLAMA_WITHOUT_EFFECT
     temperature: Float | None = None
     top_k: Int | None = None
     top_p: Float | None = None
@@ -237,7 +300,7 @@ class LlamaSampling(RequestPart):
 
     @classmethod
     def is_neutral(cls, name: str, value: Any) -> bool:
-        return super().is_neutral(name, value) or value in cls.values_off.get(name, ())
+        return super().is_neutral(name, value) or is_listed_neutral(name, value)
 
 
 class ChatRequest(CompletionRequest):
@@ -257,6 +320,9 @@ class ChatRequest(CompletionRequest):
     """Sets enable_thinking of the chat template, false for none, and its variable reasoning_effort."""
     chat_template_kwargs: Json = Field({})
     """Further variables of the chat template, such as enable_thinking."""
+    add_generation_prompt: Bool | None = None
+    continue_final_message: Bool | None = None
+    """Names of vLLM and llama-server for what follows from the role of the last message."""
 
     _examples: Mapping[str, Sequence[str]] = PrivateAttr({})
 
@@ -279,9 +345,11 @@ class ChatRequest(CompletionRequest):
             raise ValueError("top_logprobs: needs logprobs")
         continues = self.messages[-1].role == "assistant"
         implied = {"add_generation_prompt": not continues, "continue_final_message": continues}
-        for name, value in self.chat_template_kwargs.items():
+        given = self.model_dump(include={*implied}, exclude_none=True)
+        for name, value in {**given, **self.chat_template_kwargs}.items():
             if name in TEMPLATE_VARIABLES or implied.get(name, value) != value:
-                raise ValueError(f"chat_template_kwargs: {name} is set by the other fields and the model; remove it")
+                field = name if name in given else f"chat_template_kwargs: {name}"
+                raise ValueError(f"{field} is set by the other fields and the model; remove it")
         return self
 
     @property
@@ -324,24 +392,25 @@ class TextRequest(CompletionRequest):
     has_control_tokens: ClassVar[bool] = False
     """True if text such as <|im_end|> in a prompt is a control token."""
     prompt: Prompt
+    max_tokens: Annotated[Int | None, Field(ge=0, le=MAX_TOKENS)] = None
+    """0: the prompt is only evaluated."""
     logprobs: Annotated[Int | None, Field(ge=0, le=20)] = None
     echo: Bool = False
-    """Whether the answer begins with the prompt."""
+    """Whether the answer begins with the prompt, `logprobs` included."""
 
     @model_validator(mode="after")
-    def _check_echo(self) -> TextRequest:
-        if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs: cannot be combined with echo, because those of the prompt are not served here")
+    def _check_prompts(self) -> TextRequest:
+        _ = self.prompts
         return self
 
     @property
     def token_limit(self) -> int:
-        return self.max_tokens or DEFAULT_TEXT_TOKENS
+        return DEFAULT_TEXT_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
-    def prompts(self) -> list[str | list[int]]:
+    def prompts(self) -> list[AnyPrompt]:
         """Return texts or token ids. Each has `n` choices of its own."""
-        return _texts_of(self.prompt)
+        return _prompts_of(self.prompt, "prompt", MAX_PROMPTS)
 
     @property
     def top_count(self) -> int | None:
@@ -372,12 +441,19 @@ class EmbeddingsRequest(RequestBody):
     """POST /v1/embeddings."""
 
     model: Text = ""
-    input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    input: Prompt
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = "mean"
     """The mean of the states of all tokens, or the state of the last one."""
+    truncate: ClassVar[bool] = False
+    """True if the end of a text that does not fit is cut off."""
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> EmbeddingsRequest:
+        _ = self.texts
+        return self
 
     @property
-    def texts(self) -> list[str | list[int]]:
+    def texts(self) -> list[AnyPrompt]:
         """Return texts or token ids."""
-        return _texts_of(self.input)
+        return _prompts_of(self.input, "input", MAX_INPUTS)

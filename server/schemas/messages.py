@@ -124,7 +124,10 @@ class ToolCall(RequestPart):
 
 
 class ChatMessage(RequestPart):
-    without_effect = ("annotations", "reasoning", "provider_specific_fields", "cache_control")
+    without_effect = (
+        *("annotations", "reasoning", "provider_specific_fields", "cache_control"),
+        *("id", "timestamp", "type", "model", "thinking"),
+    )
     """Fields of an answer that clients send back with it."""
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """For OpenAI's newer models, the role of system messages is developer."""

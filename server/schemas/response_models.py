@@ -29,6 +29,9 @@ class ErrorDetail(ResponseModel):
     type: str
     param: None = None
     code: str | None
+    n_prompt_tokens: Annotated[int, UNLESS_EMPTY] = 0
+    n_ctx: Annotated[int, UNLESS_EMPTY] = 0
+    """Tokens of a prompt that does not fit, and of the context window."""
 
 
 class ErrorAnswer(ResponseModel):
@@ -54,6 +57,30 @@ class Usage(ResponseModel):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails
+
+
+class Timings(ResponseModel):
+    """Counts and times of one choice by llama-server's names."""
+
+    cache_n: int
+    """Tokens of the prompt that were cached."""
+    prompt_n: int
+    """Tokens of the prompt that were evaluated."""
+    prompt_ms: float
+    prompt_per_token_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_token_ms: float
+    predicted_per_second: float
+    draft_n: int
+    draft_n_accepted: int
+
+
+class TokenCount(ResponseModel):
+    """Answer of POST /v1/chat/completions/input_tokens."""
+
+    input_tokens: int
 
 
 class CandidateToken(ResponseModel):
@@ -100,8 +127,9 @@ class ChatChoice(ResponseModel):
 
 class TextLogprobs(ResponseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """Null for the first token of a prompt, which nothing precedes, as in `top_logprobs`."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -116,6 +144,9 @@ class Completion(ResponseModel):
     id: str
     created: int
     model: str
+    system_fingerprint: str
+    timings: Timings
+    """Those of the first choice."""
 
 
 class ChatCompletion(Completion):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 
 from .api_error import message_of
-from .completions import MAX_MESSAGES, ChatRequest, ReasoningEffort, RequestBody, TranslatedRequest, in_range
+from .completions import MAX_MESSAGES, ChatRequest, ReasoningEffort, RequestBody, TopP, TranslatedRequest, in_range
 from .messages import MAX_PARTS, MAX_TOOLS, Bool, ChatMessage, Float, Function, Int, JsonSchema, Name, RequestPart, Text
 
 
@@ -112,7 +112,7 @@ class ResponsesRequest(RequestBody, TranslatedRequest):
     instructions: Text | None = None
     max_output_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
     temperature: Annotated[Float | None, in_range("temperature")] = None
-    top_p: Annotated[Float | None, in_range("top_p")] = None
+    top_p: TopP | None = None
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field([])
     tool_choice: Literal["none", "auto", "required"] | NamedFlatTool = "auto"
     parallel_tool_calls: Bool = True
