@@ -7,9 +7,12 @@ file that the request names. A prompt that a runtime refuses is null.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -35,7 +38,8 @@ CALLING: list[Message] = [
 """A conversation with a call and its result."""
 Renderer = Callable[[dict[str, Any]], str]
 """Body of a request -> its prompt."""
-WAIT_SECONDS = 60
+WAIT_SECONDS = 120
+"""Longest time of the comparison."""
 SHOWN = 60
 """Characters of two prompts in a message, from where they differ."""
 
@@ -57,9 +61,11 @@ def differences(path: Path, checkpoint: Checkpoint) -> list[str]:
         file, output = Path(name) / "request.json", Path(name) / "prompts.json"
         bodies = [{"messages": chat.messages, **({"tools": chat.tools} if chat.tools else {})} for chat in chats]
         file.write_text(json.dumps({**request, "chats": bodies, "output": str(output)}), encoding="utf-8")
-        done = run_python("-m", __spec__.name, str(file))
+        reason = f"they took more than {WAIT_SECONDS} s"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            reason = run_python("-m", __spec__.name, str(file), timeout=WAIT_SECONDS).last_error
         if not output.is_file():
-            return [f"the chat template was not compared with stock runtimes: {done.last_error}"]
+            return [f"the chat template was not compared with stock runtimes: {reason}"]
         found: dict[str, list[str | None]] = json.loads(output.read_text(encoding="utf-8"))
     # llama-server leaves out a BOS that its tokenizer adds
     found = {name: [text and text.removeprefix(bos) for text in texts] for name, texts in found.items()}
@@ -123,6 +129,8 @@ def _main(request_path: str) -> None:
         render = make(request)
         found[name] = [_attempt(render, chat) for chat in request["chats"]]
     Path(request["output"]).write_text(json.dumps(found), encoding="utf-8")
+    sys.stdout.flush()
+    os._exit(0)  # the end of xllamacpp's server may wait for itself
 
 
 if __name__ == "__main__":

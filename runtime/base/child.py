@@ -52,6 +52,6 @@ def run(
     return ProcessResult(done.returncode, done.stdout, done.stderr)
 
 
-def run_python(*arguments: str, cwd: Path | str | None = None) -> ProcessResult:
-    """Run this Python with `arguments`, such as ("-m", module)."""
-    return run([sys.executable, *arguments], cwd=cwd)
+def run_python(*arguments: str, cwd: Path | str | None = None, timeout: float | None = None) -> ProcessResult:
+    """Run this Python with `arguments`, such as ("-m", module). `timeout` is that of `run`."""
+    return run([sys.executable, *arguments], cwd=cwd, timeout=timeout)
