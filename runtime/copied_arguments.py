@@ -1,4 +1,4 @@
-"""Write the grammar of a call's arguments whose free texts are words of the request, or listed and in the request."""
+"""Write the grammar of a call's arguments whose free texts are words of the request, or listed in the conversation."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
 from .base.errors import UsageError
 from .grammar import embedded_schema, schema_part
+from .listed_context import Record
 
-ToolArguments = Literal["any", "copy", "examples"]
-"""Free texts in arguments of calls: any; words of the request; or those examples of their schemas that occur in it."""
+ToolArguments = Literal["any", "copy", "examples", "listed"]
+"""Free texts in arguments of calls: any; words of the request; those examples of their schemas that occur in it; or
+values of the records that the conversation lists, of one record in each call."""
 
 MAX_COPIED_CHARACTERS = 1 << 15
 """Largest length of the words to copy from, as the grammar writes them. The last ones of a longer request are used.
@@ -37,11 +40,43 @@ OBJECT_KEYWORDS = ANNOTATIONS | {"type", "properties", "required", "additionalPr
 """Keywords of parameters whose arguments may be copied."""
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """An argument between the first and the last listed one of a function."""
+
+    key: str
+    """The argument's name in JSON, as a Lark literal."""
+    value: str
+    """Expression of its value, "" if it is listed."""
+    is_required: bool
+    is_array: bool = False
+    """True if it is a list of listed values."""
+
+
+State = frozenset[tuple[tuple[str, ...], ...]]
+"""Values of the listed arguments that follow, for each record that agrees with those before."""
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The listed arguments of a function."""
+
+    state: State
+    """Their values in the records on which the function may act."""
+    arrays: Mapping[str, bool]
+    """Argument -> whether it is a list of values."""
+    absent: Collection[str]
+    """Texts for which no such record has a value."""
+
+
 class CopiedArguments:
     """Lark rules for arguments. A free text is a run of words of the request, or an example or default of its schema.
 
     With `only_examples`, a text whose schema has examples is one of those that occur in the request, as it is listed.
     If none occurs, an argument without other values is left out, or copied if it is required.
+
+    With `records`, an argument with the name of one of their fields is a value of that field. All such arguments of a
+    call agree with one record. A function whose schema lists some values acts on records with one of them.
 
     A text is free if its schema has no keywords but its type and annotations. All other values follow their schema.
     """
@@ -53,13 +88,18 @@ class CopiedArguments:
         are_spaced: bool = False,
         only_examples: bool = False,
         examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        records: Sequence[Record] = (),
     ) -> None:
         """Prepare to copy from `texts`, whose words are accepted as they are and in lower case.
 
         With `are_spaced`, a free text begins with a space (see spaced_texts). `examples` are more examples of texts, by
         the name of the argument.
         """
-        self._only_examples, self._examples = only_examples, examples
+        self._only_examples, self._examples, self._are_spaced = only_examples, examples, are_spaced
+        self._records, self._fields = records, {field for record in records for field in record}
+        self._listed: dict[str, _Listed] = {}
+        self._chains: dict[tuple[tuple[_Slot, ...], State, bool], str] = {}
+        """Names of the rules of `_chain`."""
         self._opening = json.dumps('" ' if are_spaced else '"')
         self._texts = [_between_separators(text) for text in texts] if only_examples else []
         self._occurs: dict[str, bool] = {}
@@ -82,27 +122,103 @@ class CopiedArguments:
         if has_other_keywords or not properties or not set(required) <= set(properties):
             return embedded_schema(parameters, format)
         definitions = {key: parameters[key] for key in DEFINITIONS if key in parameters}
-        values: dict[str, str] = {}
+        listed = self._listed_arguments(properties)
+        slots: list[_Slot] = []
         for key, schema in properties.items():
-            schema = _with_annotations(schema, {"examples": self._examples.get(key, ())})
-            value = self._value(schema, definitions, format)
-            if value or key in required:
-                values[key] = value or "COPIED"
-        if not values:
+            value = "COPIED" if key in listed.absent and key in required else ""
+            if key not in listed.arrays and key not in listed.absent:
+                schema = _with_annotations(schema, {"examples": self._examples.get(key, ())})
+                value = self._value(schema, definitions, format) or ("COPIED" if key in required else "")
+            if value or key in listed.arrays:
+                slots.append(_Slot(_quoted(key), value, key in required, listed.arrays.get(key, False)))
+        pairs = self._pairs(slots, listed.state)
+        if not pairs:
             return '"{}"'
         starts: list[str] = []
         is_first_possible = True
-        for index, (key, value) in enumerate(values.items()):
+        for index, (expression, is_required) in enumerate(pairs):
             pair, rest = f"{name}_pair_{index}", f"{name}_rest_{index + 1}"
             # the first pair has no comma before it, so every pair that may be the first is a start of its own
             if is_first_possible:
                 starts.append(f"{pair} {rest}")
-            is_first_possible = is_first_possible and key not in required
-            mark = "" if key in required else "?"
-            self.rules.append(f'{pair}: {_quoted(key)} ": " {value}')
+            is_first_possible = is_first_possible and not is_required
+            mark = "" if is_required else "?"
+            self.rules.append(f"{pair}: {expression}")
             self.rules.append(f'{name}_rest_{index}: (", " {pair}){mark} {rest}')
-        self.rules.append(f'{name}_rest_{len(values)}: ""')
+        self.rules.append(f'{name}_rest_{len(pairs)}: ""')
         return f'"{{" ({" | ".join(starts)}){"" if required else "?"} "}}"'
+
+    def _listed_arguments(self, properties: Mapping[str, Any]) -> _Listed:
+        found = {key: _listed_kind(properties[key]) for key in properties if key in self._fields}
+        kinds = {key: kind for key, kind in found.items() if kind is not None}
+        key = repr(kinds)
+        if key not in self._listed:
+            self._listed[key] = self._agreeing(kinds)
+        return self._listed[key]
+
+    def _agreeing(self, kinds: Mapping[str, tuple[bool, list[str]]]) -> _Listed:
+        """Return the listed arguments of functions with arguments of these kinds (see `_listed_kind`)."""
+        space, enums = " " * self._are_spaced, {key: enum for key, (_, enum) in kinds.items() if enum}
+        values: list[dict[str, tuple[str, ...]]] = []
+        for record in self._records:
+            allowed = {key: record.get(key, ()) for key in kinds}
+            for key, enum in enums.items():
+                allowed[key] = tuple(each for each in allowed[key] if space + each in enum)
+            if all(allowed[key] for key in enums):
+                values.append(allowed)
+        arrays = {key: kinds[key][0] for key in kinds if any(each[key] for each in values)}
+        state = frozenset(tuple(each[key] for key in arrays) for each in values)
+        return _Listed(state, arrays, {key for key, kind in kinds.items() if key not in arrays and kind == (False, [])})
+
+    def _pairs(self, slots: Sequence[_Slot], state: State) -> list[tuple[str, bool]]:
+        """Return (expression, whether it is required) of each argument. Those around listed ones are one expression."""
+        single = [(f'{slot.key} ": " {slot.value}', slot.is_required) for slot in slots]
+        positions = [index for index, slot in enumerate(slots) if not slot.value]
+        if not positions:
+            return single
+        first, after = positions[0], positions[-1] + 1
+        chain = self._chain(tuple(slots[first:after]), state, is_first=True)
+        is_required = any(slot.is_required for slot in slots[first:after])
+        return [*single[:first], *([(chain, is_required)] if chain else []), *single[after:]]
+
+    def _chain(self, slots: tuple[_Slot, ...], state: State, *, is_first: bool) -> str:
+        """Return the rule of the arguments of `slots`, "" if there is none. It may write none unless it `is_first`."""
+        if not slots:
+            return "" if is_first else '""'
+        if (slots, state, is_first) in self._chains:
+            return self._chains[slots, state, is_first]
+        slot, rest = slots[0], slots[1:]
+        values, skipped = [(slot.value, state)], state
+        if not slot.value:
+            values, skipped = self._listed_values(slot, state), frozenset(each[1:] for each in state)
+        followed = [(value, self._chain(rest, after, is_first=False)) for value, after in values]
+        choices = [f"{value} {chain}" for value, chain in followed if chain]
+        comma = "" if is_first else '", " '
+        alternatives = [f'{comma}{slot.key} ": " ({" | ".join(choices)})'] if choices else []
+        if not slot.is_required and (without := self._chain(rest, skipped, is_first=is_first)):
+            alternatives.append(without)
+        name = f"linked_{len(self._chains)}" if alternatives else ""
+        if name:
+            self.rules.append(f"{name}: {' | '.join(alternatives)}")
+        self._chains[slots, state, is_first] = name
+        return name
+
+    def _listed_values(self, slot: _Slot, state: State) -> list[tuple[str, State]]:
+        """Return (expression, state after it) of each set of values that leave the same records."""
+        tails: dict[str, set[tuple[tuple[str, ...], ...]]] = {}
+        for head, *tail in state:
+            for value in head:
+                tails.setdefault(value, set()).add(tuple(tail))
+        groups: dict[State, list[str]] = {}
+        for value in sorted(tails):
+            groups.setdefault(frozenset(tails[value]), []).append(value)
+        found = [(self._rule_of([*map(_quoted_text, values)]), after) for after, values in groups.items()]
+        if not slot.is_array:
+            return found
+        one = [(f'"[" {rule} "]"', after) for rule, after in found]
+        every = self._rule_of([*map(_quoted_text, sorted(tails))])
+        rest = frozenset(tail for tails_of_value in tails.values() for tail in tails_of_value)
+        return [*one, (f'"[" {every} (", " {every})+ "]"', rest)] if len(tails) > 1 else one
 
     def _value(self, schema: Any, definitions: Mapping[str, Any], format: Any) -> str:
         """Return the expression of one argument, "" if the request or the schema has no value for it."""
@@ -128,6 +244,10 @@ class CopiedArguments:
             choices = ["RUN", *map(_quoted_text, listed)]
         else:
             return "COPIED"
+        return self._rule_of(choices)
+
+    def _rule_of(self, choices: Sequence[str]) -> str:
+        """Return the rule of a text that is one of `choices`."""
         expression = f'{self._opening} ({" | ".join(choices)}) "\\""'
         if expression not in self._listed_rules:
             name = self._listed_rules[expression] = f"LISTED_{len(self._listed_rules)}"
@@ -140,6 +260,16 @@ class CopiedArguments:
             words = _between_separators(example)
             self._occurs[example] = any(words in text for text in self._texts)
         return self._occurs[example]
+
+
+def _listed_kind(schema: Any) -> tuple[bool, list[str]] | None:
+    """Return whether an argument is a list of texts, and the texts that its schema lists. None for other kinds."""
+    is_array = _keywords(schema) == {"type", "items"} and schema["type"] == "array"
+    text = schema["items"] if is_array else schema
+    if _is_free_text(text) and text["type"] == "string":
+        return is_array, []
+    enum = text["enum"] if _keywords(text) in ({"enum"}, {"enum", "type"}) else None
+    return (is_array, enum) if enum and all(isinstance(each, str) for each in enum) else None
 
 
 def _json(schema: Mapping[str, Any], format: Any) -> str:

@@ -13,6 +13,7 @@ from .chat_template import Message, MessageEscape, render_chat
 from .copied_arguments import CopiedArguments, ToolArguments
 from .engines.scheduler import EngineScheduler
 from .grammar import GrammarConstraint
+from .listed_context import Record, listed_records
 from .tool_format import GENERIC, INSTRUCTIONS, ToolFormat, tool_format
 
 ToolChoice = Literal["auto", "required"]
@@ -33,7 +34,7 @@ class ToolUse:
     otherwise: Mapping[str, Any] | None = None
     """JSON schema of an answer without calls. None: any text."""
     arguments: ToolArguments = "any"
-    """Free texts in arguments: any, words of the messages of user and tools, or examples that occur in them."""
+    """Free texts in arguments, see ToolArguments."""
     strict: Collection[str] | None = None
     """Names of functions whose keywords must all be enforced. Those of others are ignored if they cannot be. None:
     all."""
@@ -52,6 +53,8 @@ class ChatPrompt:
     """Control tokens at the start of a call, which have no text."""
     texts: Sequence[str] = ()
     """Messages of user and tools, from which arguments are copied."""
+    records: Sequence[Record] | None = None
+    """Records that the conversation lists, None if the template does not say how."""
     reasoning: Literal["none", "possible", "begun"] = "none"
     """True if the answer may begin with reasoning, or the prompt ends with its mark."""
     text: str = ""
@@ -66,8 +69,13 @@ class ChatPrompt:
         copied = None
         if use.arguments != "any":
             only_examples, is_spaced = use.arguments == "examples", self.format.has_spaced_texts
+            records = self.records if use.arguments == "listed" else ()
+            if records is None:
+                raise UsageError(
+                    "tool_arguments listed: the chat template does not say how its context lists values; use copy"
+                )
             copied = CopiedArguments(
-                self.texts, are_spaced=is_spaced, only_examples=only_examples, examples=use.examples
+                self.texts, are_spaced=is_spaced, only_examples=only_examples, examples=use.examples, records=records
             )
         must_call = use.must_call or bool(use.only)
         grammar = self.format.grammar(
@@ -109,6 +117,8 @@ def tool_prompt(
     format, control = GENERIC, ()
     shown: Sequence[Mapping[str, Any]] = use.tools if use else ()
     texts = [message.get("content") or "" for message in messages if message["role"] in ("user", "tool")]
+    contents = (message.get("content") or "" for message in messages if message["role"] != "assistant")
+    records = listed_records(engine.chat_template, contents) if use and use.arguments == "listed" else None
     has_calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
     if use or has_calls:
         found = tool_format(engine.chat_template, engine.bos_token, engine.eos_token).readable_by(engine)
@@ -126,7 +136,7 @@ def tool_prompt(
     if engine.adds_bos and not text.startswith(engine.bos_token):
         tokens = engine.tokenize(engine.bos_token, special=True) + tokens
     reasoning = _reasoning(engine, messages[-1], text)
-    return ChatPrompt(tokens, use, format, control, texts, reasoning, escape.restore(text))
+    return ChatPrompt(tokens, use, format, control, texts, records, reasoning, escape.restore(text))
 
 
 def _reasoning(engine: EngineScheduler, last: Message, text: str) -> Literal["none", "possible", "begun"]:

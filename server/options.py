@@ -59,10 +59,11 @@ class AppOptions:
     X-Request-Id."""
     tool_arguments: ToolArguments = "any"
     """Default of the field tool_arguments. copy: free texts in arguments of calls are words of the request; examples:
-    those with examples in their schema are examples that occur in the request."""
+    those with examples in their schema are examples that occur in the request; listed: those with the name of a field
+    that the conversation lists are values of one record, as the model's chat template describes them."""
     examples: str = ""
     """JSON file with texts of arguments by name, such as {"area": ["kitchen", "loft"]}: more examples for the schemas
-    of all requests. Needs --tool-arguments copy or examples."""
+    of all requests. Needs --tool-arguments copy, examples or listed."""
     overflow: Overflow = "error"
     """Action when a chat exceeds the context window: error, or slide (remove the oldest tokens)."""
 
@@ -71,7 +72,7 @@ class AppOptions:
         for text in self.allow_host:
             flags.require(self, "allow_host", "/" not in text, "must be a name without http:// and path", value=text)
         is_used = not self.examples or self.tool_arguments != "any"
-        flags.require(self, "examples", is_used, "needs --tool-arguments copy or examples")
+        flags.require(self, "examples", is_used, "needs --tool-arguments copy, examples or listed")
 
     @cached_property
     def argument_examples(self) -> dict[str, list[str]]:

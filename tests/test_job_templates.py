@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import urllib.request
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from accepting import is_accepted
 from exporting import export
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from tiny import tiny_tokenizer
@@ -18,6 +19,7 @@ from training import command, run, unpruned
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from efficientllm.export.gguf.modelfile import NO_TEMPLATE
+from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.chat_template import Message, read_template_file, render_chat
@@ -29,6 +31,10 @@ from efficientllm.runtime.prompt import ToolUse, tool_prompt
 from efficientllm.runtime.tool_format import JOB_MARK, LEARNED, tool_format
 from efficientllm.train.data import check
 from efficientllm.train.data.chat import Chat, ChatFormat, Encoder, set_chat_template
+from efficientllm.train.evaluation import cli as eval_cli
+from efficientllm.train.evaluation.jobs import read_examples
+
+JOBS, SECTION = Path(__file__).parents[1] / "docs" / "jobs.md", "## A job with a context"
 
 TEMPLATE = r"""
 {%- macro spaced(value) -%}
@@ -232,17 +238,25 @@ def llama_cpp_python(trained: Path, template: str, messages: list[Message]) -> s
     return formatter(messages=messages, tools=list(TOOLS)).prompt  # type: ignore[arg-type]
 
 
+LLAMA_SERVER = """
+import json, os, sys, urllib.request, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.n_ctx, parameters.warmup = sys.argv[1], 256, False
+server = xllamacpp.Server(parameters)
+headers = {"content-type": "application/json"}
+request = urllib.request.Request(server.listening_address + "/apply-template", sys.argv[2].encode(), headers)
+print("ANSWER", urllib.request.urlopen(request, timeout=60).read().decode(), flush=True)
+os._exit(0)
+"""
+"""A process of its own, because the end of the server may wait for itself."""
+
+
 def llama_server(trained: Path, template: str, messages: list[Message]) -> str:
-    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.n_ctx, parameters.warmup = str(trained / "model.gguf"), 256, False
-    server = xllamacpp.Server(parameters)
-    body = json.dumps({"messages": messages, "tools": TOOLS}).encode()
-    request = urllib.request.Request(
-        f"{server.listening_address}/apply-template", body, {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)["prompt"]
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    body = json.dumps({"messages": messages, "tools": TOOLS})
+    done = run_python("-c", LLAMA_SERVER, str(trained / "model.gguf"), body, timeout=120)
+    assert done.code == 0, done.errors
+    return str(json.loads(done.output.partition("ANSWER")[2])["prompt"])
 
 
 def transformers_tokenizer(trained: Path, template: str, messages: list[Message]) -> str:
@@ -337,3 +351,44 @@ def test_a_template_without_answers_is_refused(tokenizer: PreTrainedTokenizerFas
     other = tiny_tokenizer()
     with pytest.raises(UsageError, match="--chat-template: it does not write an answer"):
         set_chat_template(other, "{{ messages[0].content }}", is_learned=True)
+
+
+@pytest.fixture(scope="module")
+def player(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the example in docs/jobs.md, with a tiny model of it."""
+    folder, section = tmp_path_factory.mktemp("player"), JOBS.read_text(encoding="utf-8").partition(SECTION)[2]
+    program, template = (re.search(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("python", "jinja"))
+    assert program is not None
+    assert template is not None
+    (folder / "player.jinja").write_text(template[1], encoding="utf-8")
+    assert run_python("-c", program[1].replace("6000", "60").replace("100, 1)", "6, 1)"), cwd=folder).code == 0
+    flags = ["--functions", "learned", "--chat-template", str(folder / "player.jinja"), "--sequence-length", "256"]
+    assert run(unpruned(command(source_folder, folder / "train.jsonl", folder / "run", *flags))) == 0
+    assert export(folder / "run", "gguf", folder / "gguf", "--quantize", "f32") == 0
+    return folder
+
+
+def test_the_example_of_a_job_with_a_context_runs(player: Path) -> None:
+    assert [note for note in Manifest.read(player / "gguf").notes if "renders" in note] == []
+    flags = ["--task", str(player / "test.jsonl"), "--metric", "call", "--constrain", "listed", "--threads", "1"]
+    flags += ["--task-tokens", "48", "--output", str(player / "eval")]
+    assert run_command(eval_cli.body, [str(player / "gguf"), *flags]) == 0
+    page = next((player / "eval").glob("misses-*.md")).read_text(encoding="utf-8")
+    assert "    system: You control a music player." in page
+    assert "after_result" in (player / "eval").joinpath("results.json").read_text(encoding="utf-8")
+
+
+def test_listed_titles_are_those_of_the_conversation(player: Path) -> None:
+    example = read_examples(player / "test.jsonl")[0]
+    (title, kind), other = re.findall(r"- title: (.*)\n  kind: (.*)", str(example.chat.messages[0]["content"]))[:2]
+    with contextlib.closing(load_engine(player / "gguf", EngineOptions(threads=1))) as engine:
+        use = ToolUse(example.chat.tools, must_call=True, arguments="listed")
+        prompt = tool_prompt(engine, example.prompt.messages, use)
+        for arguments, expected in (
+            ({"title": title, "kind": kind}, True),
+            ({"title": other[0]}, True),
+            ({"title": title, "kind": "single"}, False),
+            ({"title": title.lower()}, False),
+        ):
+            text = prompt.format.write([{"function": {"name": "play", "arguments": arguments}}])
+            assert is_accepted(prompt.constraint(engine), engine, text) == expected

@@ -315,7 +315,7 @@ class ChatRequest(CompletionRequest):
     parallel_tool_calls: Bool = True
     tool_arguments: ToolArguments = "any"
     """copy: free texts in arguments are runs of words of the messages, or examples of their schemas. examples: those
-    with examples are examples that occur in the messages."""
+    with examples are examples that occur in the messages. listed: see ToolArguments."""
     reasoning_effort: ReasoningEffort | None = None
     """Sets enable_thinking of the chat template, false for none, and its variable reasoning_effort."""
     chat_template_kwargs: Json = Field({})

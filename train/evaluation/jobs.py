@@ -36,9 +36,10 @@ WORST = 20
 SHOWN_CHARACTERS = 4000
 """Characters of an earlier message on that page, from its beginning and its end."""
 
-Constrain = Literal["none", "schema", "copy", "examples"]
+Constrain = Literal["none", "schema", "copy", "examples", "listed"]
 """Grammar of answers: none, the functions and the response format of the example, or in addition texts in arguments
-that are copied from the request, or those examples of their schemas that occur in it."""
+that are copied from the request, those examples of their schemas that occur in it, or values that the conversation
+lists."""
 
 
 def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Example]:
