@@ -59,8 +59,8 @@ class AppOptions:
     X-Request-Id."""
     tool_arguments: ToolArguments = "any"
     """Default of the field tool_arguments. copy: free texts in arguments of calls are words of the request; examples:
-    those with examples in their schema are examples that occur in the request; listed: those with the name of a field
-    that the conversation lists are values of one record, as the model's chat template describes them."""
+    those with examples in their schema are examples that occur in the request. listed: those with the name of a field
+    are values of one record of the conversation, as the model's chat template describes them."""
     examples: str = ""
     """JSON file with texts of arguments by name, such as {"area": ["kitchen", "loft"]}: more examples for the schemas
     of all requests. Needs --tool-arguments copy, examples or listed."""
