@@ -272,8 +272,7 @@ def test_only_executorch_is_quieted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_packages_of_the_extra_are_named(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in ("executorch.program", "exporter_config"):
-        monkeypatch.delitem(sys.modules, f"efficientllm.export.{module}", raising=False)
-    monkeypatch.setitem(sys.modules, "optimum.exporters.base", None)
+    monkeypatch.delitem(sys.modules, "efficientllm.export.executorch.program", raising=False)
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
     assert export(save_tiny(tiny_architecture()), tmp_path / "pte") == 2
     assert capsys.readouterr().err.endswith(f"is not installed; run: {install_command('executorch')}\n")

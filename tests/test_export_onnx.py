@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ import torch
 from exporting import EVERY_KIND, EXACT, SHAPES, TOKENS, export
 from tiny import LLAMA3_ROPE, SIMILAR, TWO_FACTORS, UNEQUAL, tiny_architecture
 
-from efficientllm.export.exporter_config import OnnxDecoderConfig
+from efficientllm.export.onnx.portable import input_axes
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ContextOverflowError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
-from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.attention import LayerAttention
 from efficientllm.train.model.source import load_for_inference
 
@@ -199,28 +198,14 @@ def test_portable_graph_equals_the_direct_one(family: str, save_tiny: Callable[.
     assert {node.domain for node in graphs["portable"].node} == {""}
     assert b"site-packages" not in (tmp_path / "portable" / "model.onnx").read_bytes()  # torch's notes of who called
     assert "com.microsoft" in {node.domain for node in graphs["direct"].node}
-    # what optimum's exporter configuration declares is what both have
-    config = OnnxDecoderConfig(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+    axes_of = input_axes(Architecture.from_folder(checkpoint))
     for graph in graphs.values():
-        assert [value.name for value in graph.input] == list(config.inputs)
-        assert {value.name for value in graph.output} == set(config.outputs)
+        assert [value.name for value in graph.input] == list(axes_of)
+        caches = {name.replace("past_key_values", "present") for name in axes_of if "." in name}
+        assert {value.name for value in graph.output} == {"logits", *caches}
         for value in graph.input:
             axes = {axis: dim.dim_param for axis, dim in enumerate(value.type.tensor_type.shape.dim) if dim.dim_param}
-            assert axes == config.inputs[value.name]
-
-
-def test_optimum_knows_irregular_models(save_tiny: Callable[..., Path]) -> None:
-    from optimum.exporters.tasks import TasksManager
-
-    config = json.loads((save_tiny(tiny_architecture()) / "config.json").read_text(encoding="utf-8"))
-    for backend, inputs in {"onnx": 2 + 2 * len(UNEQUAL), "executorch": 2}.items():
-        constructor = TasksManager.get_exporter_config_constructor(
-            backend, model_type="efficientllm_llama", task="text-generation-with-past", library_name="transformers"
-        )
-        dummies = constructor(config).generate_dummy_inputs(framework="pt", batch_size=1, past_length=7)
-        assert len(dummies) == inputs
-        for index, layer in enumerate(UNEQUAL if backend == "onnx" else ()):
-            assert dummies[f"past_key_values.{index}.key"].shape == (1, layer.num_key_value_heads, 7, 32)
+            assert axes == axes_of[value.name]
 
 
 def test_tied_quantised_weights_are_stored_once(save_tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ MAY_IMPORT = {
 """The allowed imports of docs/architecture.md. "train" stands for the modules directly in it."""
 
 EXTRAS = (
-    *("torch", "transformers", "gguf", "llama_cpp", "onnx", "onnxruntime", "executorch", "torchao", "optimum"),
+    *("torch", "transformers", "gguf", "llama_cpp", "onnx", "onnxruntime", "executorch", "torchao"),
     *("safetensors", "ml_dtypes", "datasets", "huggingface_hub", "accelerate", "matplotlib", "lm_eval", "scipy"),
     *("httpx", "fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance", "xllamacpp"),
 )

@@ -24,12 +24,12 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
     check_target("executorch", checkpoint.config, checkpoint.architecture)
     import_executorch()
     with quiet_executorch():
-        with extra("executorch"):  # which brings optimum and torchao, too
+        with extra("executorch"):  # which brings torchao, too
             from .program import write_program as write
         return write(checkpoint, request, folder)
 
 
-MODULES = ("executorch", "optimum", "torchao")
+MODULES = ("executorch", "torchao")
 """Modules of the extra."""
 
 

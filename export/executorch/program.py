@@ -22,7 +22,6 @@ from ...runtime.engines.scheduler import EngineScheduler
 from ...train.model.architecture import Architecture
 from ..calibration import input_grams
 from ..checkpoint import Checkpoint
-from ..exporter_config import ExecutorchDecoderConfig
 from ..manifest import Contents, copy_tokenizer
 from ..padding import pad_rows, padding_notes
 from ..parity import check_written
@@ -49,19 +48,17 @@ class LoweredProgram:
 
 def lower(
     model: StaticDecoder,
-    config: ExecutorchDecoderConfig,
     partitioners: list[Any],
     constants: dict[str, Any],
     begin: Callable[[str], None],
 ) -> LoweredProgram:
-    """Export `model` with the dynamic axes of `config`, lower it and serialise it. `begin` is told the stages."""
+    """Export forward(tokens [1, S], input_pos [1]), lower it and serialise it. `begin` is told the stages."""
     with torch.no_grad():
         begin("tracing")
         # torch.export makes an axis of length 1 a constant
-        inputs = config.generate_dummy_inputs(framework="pt", batch_size=1, sequence_length=3)
-        exported = torch.export.export(
-            model, (), kwargs=inputs, dynamic_shapes=_dynamic_shapes(model, config), strict=False
-        )
+        inputs = {"tokens": torch.zeros(1, 3, dtype=torch.int64), "input_pos": torch.zeros(1, dtype=torch.int64)}
+        shapes = {"tokens": {1: torch.export.Dim("tokens", min=1, max=model.context - 1)}, "input_pos": None}
+        exported = torch.export.export(model, (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
         begin("lowering")
         edge = to_edge_transform_and_lower(
             exported,
@@ -82,15 +79,6 @@ def lower(
     plan = program.executorch_program.execution_plan[0]
     operators = sorted({f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators})
     return LoweredProgram(buffer, len(plan.delegates), tuple(operators))
-
-
-def _dynamic_shapes(model: StaticDecoder, config: ExecutorchDecoderConfig) -> Any:
-    bounds = {"min": 1, "max": model.context - 1}
-    shapes = {}
-    for name, axes in config.inputs.items():
-        dims = {axis: torch.export.Dim(title, **bounds) for axis, title in axes.items()}
-        shapes[name] = dims or None
-    return shapes
 
 
 MODEL_FILE = "model.pte"
@@ -134,10 +122,9 @@ def _build(
     for note in quantize_decoder(model, weights, options, grams):
         request.say(note)
     stored = given_weights(model, weights)
-    config = ExecutorchDecoderConfig(checkpoint.config)
     partitioners = find_recipe(options.recipe).partitioners()
     constants = _constant_methods(checkpoint, context, options.custom_ops)
-    lowered = lower(model, config, partitioners, constants, request.clock.begin)
+    lowered = lower(model, partitioners, constants, request.clock.begin)
     request.say(f"{options.recipe}: {lowered.describe()}")
     return lowered.buffer, stored
 

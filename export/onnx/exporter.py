@@ -55,7 +55,7 @@ def check_onnx(options: OnnxOptions) -> None:
     """Raise MissingExtraError without onnxruntime, and for a portable graph without torch's exporter."""
     require_extra("onnx", "onnx", "onnx_ir", "onnxruntime")
     if options.portable:
-        require_extra("onnx-portable", "onnxscript", "optimum")
+        require_extra("onnx-portable", "onnxscript")
 
 
 def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path) -> None:

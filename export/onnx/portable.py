@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from ...runtime.base.files import require_room
-from ...train.model.architecture import LayerShape
+from ...train.model.architecture import Architecture, LayerShape
 from ...train.model.attention import LayerAttention
 from ..checkpoint import Checkpoint
 from ..decoder_modules import Attention, Decoder
-from ..exporter_config import OnnxDecoderConfig
 
 OPSET = 23
 """The first opset with Attention, RotaryEmbedding and RMSNormalization."""
@@ -114,14 +113,26 @@ class PortableDecoder(Decoder):
         return self.lm_head(self.norm(last_x)), *caches.present
 
 
+def input_axes(architecture: Architecture) -> dict[str, dict[int, str]]:
+    """Return {input: {dynamic axis: its name}}. Caches are those of layers with attention, [B, G, P, D]."""
+    axes = {"input_ids": {0: "batch_size", 1: "sequence"}, "attention_mask": {0: "batch_size", 1: "total"}}
+    for index, layer in enumerate(architecture.layers):
+        for part in ("key", "value") if layer.num_key_value_heads else ():
+            axes[f"past_key_values.{index}.{part}"] = {0: "batch_size", 2: "past"}
+    return axes
+
+
 def write_portable(checkpoint: Checkpoint, path: Path, has_all_logits: bool) -> None:
     """Write `path` and its external data, `path` + "_data"."""
     model = PortableDecoder(checkpoint, has_all_logits)
-    config = OnnxDecoderConfig(checkpoint.config)
-    inputs = config.generate_dummy_inputs(framework="pt")
+    architecture = checkpoint.architecture
+    all_axes, (batch, length, past) = input_axes(architecture), (2, 3, 5)
+    inputs = [torch.zeros(batch, length, dtype=torch.int64), torch.ones(batch, past + length, dtype=torch.int64)]
+    for groups in (layer.num_key_value_heads for layer in architecture.layers if layer.num_key_value_heads):
+        inputs += [torch.rand(batch, groups, past, architecture.head_dim) for _ in ("key", "value")]
     dims = {title: torch.export.Dim(title, min=1) for title in ("batch_size", "sequence", "past")}
     shapes = []
-    for axes in config.inputs.values():
+    for axes in all_axes.values():
         # the mask's length is a sum, which torch derives itself
         shapes.append({axis: dims.get(title, torch.export.Dim.AUTO) for axis, title in axes.items()})
     past_shapes = [tuple(shapes[2:])] if shapes[2:] else []  # *past is one argument, or none without attention
@@ -133,18 +144,18 @@ def write_portable(checkpoint: Checkpoint, path: Path, has_all_logits: bool) -> 
             warnings.simplefilter("ignore")
             program: Any = torch.onnx.export(
                 model,
-                tuple(inputs.values()),
-                input_names=list(config.inputs),
-                output_names=list(config.outputs),
+                tuple(inputs),
+                input_names=list(all_axes),
+                output_names=["logits", *(name.replace("past_key_values", "present") for name in list(all_axes)[2:])],
                 dynamic_shapes=(*shapes[:2], *past_shapes),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
             )
             mask = program.model.graph.inputs[1]  # its length is a symbol that torch made up
-            mask.shape = ir.Shape(list(config.inputs[mask.name].values()))
+            mask.shape = ir.Shape(list(all_axes[mask.name].values()))
             _drop_metadata(program.model)
-            require_room(path, 4 * checkpoint.architecture.num_parameters)
+            require_room(path, 4 * architecture.num_parameters)
             ir.save(program.model, path, external_data=f"{path.name}_data")
     finally:
         logger.setLevel(level)
