@@ -161,16 +161,17 @@ def _set_heads(attention: Any, head_dim: int, settings: Mapping[str, Any], index
     heads = attention.o_proj.weight.shape[1] // head_dim
     fused = getattr(attention, "qkv_proj", None)
     groups = (fused.weight.shape[0] // head_dim - heads) // 2 if fused else attention.k_proj.weight.shape[0] // head_dim
-    removed = kept_queries(settings, index)
+    left = kept_queries(settings, index)
     before = settings.get("num_attention_heads", heads)
-    if removed is not None and groups == settings.get("num_key_value_heads", before):
-        rows = torch.cat([torch.arange(head * head_dim, (head + 1) * head_dim) for head in removed])
-        for matrix, axis in ((attention.q_proj, 0), (attention.o_proj, 1)):
-            whole = torch.zeros(*(before * head_dim if dim == axis else n for dim, n in enumerate(matrix.weight.shape)))
-            matrix.weight = nn.Parameter(whole.index_copy(axis, rows, matrix.weight), requires_grad=False)
-        if attention.q_proj.bias is not None:
-            whole = torch.zeros(before * head_dim)
-            attention.q_proj.bias = nn.Parameter(whole.index_copy(0, rows, attention.q_proj.bias), requires_grad=False)
+    if left is not None and groups == settings.get("num_key_value_heads", before):
+        rows = torch.cat([torch.arange(head * head_dim, (head + 1) * head_dim) for head in left])
+        query, output = attention.q_proj, attention.o_proj
+        for module, name, axis in ((query, "weight", 0), (query, "bias", 0), (output, "weight", 1)):
+            if (narrow := getattr(module, name)) is not None:
+                shape = list(narrow.shape)
+                shape[axis] = before * head_dim
+                whole = torch.zeros(shape).index_copy(axis, rows, narrow)
+                setattr(module, name, nn.Parameter(whole, requires_grad=False))
         heads = before
     attention.num_key_value_groups, attention.num_key_value_heads = heads // groups, groups
     attention.config = copy.copy(attention.config)
