@@ -229,20 +229,17 @@ def _located(source: str, path: Path) -> tuple[str, dict[str, Any]]:
 
 def _foreign_tokenizer(path: Path, called: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a foreign folder or GGUF, whose model transformers may refuse."""
-    if path.suffix != ".gguf":
-        return _tokenizer(path, str(path), {"config": PreTrainedConfig()}, called)
-    with loading(called):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    restore_pre_tokenizer(tokenizer, path)
-    return tokenizer
+    return _tokenizer(path, str(path), {"config": PreTrainedConfig()}, called)
 
 
 def _tokenizer(path: Path, folder: str, options: dict[str, Any], called: str) -> PreTrainedTokenizerBase:
     own = {name: value for name, value in options.items() if name != "quantization_config"}
     with loading(called):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **own)
-    if path.suffix == ".gguf":
-        restore_pre_tokenizer(tokenizer, path)
+        if path.suffix != ".gguf":
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **own)
+        # AutoTokenizer (transformers 5.24) reads the whole file ten times as long, and invents a <mask> for Gemma
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    restore_pre_tokenizer(tokenizer, path)
     return tokenizer
 
 
