@@ -39,7 +39,7 @@ from .architecture import Architecture
 from .file_types import build_pre_tokenizer
 from .folder_files import check_folder, check_token_ids, locate_tensors, read_json, refuse_quantized
 from .foreign_configs import DEFAULTS, ImportOptions, is_foreign
-from .gguf_source import header_of
+from .gguf_source import header_of, shape_in_header
 from .importing import Imported, import_folder
 from .irregular import architecture_of, build, to_irregular
 from .tensors import BUFFERS
@@ -99,10 +99,7 @@ def shape_of_gguf(source: str) -> Architecture | None:
     path = check_source(source, source)
     if path.suffix != ".gguf" or is_foreign(path):
         return None
-    with loading(source), quiet_loading():
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        # whether a head of its own repeats the embedding is known from the weights
-        return architecture_of(config) if config.tie_word_embeddings else None
+    return shape_in_header(path)
 
 
 def stored_dtype(source: str) -> torch.dtype:
