@@ -23,7 +23,7 @@ from .figure import plot_perplexities
 from .result import Results, StudyResult, of_arm
 from .study import Study, target_parameters
 
-NOTES = "<!-- notes -->\n"
+NOTES = "\n<!-- notes -->\n"
 """Text of the page from here on is written by hand and kept."""
 
 
