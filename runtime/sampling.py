@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .base import flags
-from .base.errors import UnanswerableError
+from .base.errors import ArtefactError, UnanswerableError
 
 LLAMA_CPP_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
 """Defaults of llama.cpp's programs, for options that a model's generation_config.json does not set."""
@@ -115,12 +115,14 @@ class Sampler:
     def choose(self, logits: np.ndarray) -> int:
         """Return the next token from fp32 logits [V]. Biases and penalties change the logits in place.
 
-        A token with -inf is never drawn. Raises UnanswerableError if all have it.
+        A token with -inf is never drawn. Raises UnanswerableError if all have it, ArtefactError for NaN.
         """
         self._bias_and_penalize(logits)
         temperature = self.options.temperature
         assert temperature is not None
         best = int(logits.argmax())
+        if np.isnan(logits[best]):  # which argmax takes for the largest
+            raise ArtefactError("the model's numbers are not finite: its file may be damaged; copy or export it again")
         if logits[best] == -np.inf:
             raise UnanswerableError("logit_bias, with the grammar where there is one, forbids every token")
         return best if temperature == 0.0 else self._draw(logits, float(logits[best]), temperature)

@@ -11,7 +11,7 @@ import pytest
 from exporting import export
 from tiny import tiny_architecture
 
-from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.base.errors import ArtefactError, UsageError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
@@ -30,6 +30,13 @@ def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float, 
     keep = (probabilities >= min_p * probabilities[0]) & (np.cumsum(probabilities) - probabilities < top_p)
     kept = probabilities[keep] / probabilities[keep].sum()
     return dict(zip(order[keep].tolist(), kept.tolist(), strict=True))
+
+
+def test_sampler_refuses_numbers_that_are_not_finite() -> None:
+    logits = np.array([0.0, np.nan, 1.0], dtype=np.float32)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ArtefactError, match=r"^the model's numbers are not finite: its file may be damaged"):
+            Sampler(SamplingOptions(temperature=temperature, **ALL)).choose(logits.copy())
 
 
 CUTS = [
