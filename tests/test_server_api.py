@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -327,6 +328,18 @@ def test_models_are_loaded_on_use_and_the_oldest_leaves(artefact: Path) -> None:
         assert ask("second") == 200
         assert loaded() == ["third", "second"]
         assert (ask(""), ask("fourth")) == (400, 404)  # which of them?
+
+
+def test_vanished_model_is_unavailable_until_it_returns(artefact: Path, tmp_path: Path) -> None:
+    second = Path(shutil.copytree(artefact, tmp_path / "second"))
+    pool = loaded_pool({"first": str(artefact), "second": str(second)}, EngineOptions(threads=1, context=64))
+    with serve(pool, AppOptions()) as address:
+        second.rename(tmp_path / "away")
+        answer = post(address, model="second", messages=MESSAGES, max_tokens=1)
+        assert answer.status_code == 503
+        assert "model 'second' cannot be loaded: " in answer.json()["error"]["message"]
+        (tmp_path / "away").rename(second)
+        assert post(address, model="second", messages=MESSAGES, max_tokens=1).status_code == 200
 
 
 def test_an_answer_has_its_time(artefact: Path) -> None:

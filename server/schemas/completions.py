@@ -86,7 +86,8 @@ def _prompts_of(value: Any, name: str, limit: int) -> list[AnyPrompt]:
     is_one = isinstance(value, str) or any(isinstance(each, int) for each in value)
     if not is_one and len(value) > limit:
         raise ValueError(f"{name}: has {len(value)} texts; the limit is {limit}")
-    return [value] if is_one else value
+    prompts: Any = [value] if is_one else value
+    return prompts
 
 
 TokenKey = Annotated[str, AfterValidator(_check_token_key)]
