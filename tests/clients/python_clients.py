@@ -75,14 +75,18 @@ def langchain(address: str) -> None:
 
 
 def litellm(address: str) -> None:
-    """completion: plain, streamed, structured, tools."""
+    """completion: plain and streamed by every provider that can reach the server, structured, tools."""
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the network
     from litellm import completion
 
     common: Any = {"model": "openai/tiny", "api_base": f"{address}/v1", "api_key": KEY, "messages": MESSAGES}
-    assert completion(**common, max_tokens=8).choices[0].message.content
-    pieces = [chunk.choices[0].delta.content or "" for chunk in completion(**common, max_tokens=8, stream=True)]
-    assert "".join(pieces)
+    v1 = ("openai", "text-completion-openai", "hosted_vllm", "lm_studio", "llamafile")
+    for provider in (*v1, "anthropic", "ollama", "ollama_chat"):
+        base = f"{address}/v1" if provider in v1 else address
+        asked: Any = {**common, "model": f"{provider}/tiny", "api_base": base, "max_tokens": 8, "temperature": 0}
+        assert completion(**asked).choices[0].message.content, provider
+        pieces = [chunk.choices[0].delta.content or "" for chunk in completion(**asked, stream=True)]
+        assert "".join(pieces), provider
     answer = completion(**common, max_tokens=MOST, response_format=Weather)
     Weather.model_validate_json(answer.choices[0].message.content)
     answer = completion(**common, max_tokens=MOST, tools=[TOOL], tool_choice="required")
