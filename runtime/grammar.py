@@ -126,6 +126,16 @@ class Grammar:
             raise self.refusal(f"`multipleOf` {numbers} takes too long to enforce; remove it")
         return self
 
+    def allowed_start(self, text: str) -> str | None:
+        """Return the longest start of `text` that an answer may have, or None if the whole text is an answer."""
+        with extra("grammar"):
+            from llguidance import LLTokenizer
+        matcher, content = _matcher()(LLTokenizer("byte"), self.source), text.encode()
+        if matcher.is_error():
+            raise self.refusal(matcher.get_error())
+        length = matcher.try_consume_tokens(list(content))
+        return None if length == len(content) and matcher.is_accepting() else content[:length].decode(errors="ignore")
+
     def parse_on_large_stack(self, parse: Callable[[], T]) -> T:
         """Call `parse` in a thread with a stack for its recursion, and return its result."""
         outcome = Future[T]()

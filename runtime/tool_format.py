@@ -191,6 +191,20 @@ def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
     return closed_schema({**(function.get("parameters") or {"properties": {}}), "type": "object"})
 
 
+def why_not_called(call: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> str:
+    """Return why the grammar of `tools` does not allow `call`, {"name": ..., "arguments": {...}}; "" if it does.
+
+    Raises UsageError for a schema that cannot be enforced.
+    """
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    if call["name"] not in functions:
+        return f"{call['name']} is none of its tools"
+    part = schema_part(parameters_of(functions[call["name"]]), call["name"], LENIENT_CALL_JSON)
+    arguments = json.dumps(call["arguments"], ensure_ascii=False)
+    start = part.allowed_start(arguments)
+    return "" if start is None else f"{call['name']} takes no {arguments[len(start) :]} after {start or 'its name'}"
+
+
 def _text(engine: EngineScheduler, tokens: Iterable[int]) -> str:
     return b"".join(map(engine.token_bytes, tokens)).decode("utf-8", "replace")
 

@@ -16,12 +16,15 @@ import pyarrow.parquet
 import pytest
 
 from efficientllm.runtime.base.errors import DataError, UsageError
+from efficientllm.runtime.base.quantities import format_count
 from efficientllm.train.checkpoint.state import as_arrays, as_tensors
+from efficientllm.train.config.sections import SourceConfig
 from efficientllm.train.data import packing
-from efficientllm.train.data.chat import tokenize
+from efficientllm.train.data.chat import Encoder, tokenize
 from efficientllm.train.data.documents import DataSpec, check_held_out, is_held_out, open_documents, open_texts, text_of
 from efficientllm.train.data.packing import LANES, PackedStream, PrefetchedStream, held_out_windows
 from efficientllm.train.data.tokens import open_tokens, write_tokens
+from efficientllm.train.run_text import RunText
 
 TEXTS = [f"text number {index}, with a few words" for index in range(30)]
 
@@ -339,3 +342,14 @@ def test_a_hub_dataset_is_continued_without_the_files_before(tmp_path: Path, mon
     second.seek(packing.CorpusPosition(**state))
     for _ in range(3):
         assert second.next_documents(3) == first.next_documents(3)
+
+
+def test_run_counts_the_documents_that_it_reads(corpus: Path, tokenizer: Any) -> None:
+    settings = SourceConfig(sequence_length=32, held_out_fraction=0.2, eval_tokens=256)
+    text = RunText([DataSpec(str(corpus)), DataSpec(str(corpus), 3.0)], tokenizer, settings, 0, 1)
+    documents = list(open_documents(DataSpec(str(corpus))))
+    tokens = sum(map(len, Encoder(tokenizer).encode(documents)))
+    part, whole = text.reading_lines(2 * tokens)
+    needed = format_count(4 * tokens)
+    assert part == f"{corpus.name}: about 100 of 200 documents are read, 0.5 passes; --tokens {needed} is one pass"
+    assert whole == f"{corpus.name}: 200 documents are read, 1.5 passes"

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.config.sections import SourceConfig
+from efficientllm.train.data.call_check import CallCheck
 from efficientllm.train.data.chat import Chat, Encoder
 from efficientllm.train.data.check import CheckConfig, body, check_file, rendered, rows
-from efficientllm.train.data.documents import DataSpec
+from efficientllm.train.data.documents import DataSpec, open_documents
 from efficientllm.train.data.packing import PackedStream
 
 TOOL = {"type": "function", "function": {"name": "now"}}
@@ -160,3 +162,103 @@ def test_learned_text_is_marked_and_control_characters_are_escaped(tokenizer: Pr
     shown = rendered(ids, tokenizer, ("\x1b[7m", "\x1b[0m"))
     assert shown == "<|im_start|>user\nHi\\x1b[2J<|im_end|>\n<|im_start|>assistant\n\x1b[7mYes<|im_end|>\n\x1b[0m"
     assert rendered(np.asarray([5]), tokenizer, ("[[", "]]")).startswith("[[")
+
+
+PROPERTIES = {"name": {"type": "string"}, "level": {"type": "integer"}, "on": {"type": "boolean"}}
+SET = {"type": "function", "function": {"name": "set", "parameters": {"properties": PROPERTIES, "required": ["name"]}}}
+WARM = {"name": "fan", "parameters": {"properties": {"name": {"type": "string"}, "mode": {"type": "string"}}}}
+
+
+def example(request: str, function: str = "set", tools: Sequence[object] = (), **arguments: object) -> Any:
+    call = {"id": "call_0", "type": "function", "function": {"name": function, "arguments": json.dumps(arguments)}}
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    return {"messages": messages, **({"tools": tools} if tools else {})}
+
+
+def found_in(folder: Path, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
+    """Return the warnings about examples, with the names of their files alone."""
+    check = CallCheck()
+    for name, records in (("train", train), ("test", test)):
+        for document in open_documents(DataSpec(str(write(folder / f"{name}.jsonl", records)))):
+            assert isinstance(document, Chat)
+            check.add(document, f"{name}.jsonl", name == "test")
+    return [line.replace(f"{folder}/", "") for line in check.lines()]
+
+
+SOUND = [example(f"Set lamp {index} to {index}", name=f"lamp {index}", level=index) for index in range(30)]
+SOUND += [example(f"Lamp {index} on", name=f"lamp {index}", on=index % 2 == 0) for index in range(30)]
+TESTED = [
+    example(f"Set oven {index} to {index}", tools=(SET,), name=f"oven {index}", level=index) for index in range(4)
+]
+PLANTED: dict[str, tuple[list[Any], list[Any], str]] = {
+    "order": (
+        [example("dim", level=1, name="hall")],
+        [],
+        "1 calls with arguments in another order than the properties or most calls; first: set(level, name) in "
+        "train.jsonl: line 61",
+    ),
+    "type": (
+        [example("dim", name="hall", level="one"), example("dim it", name="x", level="two")],
+        [],
+        "2 calls with an argument of another type than its schema or most calls; first: set(level: text) in "
+        "train.jsonl: line 61",
+    ),
+    "argument": (
+        [example("dim", name="hall", speed=3)],
+        [],
+        "1 calls with arguments that no tools have; first: set(name, speed) in train.jsonl: line 61",
+    ),
+    "function": (
+        [example("dim", "dim", name="hall")],
+        [],
+        "1 calls of functions that no tools have; first: dim(name) in train.jsonl: line 61",
+    ),
+    "answers": (
+        [example("Lamp 3 on", name="lamp 4", on=True), example("Lamp 3 on", name="x", on=True)],
+        [],
+        "1 requests have two different answers; first: train.jsonl: line 61",
+    ),
+    "forbidden": (
+        [],
+        [example("now", tools=(SET,), name="hall"), example("dim", tools=(SET,), level=3)],
+        "1 calls of the test do not follow their own tools, so that --constrain schema cannot write them; first: "
+        'test.jsonl: line 6: set takes no level": 3} after {"',
+    ),
+    "case": (
+        [],
+        [example("LAMP 3  on", tools=(SET,), name="lamp 3", on=True)],
+        "1 requests of the test are in the training files, in another case or spacing; first: test.jsonl: line 5",
+    ),
+    "tools": (
+        [],
+        [example("dim", name="hall", level=1)],
+        "1 of 5 chats in test.jsonl have no tools; first: test.jsonl: line 5",
+    ),
+    "one value": (
+        [example(f"Fan {index}", "fan", name=f"fan {index}", mode="cool") for index in range(30)],
+        [example("Fan", "fan", tools=({"function": WARM},), name="fan", mode="warm")],
+        "1 arguments have one value in the training files, and the model will write no other; first: "
+        'fan(mode: "cool") in 30 calls',
+    ),
+}
+
+
+def test_sound_examples_have_no_warning(tmp_path: Path) -> None:
+    assert found_in(tmp_path, SOUND, TESTED) == []
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_check_warns_of_each_planted_defect_alone(case: str, tmp_path: Path) -> None:
+    train, test, expected = PLANTED[case]
+    assert found_in(tmp_path, [*SOUND, *train], [*TESTED, *test]) == [expected]
+
+
+def test_report_has_a_row_for_each_function_and_the_warnings(
+    tmp_path: Path, source_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write(tmp_path / "train.jsonl", [*SOUND, *PLANTED["order"][0]])
+    test = write(tmp_path / "test.jsonl", TESTED)
+    assert run_command(body, ["check", str(train), "--test", str(test), "--source", str(source_folder)]) == 0
+    out = capsys.readouterr().out
+    assert "| set | 61 | 4 | 98% of 65 |" in out
+    assert "\nwarning: 1 calls with arguments in another order" in out

@@ -37,7 +37,8 @@ from efficientllm.train.evaluation.jobs import JobResult, read_examples
 from efficientllm.train.evaluation.scoring import EngineModel
 
 CALL = {"name": "set_light", "arguments": {"area": "loft", "level": 3}}
-TOOL = {"type": "function", "function": {"name": "set_light", "parameters": {"type": "object", "properties": {}}}}
+LIGHT = {"type": "object", "properties": {"area": {"type": "string"}, "level": {"type": "integer"}}}
+TOOL = {"type": "function", "function": {"name": "set_light", "parameters": LIGHT}}
 
 
 def example(expected: str, **record: Any) -> Example:
@@ -212,6 +213,24 @@ INEFFECTIVE = {
     "no form": (["--constrain", "schema"], {}, "has no effect: no example of --task has tools or a response_format"),
     "no tools": (["--constrain", "copy"], {"response_format": FORM}, "has no effect: no example of --task has tools"),
     "other form": (["--constrain", "schema"], {"response_format": {"type": "x"}}, "response_format must be {"),
+    "other answer": (
+        ["--constrain", "schema"],
+        {"response_format": FORM, "completion": '{"a": "y"}'},
+        """line 1 expects what its own grammar rejects: its response_format takes no 'y"}' after '{"a": "'""",
+    ),
+    "other call": (
+        ["--constrain", "copy"],
+        {
+            "tools": [TOOL],
+            "completion": [called({"name": "set_light", "arguments": {"level": 3, "area": "loft"}}).chat.messages[1]],
+        },
+        'rejects: set_light takes no , "area": "loft"} after {"level": 3',
+    ),
+    "other function": (
+        ["--constrain", "schema"],
+        {"tools": [TOOL], "completion": [called({"name": "dim", "arguments": {}}).chat.messages[1]]},
+        "rejects: dim is none of its tools",
+    ),
     "no call": (
         ["--metric", "call"],
         {"tools": [TOOL]},
@@ -354,6 +373,8 @@ def test_a_job_is_scored_on_checkpoints_and_files(
     assert run_command(cli.body, [*arguments, "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "job, exact" in shown
+    assert re.search(r"job, exact of no call +3 examples", shown)
+    assert re.search(r"job, exact of set_light +1 examples", shown)
     assert "macro F1" not in shown
     assert "perplexity" not in shown
     (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["evaluations"]

@@ -133,6 +133,8 @@ def _run(plan: RunPlan, trainer: Trainer) -> Path | None:
         if parallel.is_main:
             _prepare_folder(plan)
             _announce(plan, trainer.progress.tokens)
+            for line in trainer.text.reading_lines(plan.config.optimizer.tokens):
+                _log.info(line)
         parallel.barrier()
         if not trainer.train(partial(write_model, trainer)):
             return None

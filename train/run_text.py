@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..runtime.base.quantities import display_name, format_count
 from .config.sections import SourceConfig
-from .data.chat import Encoder
-from .data.documents import DataSpec
+from .data.chat import Document, Encoder
+from .data.documents import DataSpec, local_files, open_documents, text_of
 from .data.packing import PackedStream, PrefetchedStream, held_out_windows
 from .vocabulary.frequency import count_tokens
 from .vocabulary.tokenizer_pruning import prune_tokenizer
+
+COUNTED_CHARACTERS = 20_000_000
+"""Characters of a corpus up to which its documents are counted, in about two seconds of CPU time."""
+
+SAMPLED_DOCUMENTS = 256
+"""Documents whose mean length in tokens stands for a corpus."""
 
 EXTRA_SEED = 1_000_003
 """Added to the run's seed for text in an order that training does not see."""
@@ -72,3 +80,28 @@ class RunText:
         self.stream.switch_tokenizer(self.tokenizer)
         self.held_out = self._held_out_windows()
         self._extra_windows.clear()  # they count tokens of the former vocabulary
+
+    def reading_lines(self, num_tokens: int) -> list[str]:
+        """Return a line for each local corpus: how many of its documents `num_tokens` of training read, and how often.
+
+        Larger corpora than COUNTED_CHARACTERS have none.
+        """
+        lines, weights = [], sum(spec.weight for spec in self.data)
+        for spec in self.data if weights else ():
+            count, length, sample = 0, 0, list[Document]()
+            for document in open_documents(spec) if local_files(spec.path) else ():
+                count, length = count + 1, length + len(text_of(document))
+                if length > COUNTED_CHARACTERS:
+                    count = 0
+                    break
+                if len(sample) < SAMPLED_DOCUMENTS:
+                    sample.append(document)
+            if not count:
+                continue
+            tokens = sum(map(len, Encoder(self.source_tokenizer).encode(sample))) * count / len(sample)
+            passes = num_tokens * spec.weight / weights / tokens
+            read = f"{count:,}" if passes >= 1 else f"about {round(passes * count):,} of {count:,}"
+            lines.append(f"{display_name(spec.path)}: {read} documents are read, {passes:.2g} passes")
+            if passes < 1:
+                lines[-1] += f"; --tokens {format_count(math.ceil(num_tokens / passes))} is one pass"
+        return lines

@@ -5,9 +5,7 @@ Records, token ids and windows come from the functions that training uses, so th
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +21,7 @@ from ...runtime.base.model_names import check_source
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import display_name, markdown_table
 from ...runtime.chat_template import read_template_file
+from .call_check import CallCheck, digest, request_of
 from .chat import Chat, Document, Encoder, set_chat_template
 from .documents import DataSpec, open_documents
 from .packing import is_kept_whole
@@ -101,18 +100,6 @@ class FileReport:
         return [prompt + learned for prompt, learned in pairs]
 
 
-def request_of(document: Document) -> str:
-    """Return a chat's messages before its last answer as JSON, and the whole of a text."""
-    if not isinstance(document, Chat):
-        return document
-    last = max(index for index, message in enumerate(document.messages) if message["role"] == "assistant")
-    return json.dumps(document.messages[:last], sort_keys=True)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
 def _encoded(report: FileReport, spec: DataSpec, encoder: Encoder) -> Iterator[tuple[Document, np.ndarray]]:
     """Yield the documents of a file with their token ids. A chat that the template rejects is a refusal."""
     for document in open_documents(spec, report.refusals):
@@ -122,8 +109,8 @@ def _encoded(report: FileReport, spec: DataSpec, encoder: Encoder) -> Iterator[t
             report.refusals.add(error)
 
 
-def check_file(spec: DataSpec, encoder: Encoder, sequence_length: int) -> FileReport:
-    """Read all records of a corpus as training does and return their counts.
+def check_file(spec: DataSpec, encoder: Encoder, sequence_length: int, calls: CallCheck | None = None) -> FileReport:
+    """Read all records of a corpus as training does and return their counts. `calls` gets the chats.
 
     Raises UsageError or DataError for a file that cannot be read. Records that are refused are in the report.
     """
@@ -133,17 +120,19 @@ def check_file(spec: DataSpec, encoder: Encoder, sequence_length: int) -> FileRe
         if isinstance(document, Chat):
             report.forms[document.form + (" with functions" if document.has_functions else "")] += 1
             report.num_cut += not is_kept_whole(ids, sequence_length)
-            digest = _digest(document.to_json())
+            key, request = digest(document.to_json()), request_of(document)
+            if calls is not None:
+                calls.add(document, display_name(spec.path), spec.flag == "--test")
         else:
             report.forms["text"] += 1
-            digest = _digest(document)
-        report.num_repeated += digest in known
-        known.add(digest)
-        report.requests[_digest(request_of(document))] += 1
+            key, request = digest(document), document
+        report.num_repeated += key in known
+        known.add(key)
+        report.requests[digest(request)] += 1
         learned = int((ids >= 0).sum())
         report.learned_tokens.append(learned)
         report.prompt_tokens.append(len(ids) - learned)
-        report.examples = _first_by_hash([*report.examples, (digest, ids)])
+        report.examples = _first_by_hash([*report.examples, (key, ids)])
     return report
 
 
@@ -233,13 +222,17 @@ def body(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(config.source)
     set_chat_template(tokenizer, template, config.functions == "learned")
     encoder = Encoder(tokenizer)
-    reports: list[FileReport] = []
+    reports, calls = list[FileReport](), CallCheck()
     with ProgressDisplay() as display:
         for (name, _), spec in zip(named, specs, strict=True):
             display.say(f"reading {name}")
-            reports.append(check_file(spec, encoder, config.sequence_length))
+            reports.append(check_file(spec, encoder, config.sequence_length, calls))
     files, tests = reports[: len(names)], reports[len(names) :]
     print(markdown_table(rows(files, tests, config.sequence_length)))
+    if table := calls.rows():
+        print(f"\n{markdown_table(table)}")
+    for line in calls.lines():
+        print(f"\nwarning: {line}")
     marks, learned = ((REVERSE, NORMAL), "") if sys.stdout.isatty() else (("[[", "]]"), ", learned text in [[ ]]")
     chosen = _first_by_hash(example for report in files for example in report.examples)
     for number, (_, ids) in enumerate(chosen, 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,14 @@ from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.contract_text import ALL_TEXTS, with_bits
 from .evaluate import ANSWERS, DIGITS, ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from .job_score import check_target, job_score, write_score
-from .jobs import misses_page
+from .jobs import JobResult, misses_page
 from .perplexity import Perplexity
 from .quality.contract import contract
 from .scoring import is_checkpoint, mean_and_error
 from .tasks import TaskResult
+
+MOST_FUNCTIONS = 40
+"""Functions of a job with a row in the table, the most frequent ones."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,19 @@ def _job_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
             cells.append(f"{_score(other.mean(name), other.stderr(name))} ({difference:+.3f} ± {error:.3f})")
         table.append([f"job, {name}", size, *cells])
     table += [[f"job, {name}", "", *[f"{job.whole[name]:.3f}" for job in jobs]] for name in first.whole]
+    counts = Counter(first.functions).most_common(MOST_FUNCTIONS)
+    for function, count in counts if len(counts) > 1 else ():
+        cells = [f"{_mean_of(job, function):.3f}" for job in jobs]
+        table.append([f"job, {first.score_name} of {function}", f"{count} examples", *cells])
     table.append(["tokens per answer", "", *[f"{job.tokens_per_answer:.1f}" for job in jobs]])
     table.append(["ms per answer", "", *[f"{job.ms_per_answer:.0f}" for job in jobs]])
     return table
+
+
+def _mean_of(job: JobResult, function: str) -> float:
+    """Return the mean score of the examples that expect `function`."""
+    scores = zip(job.functions, job.values[job.score_name], strict=True)
+    return statistics.fmean(score for each, score in scores if each == function)
 
 
 def _name(evaluation: Evaluation) -> str:

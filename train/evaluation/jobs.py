@@ -21,7 +21,7 @@ import numpy as np
 from ...runtime.base.errors import ContextOverflowError, DataError, UsageError
 from ...runtime.chat_template import Message
 from ...runtime.grammar import Grammar
-from ...runtime.tool_format import tool_format
+from ...runtime.tool_format import tool_format, why_not_called
 from ..data.chat import Chat, ChatFormat
 from ..data.records import BadLines, ReadContext, document_of
 from .job_metrics import FORM, Example, Values, calls_in, macro_f1, metric_named, text_of
@@ -144,14 +144,28 @@ def _check_calls(examples: Sequence[Example], metric: str, constrain: Constrain)
     has_schema = False
     for number, each in enumerate(examples, 1):
         try:
-            if each.schema is not None:
-                Grammar.json_schema(each.schema)
-                has_schema = True
+            grammar = Grammar.json_schema(each.schema) if each.schema is not None else None
+            has_schema |= grammar is not None
+            reason = _why_rejected(each, grammar if constrain == "schema" else None)
         except (ValueError, UsageError) as error:
             raise DataError(f"--constrain {constrain}: example {number} of --task: {error}") from error
+        if reason:
+            where = each.chat.place or f"example {number} of --task"
+            raise DataError(f"--constrain {constrain}: {where} expects what its own grammar rejects: {reason}")
     if not has_tools and not (has_schema and constrain == "schema"):
         needed = "tools or a response_format" if constrain == "schema" else "tools"
         raise UsageError(f"--constrain {constrain} has no effect: no example of --task has {needed}")
+
+
+def _why_rejected(example: Example, grammar: Grammar | None) -> str:
+    """Return why the grammar of an example's answers rejects the expected one, "" if it allows it."""
+    tools, calls = example.chat.tools, example.chat.messages[-1].get("tool_calls", ())
+    if calls or tools or grammar is None:
+        reasons = (why_not_called(call["function"], tools) for call in calls if tools)
+        return next(filter(None, reasons), "")
+    start = grammar.allowed_start(example.expected)
+    rest = example.expected[len(start or "") :]
+    return "" if start is None else f"its response_format takes no {rest[:40]!r} after {start[-40:]!r}"
 
 
 @dataclass(frozen=True)
@@ -167,6 +181,8 @@ class JobResult:
     """Elapsed time, of a batch divided by its answers for a Hugging Face folder."""
     whole: dict[str, float] = field(default_factory=dict)
     """{name: value of all answers together}, such as the macro F1 of labels."""
+    functions: list[str] = field(default_factory=list)
+    """Function that each example expects, "no call" for a refusal. [] for metrics other than call."""
 
     @property
     def score_name(self) -> str:
@@ -195,7 +211,7 @@ class JobResult:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> JobResult:
-        return cls(**{name: value[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: value[name] for name in cls.__dataclass_fields__ if name in value})
 
 
 def bootstrap_error(values: Sequence[float] | np.ndarray) -> float:
@@ -250,7 +266,9 @@ def run_job(
     whole: dict[str, float] = {}
     if metric == "label":
         whole["macro F1"] = macro_f1([each.expected for each in examples], answers)
-    return JobResult(metric, values, answers, tokens / len(answers), sum(elapsed_ms) / len(answers), whole)
+    calls = [calls_in(each.expected) for each in examples] if metric == "call" else []
+    functions = [found[0][0] if found else "no call" for found in calls]
+    return JobResult(metric, values, answers, tokens / len(answers), sum(elapsed_ms) / len(answers), whole, functions)
 
 
 def _answered(
