@@ -114,6 +114,7 @@ def _of_tensors(checkpoint: Checkpoint, model: Any) -> Iterator[Finding]:
             theirs = stored[place.name]
             if place.part is not None:
                 theirs = theirs.unflatten(0, (-1, 3 * shape.head_dim)).chunk(3, 1)[place.part].flatten(0, 1)
-        offset = shape.parts.norm.gain_offset if name.endswith("norm.weight") else 0.0
-        is_same = np.array_equal(checkpoint.tensor(name), theirs.numpy() + np.float32(offset))
+        if name.endswith("norm.weight"):
+            theirs = theirs + shape.parts.norm.gain_offset
+        is_same = np.array_equal(checkpoint.tensor(name), theirs.numpy())
         yield f"tensor {name}", "other numbers" if not is_same else "", ""

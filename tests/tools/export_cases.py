@@ -382,7 +382,7 @@ def possible_misreadings(checkpoint: Checkpoint) -> list[str]:
 
 def misread(target: str, case: Case, folder: Path, name: str = "") -> Outcome:
     """Export a case while the exporter misreads a setting, by default one of those that matter."""
-    save_checkpoint(build(target, case), tiny_tokenizer(), folder / "checkpoint")
+    save_checkpoint(build(_like(target), case), tiny_tokenizer(), folder / "checkpoint")
     possible = possible_misreadings(Checkpoint(folder / "checkpoint", "checkpoint"))
     name = name or random.Random(case.seed).choice(possible)
     flags = {} if target == "hf-uniform" else {**case.flags, "quantize": case.quantize}
@@ -439,12 +439,17 @@ def cause(message: str) -> str:
     return re.sub(r"\d[\d.e+-]*", "N", message)
 
 
+def _like(target: str) -> str:
+    """Return the target whose generated cases another one shares."""
+    return "onnx" if target == "hf-uniform" else target
+
+
 def run_cases(
     target: str, seed: int, indices: Sequence[int], run: Callable[[str, Case, Path], Outcome]
 ) -> Iterator[tuple[int, Case, Outcome]]:
     """Yield each case with its outcome."""
     for index in indices:
-        case = generate("onnx" if target == "hf-uniform" else target, seed, index)
+        case = generate(_like(target), seed, index)
         with tempfile.TemporaryDirectory(prefix="export-case-") as folder:
             yield index, case, run(target, case, Path(folder))
 
