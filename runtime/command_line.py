@@ -41,7 +41,6 @@ GROUPS = {
     },
     "ship": {
         "export": Command("export.cli", "write a checkpoint as GGUF, ONNX, ExecuTorch, ...", "--target"),
-        "hub": Command("devices.hub_folder", "make a folder for a model hub"),
     },
     "run": {
         "chat": Command("runtime.chat", "chat with an exported model in the terminal"),
@@ -51,7 +50,6 @@ GROUPS = {
     "know": {
         "eval": Command("train.evaluation.cli", "measure the quality of models"),
         "bench": Command("devices.cli", "measure speed and memory on a device"),
-        "report": Command("devices.report_cli", "collect the results of several benchmarks"),
         "doctor": Command("runtime.doctor", "show this machine, its engines and missing packages"),
     },
     "shell": {

@@ -52,7 +52,7 @@ USES = {
     "chat, serve, bench of an ONNX folder": ("onnx",),
     "chat, serve, bench of a .pte": ("executorch",),
     "serve": ("server",),
-    "bench, report": ("bench",),
+    "bench": ("bench",),
 }
 """Command -> the extras that it needs, one of those between |. Commands that are not listed need none."""
 

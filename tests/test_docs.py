@@ -20,8 +20,6 @@ import site_pages
 from serving import loaded_pool, serve
 
 from efficientllm.devices.cli import build_parser as bench_parser
-from efficientllm.devices.hub_folder import build_parser as hub_parser
-from efficientllm.devices.report_cli import build_parser as report_parser
 from efficientllm.export.cli import build_parser as export_parser
 from efficientllm.export.targets import known_targets, load_exporter
 from efficientllm.runtime.base.child import run_python
@@ -55,8 +53,6 @@ PARSERS = {
     "efficientllm-serve": serve_parser,
     "efficientllm-eval": eval_parser,
     "efficientllm-bench": bench_parser,
-    "efficientllm-report": report_parser,
-    "efficientllm-hub": hub_parser,
     "efficientllm-serve-web": web_parser,
 }
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from efficientllm.devices import hub_folder, report_page
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DataError, EfficientLLMError, UsageError
@@ -628,12 +627,6 @@ def test_a_score_travels_to_cards_manifests_and_pages(
     assert run_command(export_cli.body, [str(model), *settings, "--overwrite"]) == 0  # nothing in it is foreign
     assert Manifest.read(artefact).jobs == [stored]
 
-    assert run_command(hub_folder.body, [str(tmp_path / "Small"), str(artefact)]) == 0
-    card = (tmp_path / "Small" / "README.md").read_text(encoding="utf-8")
-    assert f"| Small-F32.gguf | test.jsonl ({digest[:12]}) | contains: contains | 4 |" in card
-    manifest = json.loads((artefact / "manifest.json").read_text(encoding="utf-8"))
-    cell = report_page._job_cell(manifest)
-    assert cell.text == f"{stored['values']['contains']['mean']:.3f} (test.jsonl, contains)"
     # fewer examples replace no score of more
     assert run_command(cli.body, [str(model), *score, "--task-limit", "2"]) == 0
     assert [each["examples"] for each in stored_scores(model)] == [4, 2]
@@ -647,11 +640,6 @@ def test_a_score_needs_a_folder_and_a_job(task: Path, artefact: Path, capsys: py
     (file,) = artefact.glob("*.gguf")
     assert run_command(cli.body, [str(file), "--task", str(task), "--write"]) == 2
     assert "is no model folder and no folder written by efficientllm-export" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("jobs", [None, 3, [3], [{}], [{"score": [], "values": {}}], [{"score": "a", "values": 3}]])
-def test_a_page_shows_nothing_for_a_manifest_without_scores(jobs: object) -> None:
-    assert report_page._job_cell({"jobs": jobs}).text == "-"
 
 
 def test_one_example_has_no_error_and_a_card_of_others_stays() -> None:

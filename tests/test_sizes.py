@@ -17,7 +17,6 @@ from tiny import tiny_architecture, tiny_model
 from training import command, expect_equal_weights, expect_same_run, metrics, run, without
 
 import efficientllm.train.run as training_run
-from efficientllm.devices import hub_folder
 from efficientllm.devices.results import BenchOptions, Measurement, Run, summarize
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
@@ -358,20 +357,6 @@ def test_a_longer_workload_needs_more_memory(family: Path) -> None:
     short, long = (fit.serving_memory(shape, 1e6, Workload.at_depth(depth), []) for depth in (99, 1099))
     heads = sum(layer.num_key_value_heads for layer in shape.layers)
     assert long.num_bytes - short.num_bytes == 1000 * heads * shape.head_dim * 2 * 2
-
-
-def test_all_sizes_are_one_repository(family: Path, files: list[Path], tmp_path: Path) -> None:
-    output = tmp_path / "small"
-    assert run_command(hub_folder.body, [str(output), *map(str, files)]) == 0
-    assert len(list(output.glob("small-*k-Q8_0.gguf"))) == 3
-    card = (output / "README.md").read_text()
-    table = [line for line in card.splitlines() if line.startswith("| ")]
-    assert "| parameters | held-out perplexity |" in table[0]
-    rows = json.loads((family / "sizes.json").read_text())["sizes"]
-    for row, line in zip(rows, [line for line in table if ".gguf" in line], strict=True):
-        assert f"| {row['parameters'] / 1000:.1f}k | {row['perplexity']:.3f} |" in line
-    counts = [f"{row['parameters'] / 1000:.1f}k" for row in rows]
-    assert f"# small: {counts[0]}, {counts[1]} and {counts[2]} parameters\n" in card
 
 
 def test_the_front_of_another_model_is_said_to_be_one(source_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,6 @@ from shared_fixtures import Exported
 from tiny import SIMILAR, tiny_architecture
 from transformers import PreTrainedTokenizerFast
 
-from efficientllm.devices import hub_folder as hub_cli
-from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.train.evaluation.scoring import is_checkpoint
 from efficientllm.train.model.source import load_for_inference
@@ -79,13 +77,6 @@ def test_transformers_js_generates_the_tokens_of_our_engine(quantize: str, expor
         held.append(token)
     engine.close()
     assert len(held) == len(PROMPT) + COUNT
-
-
-@needs_transformers_js
-def test_a_hub_folder_is_a_repository_for_transformers_js(exported: Exported, tmp_path: Path) -> None:
-    onnx = exported("onnx", "--quantize", "f32")
-    assert run_command(hub_cli.body, [str(tmp_path / "small"), str(onnx)]) == 0
-    assert answered(tmp_path / "small") == answered(onnx)
 
 
 def test_an_onnx_folder_is_no_checkpoint_for_its_config(save_tiny: Callable[..., Path], tmp_path: Path) -> None:

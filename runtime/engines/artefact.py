@@ -24,7 +24,7 @@ FILE_ENGINES = {".gguf": "llama.cpp", ".pte": "executorch"}
 """Suffix of a bare model file -> its engine."""
 
 
-ARTEFACT_HELP = "folder written by efficientllm-export or efficientllm-hub, a .gguf or .pte file, or demo"
+ARTEFACT_HELP = "folder written by efficientllm-export, a .gguf or .pte file, or demo"
 """Help of the commands that run a model."""
 
 
@@ -149,7 +149,7 @@ class Artefact:
     def open(cls, path: str | Path) -> Artefact:
         """Return the artefact at `path` without reading its weights, see `verify`.
 
-        `path` may be demo, the built-in model, or a folder that holds one artefact, such as one of efficientllm-hub.
+        `path` may be demo, the built-in model, or a folder that holds one artefact.
         Raise ArtefactError if there is none, or a file is missing or truncated.
         """
         path = _locate(Path(path))
