@@ -28,6 +28,8 @@ from efficientllm.runtime.base.quantities import format_count, format_duration, 
 from efficientllm.train.model.architecture import Architecture, matmul_parameters
 from efficientllm.train.reporting.plots import save_figure
 
+GPU_UTILISATION = 0.4
+"""Share of its peak that a GPU reaches in training; 0.3 to 0.5 is common for dense models."""
 SAME_SHARE = 0.02
 """Tolerance of the share of the source's parameters between runs of one law."""
 FURTHEST = 1000

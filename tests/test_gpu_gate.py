@@ -1,4 +1,4 @@
-"""Training on a CUDA device that is not there: the same removals as on the CPU, few waits of the host, little time."""
+"""Training on a CUDA device that is not there: the same removals as on the CPU, and few waits of the host."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
 def gate(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the findings of tests/tools/gpu_gate.py, from one process that compiles and imports once."""
     folder = tmp_path_factory.mktemp("gate")
-    command = [sys.executable, "-m", "tests.tools.gpu_gate", "all", source_folder, corpus, folder]
+    command = [sys.executable, "-m", "tests.tools.gpu_gate", source_folder, corpus, folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -54,17 +54,3 @@ def test_every_kind_of_run_is_the_same_on_a_gpu(gate: dict[str, Any]) -> None:
 
 def test_an_operation_on_tensors_of_two_devices_fails(gate: dict[str, Any]) -> None:
     assert "expected all tensors on the same device" in gate["mixed"]
-
-
-def test_a_step_waits_seldom_and_is_bound_by_its_products(gate: dict[str, Any], record_property: Any) -> None:
-    """Lower bounds of the time on one H100, by bytes and operations of every kernel (fake_cuda.py): no measurements."""
-    steps = {(each["shape"], each["saliency"], each["microbatches"]): each for each in gate["roofline"]}
-    for name, step in steps.items():
-        print(name, json.dumps(step))
-        record_property(str(name), step)
-        assert step["syncs"] <= 2 * step["microbatches"] + 2, step["lines"]
-        assert step["kernels"] <= 4000 * step["microbatches"], step
-    assert steps["1b-half", "taylor1", 3]["syncs"] <= 5  # two, and one a microbatch
-    distilled = steps["1b-half", "token-fisher", 1]
-    assert distilled["shares"]["loss"] + distilled["shares"]["head"] <= 0.25
-    assert steps["1b", "", 1]["tokens_per_second"] >= 32_000

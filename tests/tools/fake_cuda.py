@@ -1,9 +1,7 @@
 """A CUDA device without a GPU: tensors whose device is cuda:0 and whose values are computed on the CPU.
 
-Code under `fake_cuda()` sees one GPU. An operation on tensors of several devices fails as on a GPU. Every kernel and
-every wait of the host for the device is counted, with a lower bound of the device's time on an H100. With
-`has_values=False`, tensors have shapes only, and a step of a large model takes seconds. Neither numerics nor the memory
-of a GPU are imitated.
+Code under `fake_cuda()` sees one GPU. An operation on tensors of several devices fails as on a GPU. Every
+wait of the host for the device is counted. Neither numerics nor the memory of a GPU are imitated.
 """
 
 # ruff: noqa: E402  # the guard is loaded before torch
@@ -13,7 +11,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
-import functools
 import importlib.util
 import subprocess
 import sys
@@ -46,7 +43,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
@@ -55,19 +51,10 @@ MOVES = (aten._to_copy.default, aten.copy_.default, aten._pin_memory.default, at
 """Operations on tensors of several devices."""
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 """Operations that take CPU indices."""
-GATHERED = (aten.embedding.default, aten.gather.default, aten.index_select.default, aten.index.Tensor)
-"""Operations that read as much as they write."""
-
-FLOPS_PER_SECOND = 0.75 * 989e12
-"""bf16 matrix products of an H100, at three quarters of the peak."""
-BYTES_PER_SECOND = 0.8 * 3.35e12
-"""Memory of an H100, at four fifths of the peak."""
-KERNEL_SECONDS = 3e-6
-"""Least duration of a kernel."""
 
 
 class CudaTensor(Tensor):
-    """A tensor on cuda:0. `values_held` has its values on the CPU, or only its shape on the meta device."""
+    """A tensor on cuda:0. `values_held` has its values on the CPU."""
 
     values_held: Tensor
 
@@ -116,34 +103,14 @@ class CudaTensor(Tensor):
 
 
 class Device(TorchDispatchMode):
-    """The device, with counts of its work."""
+    """The device, with counts of waits."""
 
     current: Device | None = None
 
-    def __init__(self, has_values: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.has_values = has_values
         self.syncs: collections.Counter[str] = collections.Counter()
         """Waits of the host, by operation and line of the product."""
-        self.kernels = 0
-        self.phase = "layers"
-        self.seconds: dict[str, float] = collections.defaultdict(float)
-        """Lower bound of the device's time by phase."""
-
-    def clear(self) -> None:
-        """Start counting again."""
-        self.syncs.clear()
-        self.seconds.clear()
-        self.kernels = 0
-
-    @contextlib.contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        """Attribute the work in this block to `phase`."""
-        before, self.phase = self.phase, phase
-        try:
-            yield
-        finally:
-            self.phase = before
 
     def __enter__(self) -> Any:
         Device.current = self
@@ -170,12 +137,9 @@ class Device(TorchDispatchMode):
         if wanted.type != "cuda":
             return func(*args, **kwargs)
         if "device" in kwargs:
-            kwargs = kwargs | {"device": CPU if self.has_values else "meta"}
+            kwargs = kwargs | {"device": CPU}
         owners = {id(each.values_held): each for each in on_device}
-        unwrap = functools.partial(_unwrap, has_values=self.has_values)
-        inner_args, inner_kwargs = tree_map(unwrap, args), tree_map(unwrap, kwargs)
-        found = self._compute(func, inner_args, inner_kwargs)
-        self._count(func, inner_args, inner_kwargs, found)
+        found = self._compute(func, tree_map(_unwrap, args), tree_map(_unwrap, kwargs))
         return tree_map(lambda each: _wrap(each, owners), found)
 
     def _check(self, func: Any, args: Any, tensors: list[Tensor]) -> None:
@@ -202,13 +166,9 @@ class Device(TorchDispatchMode):
             device = kwargs.get("device")
             is_to = is_from if device is None else torch.device(device).type == "cuda"
         is_async = kwargs.get("non_blocking", False) and getattr(source, "is_on_pinned_pages", False)
-        if is_from != is_to and source.device.type != "meta" and not is_async:
+        if is_from != is_to and not is_async:
             self.syncs[f"copy to {'cuda' if is_to else 'cpu'}: {_caller()}"] += 1
         inner = source.values_held if is_from else source
-        if is_to and not self.has_values:
-            inner = inner.to("meta")
-        elif not is_to and inner.device.type == "meta" and kwargs.get("device") != torch.device("meta"):
-            inner = torch.ones(inner.shape, dtype=inner.dtype)
         if func is aten.copy_.default:
             (args[0].values_held if is_to else args[0]).copy_(inner)
             found: Any = args[0]
@@ -222,75 +182,20 @@ class Device(TorchDispatchMode):
             if copied is inner:
                 copied = inner.clone()
             found = CudaTensor(copied) if is_to else copied
-        if is_to:
-            self._count(func, (inner,), {}, getattr(found, "values_held", found))
         return found
 
     def _compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Return the result of an operation on unwrapped tensors."""
-        shape = None if self.has_values else SHAPES_ONLY.get(func)
         is_masked = func in INDEXED and any(each is not None and each.dtype == torch.bool for each in args[1])
         if func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default) or is_masked:
             self.syncs[f"{func.overloadpacket.__name__}: {_caller()}"] += 1
-        if is_masked and not self.has_values:  # every element counts as selected
-            each_index = [torch.empty(each.numel(), dtype=torch.int64, device="meta")
-                          if each is not None and each.dtype == torch.bool else each for each in args[1]]  # fmt: skip
-            args = (args[0], each_index, *args[2:])
         if func is aten.addmm.dtype_out:  # only GPUs have it
             return kwargs["out"].add_(args[1].float() @ args[2].float())
-        return func(*args, **kwargs) if shape is None else shape(*args, **kwargs)
-
-    def _count(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
-        """Count an operation as one kernel and add its least duration."""
-        if func.is_view or func in UNCOUNTED or self.phase == UNCOUNTED_PHASE:
-            return
-        self.kernels += 1
-        read, written = _bytes((args, kwargs)), _bytes(found)
-        if found is None:  # it changes all its tensors in place: the fused AdamW all but the gradient
-            written = read if func is not aten._fused_adamw_.default else 3 * read // 4
-        if func in GATHERED:
-            read = written
-        elif func is aten.scatter_add_.default:
-            read = written = 2 * args[3].numel() * args[3].element_size()
-        if func is aten.addmm.dtype_out:
-            flops = flop_registry[aten.mm](*args[1:3], out_val=found)
-            read -= _bytes(kwargs)  # it is args[0]
-        else:
-            formula = flop_registry.get(func.overloadpacket)
-            flops = formula(*args, **kwargs, out_val=found) if formula is not None else 0
-        self.add(read + written, flops)
-
-    def add(self, num_bytes: int, flops: int = 0) -> None:
-        """Add the least duration of a kernel that moves that many bytes."""
-        bound = max(flops / FLOPS_PER_SECOND, num_bytes / BYTES_PER_SECOND, KERNEL_SECONDS)
-        is_head = self.phase == "loss" and flops > 0
-        self.seconds["head" if is_head else self.phase] += bound
+        return func(*args, **kwargs)
 
 
-UNCOUNTED_PHASE = "uncounted"
-
-UNCOUNTED = (aten.detach.default, aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default)
-UNCOUNTED += (aten._unsafe_view.default, aten.new_empty.default, aten.new_empty_strided.default, aten.alias.default)
-"""Operations without a kernel that torch does not call views."""
-
-SHAPES_ONLY: dict[Any, Callable[..., Any]] = {
-    aten._local_scalar_dense.default: lambda each: 1.0 if each.is_floating_point() else 1,
-    aten.equal.default: lambda *_: False,
-    aten.nonzero.default: lambda each: torch.empty(each.numel(), each.dim(), dtype=torch.int64, device="meta"),
-}
-"""Results that depend on values: all elements are one, and none is zero."""
-
-
-def _unwrap(value: Any, has_values: bool) -> Any:
-    if isinstance(value, CudaTensor):
-        return value.values_held
-    if isinstance(value, Tensor) and not has_values and value.device.type == "cpu":
-        return value.to("meta")
-    return value
-
-
-def _bytes(values: Any) -> int:
-    return sum(each.numel() * each.element_size() for each in tree_leaves(values) if isinstance(each, Tensor))
+def _unwrap(value: Any) -> Any:
+    return value.values_held if isinstance(value, CudaTensor) else value
 
 
 def _wrap(value: Any, owners: dict[int, CudaTensor]) -> Any:
@@ -310,17 +215,6 @@ def _caller() -> str:
     return "autograd"
 
 
-def _flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None, is_causal: bool = False, **options: Any
-) -> Tensor:
-    """Return scaled_dot_product_attention, whose choice of a kernel would ask for a GPU."""
-    assert attn_mask is None
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (each[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for each in (key, value))
-    scale = options.get("scale")
-    return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)[0]
-
-
 def _load(real: Callable[..., Any]) -> Callable[..., Any]:
     """Return torch.load with a map_location of cuda."""
 
@@ -335,7 +229,7 @@ def _load(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def fake_cuda(has_values: bool = True) -> Iterator[Device]:
+def fake_cuda() -> Iterator[Device]:
     """Provide one CUDA device in this block, which is for a process of its own."""
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied parameters stay tied
     stubs: dict[str, Callable[..., Any]] = {
@@ -361,7 +255,4 @@ def fake_cuda(has_values: bool = True) -> Iterator[Device]:
         stack.enter_context(mock.patch.object(torch, "load", _load(torch.load)))
         serial = filesystem._SerialCpuLoader  # the other one copies on a stream of its own
         stack.enter_context(mock.patch.object(filesystem, "_OverlappingCpuLoader", lambda read, **_: serial(read)))
-        if not has_values:
-            functional = torch.nn.functional
-            stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", _flash_attention))
-        yield stack.enter_context(Device(has_values))
+        yield stack.enter_context(Device())

@@ -84,16 +84,6 @@ def job() -> TrainConfig:
     )
 
 
-def long_run() -> TrainConfig:
-    """Return the recipe of `recover` for long runs on GPUs, with four removals.
-
-    The vocabulary stays, because the teacher would read other tokens, which the CPU makes.
-    """
-    recipe = recover()
-    pruning = replace(recipe.pruning, prune=("attention", "ffn"), prune_start=0.05, prune_end=0.2, removals=4)
-    return replace(recipe, pruning=pruning)
-
-
 def gpu24_1b() -> TrainConfig:
     """Return settings for Llama-3.2-1B to a half on one GPU of 24 GB, half a million tokens a step.
 
@@ -124,10 +114,15 @@ def node8_8b() -> TrainConfig:
 
 
 def _llama(source: str, run: RunConfig, **optimizer: Any) -> TrainConfig:
-    recipe = long_run()
+    """Return the recipe of `recover` for long runs on GPUs, with four removals.
+
+    The vocabulary stays, because the teacher would read other tokens, which the CPU makes.
+    """
+    recipe = recover()
+    pruning = replace(recipe.pruning, prune=("attention", "ffn"), prune_start=0.05, prune_end=0.2, removals=4)
     return TrainConfig(
         source=SourceConfig(source=source, data=(SMOLLM_CORPUS,), sequence_length=2048, eval_tokens=262_144),
-        pruning=replace(recipe.pruning, target_ratio=0.5),
+        pruning=replace(pruning, target_ratio=0.5),
         optimizer=replace(recipe.optimizer, **optimizer),
         run=run,
     )

@@ -1,11 +1,11 @@
-"""`efficientllm-plan`: predict the gain of pruning on measured devices, and its cost on GPUs."""
+"""`efficientllm-plan`: predict the gain of pruning on measured devices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
@@ -35,14 +35,6 @@ class PlanConfig:
     """Pruning space, comma-separated, as in efficientllm-train."""
     width_multiple: int = 32
     """Multiple of FFN and hidden widths, in channels."""
-    gpu: Literal["none", "h100", "a100", "4090", "l4"] = "none"
-    """GPU to plan a run for: h100 and a100 (80 GB), 4090 and l4 (24 GB)."""
-    gpus: int = flags.number(1, at_least=1)
-    """Number of these GPUs: up to 8, or a multiple of 8."""
-    tokens: int = flags.count(1_000_000_000, at_least=1_000_000)
-    """Training tokens of the run on GPUs."""
-    target_ratio: float = flags.number(0.5, above=0, at_most=1)
-    """Share of the source's parameters that the run on GPUs keeps."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -51,7 +43,6 @@ class PlanConfig:
                 LatencyTarget.parse(text)
             except ValueError as error:
                 flags.require(self, "target", False, str(error), value=text)
-        flags.require(self, "gpus", self.gpus <= 8 or self.gpus % 8 == 0, "give at most 8, or a multiple of 8")
         rule = "vocabulary rows are ranked by text, which a plan does not have; remove it"
         flags.require(self, "prune", not self.space.prunes_vocabulary, rule, value=",".join(self.prune))
 
@@ -65,12 +56,9 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         PlanConfig,
         prog="efficientllm-plan",
-        examples=(
-            "plan demo --device-profile phone.json --target 0.67x,0.5x",
-            "plan meta-llama/Llama-3.1-8B --gpu h100 --gpus 8 --tokens 10B",
-        ),
-        description="Before training: what each kind of group costs on measured devices and what a target in "
-        "milliseconds leaves (--device-profile), or the settings, memory, hours and command of a run on GPUs (--gpu).",
+        examples=("plan demo --device-profile phone.json --target 0.67x,0.5x",),
+        description="Before training: what each kind of group costs on measured devices, and what a target in "
+        "milliseconds leaves.",
     )
     parser.add_argument("source", help="Hugging Face or run folder, hub id, .gguf file, or 'demo'")
     return parser
@@ -96,28 +84,14 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     name = arguments.pop("source")
     config = flags.take(arguments, PlanConfig)
-    if not config.device_profile and config.gpu == "none":
-        raise UsageError("name a profile of a device with --device-profile, or a --gpu")
-    if config.device_profile and config.gpu != "none":
-        raise UsageError("--device-profile and --gpu are different plans; ask for one at a time")
+    if not config.device_profile:
+        raise UsageError("name a profile of a device with --device-profile")
     check_source(name, name)
-    if config.gpu != "none":
-        return _plan_gpus(name, config)
     workload = Workload.parse(config.workload)
     profiles = [DeviceProfile.load(Path(path)) for path in config.device_profile]
     with extra("train"):
         from ..pruning.measures import DeviceTime
     _plan(name, source_shape(name), [DeviceTime(profile, workload) for profile in profiles], config)
-    return 0
-
-
-def _plan_gpus(name: str, config: PlanConfig) -> int:
-    """Print the plan of a run on GPUs."""
-    shape = source_shape(name)
-    from .gpus import plan_gpus, report
-
-    plan = plan_gpus(name, shape, config.gpu, config.gpus, config.tokens, config.target_ratio)
-    print(report(name, shape, config.gpu, config.gpus, plan))
     return 0
 
 
