@@ -36,8 +36,7 @@ GROUPS = {
         "train": Command("train.cli", "prune and train a model"),
         "data": Command("train.data.check", "check files of examples before training"),
         "corpus": Command("train.data.corpus", "write a training corpus as one file"),
-        "fit": Command("train.planning.fit", "choose type and size for a budget of bytes or milliseconds"),
-        "plan": Command("train.planning.cli", "predict what a latency target leaves of a model"),
+        "fit": Command("train.fit", "choose a size of a run for a budget of bytes, time and memory"),
     },
     "ship": {
         "export": Command("export.cli", "write a checkpoint as GGUF, ONNX, ExecuTorch, ...", "--target"),

@@ -32,7 +32,7 @@ ENGINES = {
 """Engine -> its distribution and the module that loads its library."""
 
 USES = {
-    "train, fit, plan, data": ("train",),
+    "train, fit, data": ("train",),
     "train --source demo --data demo": ("demo",),
     "train --data FILE.parquet or a hub dataset": ("datasets",),
     "train, export --adapter": ("adapters",),

@@ -35,17 +35,6 @@ MAY_IMPORT = {
     "train/vocabulary": {"runtime/base", "runtime/engines", "train/compute", "train/data"},
     "train/pruning": {"runtime/base", "runtime/latency", "train/config", *TRAINED, "train/vocabulary"},
     "train/quantisation": {"train/config", "train/model", "train/compute"},
-    "train/planning": {
-        "train",
-        "train/compute",
-        "runtime/base",
-        "runtime/engines",
-        "runtime/latency",
-        "train/config",
-        "train/model",
-        "train/pruning",
-        "train/reporting",
-    },
     "train/evaluation": RUNTIME | TRAINED | {"train/config"},
     "train": RUNTIME
     | {"runtime/latency", "train/config", "train/reporting", "train/checkpoint", "train/vocabulary", "train/pruning"}

@@ -21,10 +21,10 @@ from efficientllm.devices.results import BenchOptions, Measurement, Run, summari
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.latency.shape import Workload
+from efficientllm.train import fit
 from efficientllm.train.later_steps import LaterSteps, add_later_steps, has_later_steps, link_later_steps
 from efficientllm.train.model.architecture import FAMILIES, Architecture
 from efficientllm.train.model.irregular import architecture_of
-from efficientllm.train.planning import fit
 from efficientllm.train.pruning.selection import all_groups, compose
 from efficientllm.train.pruning.surgery import remove_groups
 from efficientllm.train.trainer import Trainer
@@ -349,7 +349,7 @@ def test_memory_is_the_measured_one_or_an_estimate(
         assert run_command(fit.body, [str(ordered), "--max-memory", "1GB", "--bench", str(other)]) == 2
         assert "not a file of efficientllm-bench --json" in capsys.readouterr().err
     assert run_command(fit.body, ["demo", "--max-bytes", "1GB", "--max-memory", "1GB"]) == 2
-    assert "--max-memory: demo is no finished run with --sizes" in capsys.readouterr().err
+    assert "demo is no run with --sizes; give the --output" in capsys.readouterr().err
 
 
 def test_a_longer_workload_needs_more_memory(family: Path) -> None:
@@ -357,20 +357,6 @@ def test_a_longer_workload_needs_more_memory(family: Path) -> None:
     short, long = (fit.serving_memory(shape, 1e6, Workload.at_depth(depth), []) for depth in (99, 1099))
     heads = sum(layer.num_key_value_heads for layer in shape.layers)
     assert long.num_bytes - short.num_bytes == 1000 * heads * shape.head_dim * 2 * 2
-
-
-def test_the_front_of_another_model_is_said_to_be_one(source_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(fit.body, [str(source_folder), "--max-bytes", "1MB"]) == 0
-    assert capsys.readouterr().out.startswith("measured on another model, SmolLM2-135M-Instruct: ")
-
-
-def test_the_measured_model_has_no_such_line(
-    source_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in fit.MEASURED_SOURCES
-    monkeypatch.setattr(fit, "MEASURED_SOURCES", (str(source_folder),))
-    assert run_command(fit.body, [str(source_folder), "--max-bytes", "1MB"]) == 0
-    assert "another model" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ from efficientllm.train.evaluation.evaluate import MeasureConfig, check
 from efficientllm.train.evaluation.quality.contract import measure_quality
 from efficientllm.train.evaluation.quality.sets import texts
 from efficientllm.train.evaluation.scoring import EngineModel, ScoreCache
-from efficientllm.train.planning.points import Point, Recipe
 from efficientllm.train.run import run_training
 
 from .divergence import divergences
+from .points import Point, Recipe
 
 KINDS = ("article", "story")
 """Texts that ship with the package and no run trains on."""

@@ -12,11 +12,11 @@ from typing import Any
 
 from efficientllm.runtime.base.files import write_text_atomically
 from efficientllm.runtime.base.quantities import display_name, format_bytes, format_count, markdown_table
-from efficientllm.train.planning.points import Point
 from efficientllm.train.reporting.plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
 
 from .divergence import mean_and_error
 from .files import KINDS, FilesConfig, FilesStudy
+from .points import Point
 
 WHOLE_COLOR = "#7a8496"
 MADE = {"": "rounded", "train": "trained, then rounded", "qat": "trained on its grid"}

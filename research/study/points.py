@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...runtime.base.quantities import parse_bytes
-from ..config.pruning import PruneConfig
-from ..config.sections import GGUF_TYPES, OptimizerConfig, QuantisationConfig, RunConfig, SourceConfig, TrainConfig
-from ..model.file_types import BODY, SIZED
+from efficientllm.runtime.base.quantities import parse_bytes
+from efficientllm.train.config.pruning import PruneConfig
+from efficientllm.train.config.sections import (
+    GGUF_TYPES,
+    OptimizerConfig,
+    QuantisationConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from efficientllm.train.model.file_types import BODY, SIZED
 
 TRAININGS = ("train", "qat")
 """Training on the weights as they are, or on the grid of the file."""

@@ -1,1 +1,0 @@
-"""`efficientllm-plan` and `efficientllm-fit`: predict costs before training."""
