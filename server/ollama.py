@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -200,10 +200,6 @@ class OllamaEmbed(RequestPart):
     """Whether the end of a text that does not fit is cut off. Otherwise it is refused."""
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     keep_alive: KeepAlive | None = None
-
-
-class TruncatedEmbeddings(EmbeddingsRequest):
-    truncate: ClassVar[bool] = True
 
 
 class OllamaEmbedPrompt(RequestPart):
@@ -424,9 +420,8 @@ class OllamaEndpoints:
     async def _embed(
         self, model: str, input: str | list[str], keep_alive: float | None, truncate: bool = True
     ) -> Embeddings:
-        kind = TruncatedEmbeddings if truncate else EmbeddingsRequest
-        named = self._kept(model, keep_alive)
-        return await self._endpoints.embed(kind.model_validate({"model": named, "input": input}))
+        fields = {"model": self._kept(model, keep_alive), "input": input, "truncate": truncate}
+        return await self._endpoints.embed(EmbeddingsRequest.model_validate(fields))
 
     async def chat(self, request: OllamaChat, http: Request) -> Response:
         return await self._answer(request, http)

@@ -446,7 +446,7 @@ class EmbeddingsRequest(RequestBody):
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = "mean"
     """The mean of the states of all tokens, or the state of the last one."""
-    truncate: ClassVar[bool] = False
+    truncate: Bool = False
     """True if the end of a text that does not fit is cut off."""
 
     @model_validator(mode="after")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import builtins
 import contextlib
 import importlib
 import subprocess
@@ -98,6 +97,7 @@ class Launcher:
                 if httpx.get(f"http://127.0.0.1:{server.server_port}/health").status_code == 200:
                     return
             time.sleep(0.1)
+        raise RuntimeError(f"the server for {key} ended with {process.returncode}")
 
     def stop(self) -> None:
         for _, process in self.ports.values():
@@ -128,11 +128,14 @@ def adapt(utils: Any, launcher: Launcher) -> None:
 @contextlib.contextmanager
 def rewritten(source: Path, results: Results) -> Iterator[Path]:
     """Yield a temporary folder with the core tests, whose assertions are recorded in `results`."""
+    recorder = types.ModuleType("recorder")
+    recorder.__dict__["record_assertion"] = results.record
+    sys.modules["recorder"] = recorder
     with tempfile.TemporaryDirectory() as folder:
         for name in FILES:
             tree = Recorder().visit(ast.parse((source / "unit" / f"test_{name}.py").read_text(encoding="utf-8")))
-            Path(folder, f"test_{name}.py").write_text(ast.unparse(tree), encoding="utf-8")
-        vars(builtins)["record_assertion"] = results.record
+            text = f"from recorder import record_assertion\n{ast.unparse(tree)}"
+            Path(folder, f"test_{name}.py").write_text(text, encoding="utf-8")
         yield Path(folder)
 
 
