@@ -73,6 +73,6 @@ def _answered(engine: EngineScheduler, question: str, count: int) -> GreedyCheck
     if engine.adds_bos:
         prompt = prompt.removeprefix(engine.bos_token)
     generation = Generation(engine, tokens, AnswerOptions(count, top_logprobs=2))
-    text = "".join(generation)
+    text = generation.whole()
     nearest = (each.top[0][1] - each.top[1][1] for each in generation.pop_logprobs())
     return GreedyCheck(question, prompt, tokens, generation.answer, text, min(nearest, default=0.0))

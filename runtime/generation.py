@@ -13,6 +13,7 @@ import numpy as np
 
 from .base import flags
 from .base.errors import ContextOverflowError, UsageError
+from .engines.cache_pool import Lease
 from .engines.scheduler import EngineScheduler
 from .sampling import Sampler, SamplingOptions, log_sum, ranked
 from .text_stream import TextStream
@@ -46,10 +47,6 @@ Overflow = Literal["error", "slide"]
 
 SINK_TOKENS = 32
 """First tokens that a sliding window keeps, because they act as attention sinks (arXiv 2309.17453)."""
-
-
-SCORED_TOKENS = 64
-"""Most tokens of a prompt that a pass scores, if the engine checks proposals. Each has logits of its own."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +125,10 @@ class AnswerOptions:
 
 
 class Generation:
-    """One streamed answer: iterate for pieces of text, then read `answer` and `stats`.
+    """One answer: iterate for pieces of text, then read `answer` and `stats`.
 
-    Iteration raises UsageError if another answer takes the engine first, or if the engine is closed.
+    The engine computes for an iteration only while its next piece is awaited. Iteration raises UsageError if another
+    answer takes the sequence between two pieces, or if the engine is closed.
     """
 
     def __init__(
@@ -160,7 +158,7 @@ class Generation:
         """True after `cancel`."""
         self.is_over = False
         """True if no further token is needed."""
-        self.lease = engine.lease()
+        self.lease = Lease()
         """Requests the evaluation of `tokens`. The caller that evaluates it passes the logits to `accept`."""
         self._token_start = 0.0
         self._unscored = deque(prompt[1:] if options.scores_prompt else ())
@@ -183,24 +181,11 @@ class Generation:
         self.stats = GenerationStats(prompt_tokens=len(prompt), finish_reason="length")
 
     def __iter__(self) -> Iterator[str]:
-        try:
-            self.begin()
-            while (logits := self._evaluate()) is not None:
-                piece = self.accept(logits)
-                if piece:
-                    yield piece
-                    self.restart_clock()
-            if piece := self.finish():
-                yield piece
-        finally:
-            self.lease.release()
+        return self.engine.answers.read(self, is_pulled=True)
 
-    def _evaluate(self) -> np.ndarray | None:
-        """Return the logits after `tokens`, None if no further token is needed."""
-        while not self.is_over:
-            if (logits := self.engine.step_together(self.lease)) is not None:
-                return logits
-        return None
+    def whole(self) -> str:
+        """Return all of the text. The answer waits for its turn, and none takes its sequence."""
+        return "".join(self.engine.answers.read(self, is_pulled=False))
 
     def begin(self) -> None:
         """Request the evaluation of all tokens so far, at the start or after the KV cache was lost.
@@ -209,7 +194,7 @@ class Generation:
         """
         if len(self.tokens) >= self.engine.context_length:
             self._slide()
-        self.lease.begin(self.tokens)
+        self.engine.begin(self.lease, self.tokens)
         if not self.answer:
             self._opening = self._append_forced()
         self.restart_clock()
@@ -221,10 +206,10 @@ class Generation:
     def cancel(self) -> bool:
         """End the answer within one token, also during a long prefill. Any thread may call it.
 
-        Return True if a pass of the engine still computes for the answer, see `Lease.interrupt`.
+        Return True if a pass of the engine still computes for the answer, see `SharedEngine.interrupt`.
         """
         self.is_cancelled = self.is_over = True
-        return self.lease.interrupt()
+        return self.engine.interrupt(self.lease)
 
     def accept(self, logits: np.ndarray) -> str:
         """Sample the next token from fp32 logits [V], which may be overwritten, and return the text to show.
@@ -266,7 +251,7 @@ class Generation:
             token = self._unscored.popleft()
             self._logprobs.append(token_logprob(logits, token, self.top_logprobs))
             self.tokens.append(token)
-            self.lease.append(token)
+            self.lease.tokens.append(token)
             return ""
         if not self.max_tokens:
             self.is_over = True
@@ -278,8 +263,8 @@ class Generation:
     def _propose(self) -> None:
         """Let the next pass check proposed tokens if that is expected to be faster."""
         self.lease.draft = []
-        if self._proposer is not None and self._unscored:
-            self.lease.draft = list(itertools.islice(self._unscored, SCORED_TOKENS))
+        if self._unscored:
+            self.lease.draft = list(itertools.islice(self._unscored, self.engine.traits.max_rows - 1))
         elif self._proposer is not None and not self.is_over:
             room = self.engine.context_length - len(self.tokens)
             left = self.max_tokens - self.stats.completion_tokens - 1  # the pass itself gives one token more
@@ -318,10 +303,10 @@ class Generation:
         elif self.stats.completion_tokens >= self.max_tokens:
             self.is_over = True
         elif len(self.tokens) <= self.engine.context_length:
-            self.lease.append(token)
+            self.lease.tokens.append(token)
         else:
             self._slide()
-            self.lease.begin(self.tokens)
+            self.engine.begin(self.lease, self.tokens)
         return piece
 
     def _stop(self) -> str:

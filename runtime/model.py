@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -43,8 +42,6 @@ class Model:
         """Wrap `engine`, which is closed with the model. Use `load` instead."""
         self.engine = engine
         """Computes logits from token ids. Raises UsageError after the model is closed."""
-        self._turn = threading.BoundedSemaphore(engine.num_sequences)
-        """Held during `chat`, `complete` and `generate`."""
         self.stats: GenerationStats | None = None
         """Token counts, times and finish reason of the last answer."""
 
@@ -63,8 +60,7 @@ class Model:
 
         model.chat("What is the capital of France?", temperature=0.7, seed=1)
         """
-        with self._turn:
-            return "".join(self.stream(question, **options))
+        return self._answer(self._chat_prompt(question), options).whole()
 
     def stream(self, question: Question, **options: Any) -> Iterator[str]:
         """Yield the answer of `chat` in pieces as they are generated.
@@ -72,8 +68,11 @@ class Model:
         for piece in model.stream([{"role": "user", "content": "Hi"}], stop=["\\n"]):
             print(piece, end="", flush=True)
         """
+        return iter(self._answer(self._chat_prompt(question), options))
+
+    def _chat_prompt(self, question: Question) -> list[int]:
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-        return self._answer(chat_prompt(self.engine, messages), options)
+        return chat_prompt(self.engine, messages)
 
     def complete(self, text: str, **options: Any) -> str:
         """Return a continuation of `text`, without a chat template.
@@ -83,8 +82,7 @@ class Model:
         prompt = text_prompt(self.engine, text)
         if not prompt:
             raise UsageError("the text is empty, and this model has no BOS token; give a text")
-        with self._turn:
-            return "".join(self._answer(prompt, options))
+        return self._answer(prompt, options).whole()
 
     def generate(self, tokens: Sequence[int], **options: Any) -> list[int]:
         """Return the token ids that follow `tokens`, without the end token.
@@ -95,10 +93,8 @@ class Model:
         if not tokens:
             raise UsageError("the list of tokens is empty; give at least one")
         generation = Generation(self.engine, tokens, _answer_options(options))
-        with self._turn:
-            for _ in generation:
-                pass
-            self.stats = generation.stats
+        generation.whole()
+        self.stats = generation.stats
         return generation.answer
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
@@ -118,13 +114,12 @@ class Model:
             if not 0 <= token < size:
                 raise UsageError(f"token {token} is outside the vocabulary of {size}")
 
-    def _answer(self, prompt: Sequence[int], options: dict[str, Any]) -> Iterator[str]:
+    def _answer(self, prompt: Sequence[int], options: dict[str, Any]) -> Generation:
         grammar = options.pop("grammar", None)
         constraint = GrammarConstraint(self.engine, grammar) if grammar is not None else None
-        # not in the iterator, so that a bad prompt is refused before the first piece is read
         generation = Generation(self.engine, prompt, _answer_options(options), constraint)
         self.stats = generation.stats
-        return iter(generation)
+        return generation
 
 
 def _answer_options(given: dict[str, Any]) -> AnswerOptions:

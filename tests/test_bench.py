@@ -27,8 +27,8 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, DeviceError
 from efficientllm.runtime.base.ggml_types import FILE_TYPES, TENSOR_TYPES
 from efficientllm.runtime.engines.artefact import Artefact
+from efficientllm.runtime.engines.cache_pool import common_length
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.engines.scheduling_policy import common_length
 from efficientllm.runtime.engines.tuning import CANDIDATES
 from efficientllm.runtime.latency.shape import DecoderShape, LayerShape
 

@@ -215,10 +215,10 @@ def test_engine_keeps_to_its_context(exported: Callable[..., Path], artefact: Pa
     program = exported("executorch", *EXACT)
     engine = load_engine(program / "model.pte", EngineOptions(threads=1))  # a bare file works too
     assert engine.context_length == 128
-    with pytest.raises(ContextOverflowError, match="129 tokens, the context window 128"):
+    with pytest.raises(ContextOverflowError, match="129 tokens do not fit the context window of 128"):
         engine.prefill([5] * 129)
     engine.prefill([5] * 128)
-    with pytest.raises(ContextOverflowError, match="context window of 128 tokens is full"):
+    with pytest.raises(ContextOverflowError, match="129 tokens do not fit the context window of 128"):
         engine.decode(5)
     messages: Any = [{"role": "user", "content": "Größe 日本 🚀"}]
     texts = []

@@ -13,7 +13,6 @@ import pytest
 from accepting import is_accepted
 
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.runtime.batch import Batch
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.generation import AnswerOptions, Generation
@@ -180,19 +179,12 @@ def test_forced_tokens_of_one_pass_change_no_greedy_answer(engine: EngineSchedul
 
 @pytest.mark.parametrize("max_tokens", [3, 200])
 def test_an_answer_that_is_forced_needs_no_pass(engine: EngineScheduler, max_tokens: int) -> None:
-    """Alone and in a batch."""
+    """In pieces and whole."""
     text = "the only answer there is"
-    for together in (False, True):
+    for read in ("".join, Generation.whole):
         constraint = GrammarConstraint(engine, Grammar.regex(text))
         generation = Generation(engine, [1, 5], AnswerOptions(max_tokens), constraint)
-        if together:
-            batch = Batch(engine)
-            batch.add(generation)
-            (progress,) = batch.step()
-            assert progress.is_over
-            answer = progress.text
-        else:
-            answer = "".join(generation)
+        answer = read(generation)
         assert answer == text if max_tokens == 200 else text.startswith(answer)
         assert generation.stats.finish_reason == ("stop" if max_tokens == 200 else "length")
         assert generation.stats.passes == 0

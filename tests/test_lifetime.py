@@ -15,9 +15,9 @@ from exporting import export
 
 from efficientllm.runtime import EfficientLLMError, EngineOptions, Model, load
 from efficientllm.runtime.base.child import run_python
+from efficientllm.runtime.engines.cache_pool import Lease
 from efficientllm.runtime.engines.engine import load_engine
 from efficientllm.runtime.engines.llama_context import MAX_PASS_TOKENS
-from efficientllm.runtime.engines.scheduler import Lease
 from efficientllm.runtime.generation import AnswerOptions, Generation
 
 OPTIONS = EngineOptions(threads=1, context=1024)
@@ -85,6 +85,14 @@ def test_interleaved_answers_are_told_where_nobody_looks(artefact: Path) -> None
     engine.prefill([5])
     with pytest.raises(EfficientLLMError, match="another answer started"):
         list(chunks)
+    engine.close()
+
+
+def test_an_unfinished_evaluation_leaves_no_tokens_to_other_prompts(artefact: Path) -> None:
+    engine, fresh = load_engine(artefact, OPTIONS), load_engine(artefact, OPTIONS)
+    next(engine.evaluate(list(range(5, 200)), 0))
+    np.testing.assert_allclose(engine.prefill([9, 8, 7]), fresh.prefill([9, 8, 7]), atol=1e-4)
+    fresh.close()
     engine.close()
 
 

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answering import answer_together
 
-from efficientllm.runtime.batch import Batch
-from efficientllm.runtime.engines import tuning
+from efficientllm.runtime.engines import answer_loop, tuning
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.llama_context import LlamaContext
+from efficientllm.runtime.engines.pass_sizes import PassTimes
 from efficientllm.runtime.engines.protocol import Chunk
 from efficientllm.runtime.engines.scheduler import EngineScheduler
-from efficientllm.runtime.engines.scheduling_policy import PassTimes
 from efficientllm.runtime.generation import AnswerOptions, Generation
-from efficientllm.server.models import worker as worker_module
 from efficientllm.server.models.worker import EngineWorker
 
 PROMPTS = [[5 + (7 * index + step) % 300 for step in range(12)] for index in range(4)]
@@ -82,12 +81,9 @@ def engine(artefact: Path) -> Iterator[EngineScheduler]:
 
 
 def answer_all(engine: EngineScheduler) -> list[list[int]]:
-    """Tokens of every prompt's answer, all computed in one batch."""
-    batch, generations = Batch(engine), [Generation(engine, prompt, AnswerOptions(8)) for prompt in PROMPTS]
-    for generation in generations:
-        batch.add(generation)
-    while len(batch):
-        assert not [progress.error for progress in batch.step() if progress.error]
+    """Tokens of every prompt's answer, all computed together."""
+    generations = [Generation(engine, prompt, AnswerOptions(8)) for prompt in PROMPTS]
+    answer_together(engine, generations)
     return [generation.answer for generation in generations]
 
 
@@ -103,7 +99,7 @@ def test_answers_take_turns_where_passes_of_one_are_fastest(
         return extend(chunks)
 
     monkeypatch.setattr(engine._engine, "extend", record)
-    monkeypatch.setattr(engine, "_pass_times", PassTimes((1.0, 8, 12, 16)))
+    monkeypatch.setattr(engine.traits, "pass_times", PassTimes((1.0, 8, 12, 16)))
     assert answer_all(engine) == expected
     turns = [served for one in passes if len(one) == 1 for served in one]
     assert len(turns) > 20
@@ -114,10 +110,7 @@ def test_answers_take_turns_where_passes_of_one_are_fastest(
 def test_a_short_prompt_is_evaluated_as_fast_as_its_tokens_can_be(
     engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lease = engine.lease()
-    lease.begin(PROMPTS[0])
-    expected = lease.evaluate()
-    lease.release()
+    expected = engine.prefill(PROMPTS[0])
     assert engine._engine is not None
     extend, passes = engine._engine.extend, []
 
@@ -126,15 +119,12 @@ def test_a_short_prompt_is_evaluated_as_fast_as_its_tokens_can_be(
         return extend(chunks)
 
     monkeypatch.setattr(engine._engine, "extend", record)
-    monkeypatch.setattr(engine, "_pass_times", PassTimes((1.0, 8, 12, 16)))
-    lease.begin([*PROMPTS[0][:-3], 301, 302, 303])  # the rest is cached
-    lease.evaluate()
+    monkeypatch.setattr(engine.traits, "pass_times", PassTimes((1.0, 8, 12, 16)))
+    engine.prefill([*PROMPTS[0][:-3], 301, 302, 303])  # the rest is cached
     assert passes == [[(1, False)], [(1, False)], [(1, True)]]
-    lease.begin(PROMPTS[1])  # more than was measured goes in one piece
-    lease.evaluate()
+    engine.prefill(PROMPTS[1])  # more than was measured goes in one piece
     assert passes[3:] == [[(len(PROMPTS[1]), True)]]
-    lease.begin(PROMPTS[0])
-    np.testing.assert_allclose(lease.evaluate(), expected, atol=1e-3)
+    np.testing.assert_allclose(engine.prefill(PROMPTS[0]), expected, atol=1e-3)
 
 
 def test_passes_are_timed_when_several_chats_are_first_loaded(
@@ -175,7 +165,7 @@ def test_passes_are_timed_later_for_a_server(unseen: Path) -> None:
 
 
 def start_worker(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> EngineWorker:
-    monkeypatch.setattr(worker_module, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(answer_loop, "QUIET_SECONDS", 0.01)
     engine = load_engine(unseen, EngineOptions(threads=1, context=64, parallel=3), measure_passes=False)
     return EngineWorker(engine, waiting=4, on_idle=lambda: None)
 
@@ -214,7 +204,7 @@ def test_a_server_answers_after_the_timing_failed(
     monkeypatch.setattr(tuning, "_pass_ms", fail)
     worker = start_worker(unseen, monkeypatch)
     wait_for(lambda: any("not prepared: RuntimeError: llama_decode: -3" in line for line in caplog.messages))
-    assert worker._thread.is_alive()
+    assert Generation(worker.engine, [5, 6], AnswerOptions(2)).whole() is not None
     worker.close()
 
 
@@ -252,7 +242,7 @@ def test_a_server_stops_the_timing_when_it_is_wanted(unseen: Path, monkeypatch: 
     assert began.wait(10)
     closing = threading.Thread(target=worker.close)
     closing.start()
-    while not worker._is_closing:
+    while not worker.engine.answers._is_closing:
         time.sleep(0.01)
     may_go_on.set()
     closing.join(10)

@@ -37,12 +37,12 @@ def test_a_pinned_prompt_outlasts_all_others(exported: Any, target: str) -> None
     for question in ([301, 302], [303]):
         generation = Generation(engine, [*PREFIX, *question], AnswerOptions(1))
         generation.begin()
-        logits = generation.lease.evaluate()
+        logits = engine.logits(generation.lease)
         assert generation.lease.cached_tokens == len(PREFIX)
         plain = load_engine(path, EngineOptions(threads=1, context=256, kv_cache=kv_cache))
         np.testing.assert_allclose(logits, plain.prefill([*PREFIX, *question]), atol=1e-3)
         plain.close()
-        generation.lease.release()
+        engine.release(generation.lease)
     engine.close()
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from answering import answer_of, answer_together
 
-from efficientllm.runtime.batch import Batch
 from efficientllm.runtime.engines import tuning
+from efficientllm.runtime.engines.batch import Batch
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.llama_context import LlamaContext
 from efficientllm.runtime.engines.scheduler import EngineScheduler
@@ -122,17 +123,6 @@ def answers(engine: EngineScheduler) -> list[Generation]:
     return [Generation(engine, prompt, options) for prompt in PROMPTS]
 
 
-def text_in_batch(engine: EngineScheduler, generations: Sequence[Generation]) -> list[str]:
-    batch, texts = Batch(engine), dict.fromkeys(map(id, generations), "")
-    for generation in generations:
-        batch.add(generation)
-    while len(batch):
-        for progress in batch.step():
-            assert progress.error is None, progress.error
-            texts[id(progress.generation)] += progress.text
-    return list(texts.values())
-
-
 def test_prompts_with_shared_beginnings_are_those_of_fresh_models(
     engine: EngineScheduler, fresh: list[np.ndarray]
 ) -> None:
@@ -151,7 +141,7 @@ def test_a_continued_prompt_is_not_evaluated_again(engine: EngineScheduler) -> N
 
 def test_answers_of_a_batch_are_those_of_one_after_the_other(engine: EngineScheduler) -> None:
     alone = ["".join(generation) for generation in answers(engine)]
-    assert text_in_batch(engine, answers(engine)) == alone
+    assert answer_together(engine, answers(engine)) == alone
 
 
 def test_a_cancelled_answer_leaves_the_others_right(engine: EngineScheduler, fresh: list[np.ndarray]) -> None:
@@ -166,7 +156,7 @@ def test_no_prompt_waits_for_another_s_prefix(mamba: Path) -> None:
     engine = load_engine(mamba, EngineOptions(threads=1, context=256, parallel=4))
     batch = Batch(engine)
     for _ in range(2):
-        batch.add(Generation(engine, FIRST, AnswerOptions(12)))
+        batch.add(answer_of(Generation(engine, FIRST, AnswerOptions(12))))
     batch.step()
     assert not batch._waiting
     engine.close()
@@ -180,6 +170,6 @@ def test_many_chats_of_a_hybrid_model_are_timed(
     os.utime(path, (1, 1))
     monkeypatch.setattr(tuning, "_pass_ms", passes_of_all)
     with contextlib.closing(load_engine(path, EngineOptions(threads=1, context=256, parallel=32))) as engine:
-        assert not engine.cuts_sequences
+        assert not engine.traits.cuts_sequences
         assert "a pass" in engine.settings
-        assert len(text_in_batch(engine, answers(engine))) == len(PROMPTS)
+        assert len(answer_together(engine, answers(engine))) == len(PROMPTS)

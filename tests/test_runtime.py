@@ -70,7 +70,7 @@ def test_tokens_equal_the_tokenizer_and_bytes_make_the_text(engine: EngineSchedu
 def test_context_overflow_says_the_numbers(artefact: Path) -> None:
     engine = load_engine(artefact, EngineOptions(threads=1, context=64))
     limit = engine.context_length
-    with pytest.raises(ContextOverflowError, match=f"{limit + 1} tokens, the context window {limit}"):
+    with pytest.raises(ContextOverflowError, match=f"{limit + 1} tokens do not fit the context window of {limit}"):
         engine.prefill([5] * (limit + 1))
     with pytest.raises(ContextOverflowError, match=f"the prompt has {limit} tokens and leaves no room"):
         Generation(engine, [5] * limit)

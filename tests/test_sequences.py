@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answering import answer_of, answer_together
 from exporting import export
 
-from efficientllm.runtime.batch import LONG_CHAT, RESERVED_TOKENS, Batch
+from efficientllm.runtime.engines.batch import LONG_CHAT, RESERVED_TOKENS, Batch
+from efficientllm.runtime.engines.cache_pool import Lease
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.llama_cpp import MIN_CROWDED_SLOTS
+from efficientllm.runtime.engines.pass_sizes import PREFILL_BESIDE_DECODES, split_pass
 from efficientllm.runtime.engines.protocol import Chunk
 from efficientllm.runtime.engines.scheduler import EngineScheduler
-from efficientllm.runtime.engines.scheduling_policy import PREFILL_BESIDE_DECODES, split_pass
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.sampling import SamplingOptions
 
@@ -37,30 +40,16 @@ def answers(engine: EngineScheduler, prompts: Sequence[Sequence[int]], tokens: i
     return [Generation(engine, prompt, AnswerOptions(tokens)) for prompt in prompts]
 
 
-def run(engine: EngineScheduler, generations: Sequence[Generation]) -> dict[int, str]:
-    """Texts by id, all computed in one batch."""
-    batch = Batch(engine)
-    for generation in generations:
-        batch.add(generation)
-    texts = {id(generation): "" for generation in generations}
-    while len(batch):
-        for progress in batch.step():
-            assert progress.error is None, progress.error
-            texts[id(progress.generation)] += progress.text
-    return texts
-
-
 def test_answers_of_a_batch_are_those_of_one_after_the_other(engine: EngineScheduler) -> None:
     alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
     together = answers(engine, PROMPTS)
-    texts = run(engine, together)
-    assert [texts[id(generation)] for generation in together] == alone
+    assert answer_together(engine, together) == alone
     assert all(generation.stats.decode_seconds > 0 for generation in together)
 
 
 def test_a_batch_is_one_pass(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine._engine is not None
-    monkeypatch.setattr(engine, "_speculation", None)  # else right proposals end some answers early
+    monkeypatch.setattr(engine.traits, "speculation", None)  # else right proposals end some answers early
     extend, passes = engine._engine.extend, []
 
     def count(chunks: Sequence[object]) -> object:
@@ -68,7 +57,7 @@ def test_a_batch_is_one_pass(engine: EngineScheduler, monkeypatch: pytest.Monkey
         return extend(chunks)  # type: ignore[arg-type]
 
     monkeypatch.setattr(engine._engine, "extend", count)
-    run(engine, answers(engine, PROMPTS, tokens=8))
+    answer_together(engine, answers(engine, PROMPTS, tokens=8))
     assert len(passes) <= 9
     assert passes.count(4) >= 7
 
@@ -86,74 +75,50 @@ def test_every_chat_keeps_its_cache(engine: EngineScheduler) -> None:
 
 def test_idle_chats_take_no_slots_from_a_new_one_and_come_back(engine: EngineScheduler) -> None:
     long = [[11 * index + step for step in range(2, 80)] for index in range(3)]
-    alone = []
-    for prompt in long:
-        lease = engine.lease()
-        lease.begin(prompt)
-        alone.append(lease.evaluate())
-        lease.release()
-    newest = engine.lease()
-    newest.begin([330, *long[0]])
-    newest.evaluate()
+    alone = [engine.prefill(prompt) for prompt in long]
+    engine.prefill(newest := [330, *long[0]])
     # llama.cpp's attention reads every slot in use, of whichever chat
-    assert engine._caches.used == len(newest.tokens)
+    assert engine.pool.used == len(newest)
     for prompt, expected in zip(long, alone, strict=True):
-        again = engine.lease()
-        again.begin([*prompt, 7])
-        again.evaluate()
-        assert again.cached_tokens == len(prompt)
-        again.release()
-        again.begin(prompt)
-        np.testing.assert_allclose(again.evaluate(), expected, atol=1e-4)
-        assert again.cached_tokens == len(prompt) - 1
-        again.release()
+        engine.prefill([*prompt, 7])
+        assert engine._own_lease.cached_tokens == len(prompt)
+        np.testing.assert_allclose(engine.prefill(prompt), expected, atol=1e-4)
+        assert engine._own_lease.cached_tokens == len(prompt) - 1
 
 
 def test_idle_chats_are_parked_before_the_next_prompt(engine: EngineScheduler) -> None:
     prompts = [[60 * index + step for step in range(2, 2 + length)] for index, length in enumerate((100, 100, 100, 40))]
-    leases = [engine.lease() for _ in prompts]
-    for lease, prompt in zip(leases, prompts, strict=True):
-        lease.begin(prompt)
-        lease.evaluate()
+    leases = [Lease(list(prompt)) for prompt in prompts]
     for lease in leases:
-        lease.release()
+        engine.logits(lease)
+    for lease in leases:
+        engine.release(lease)
     with engine.caches() as caches:
         caches.park_in_advance()  # as many as fit into a window of 256 tokens, and not the last one
-    assert [each.tokens for each in engine._caches._parked] == prompts[:2]
-    assert engine._caches.used == 140
-    lease = engine.lease()
-    lease.begin([*prompts[0], 7])
-    lease.evaluate()
-    assert lease.cached_tokens == len(prompts[0])
+    assert [each.tokens for each in engine.pool._parked] == prompts[:2]
+    assert engine.pool.used == 140
+    engine.prefill([*prompts[0], 7])
+    assert engine._own_lease.cached_tokens == len(prompts[0])
 
 
 def test_parked_chats_are_dropped_beyond_a_window(engine: EngineScheduler) -> None:
     prompts = [[11 * index + step for step in range(2, 80)] for index in range(5)]
     for prompt in prompts:
-        lease = engine.lease()
-        lease.begin(prompt)
-        lease.evaluate()
-        lease.release()
-    parked = [len(each.tokens) for each in engine._caches._parked]
+        engine.prefill(prompt)
+    parked = [len(each.tokens) for each in engine.pool._parked]
     assert parked == [78] * 3  # 4 do not fit into 256 tokens
-    lease = engine.lease()
-    lease.begin(prompts[0])
-    lease.evaluate()
-    assert lease.cached_tokens == 0
+    engine.prefill(prompts[0])
+    assert engine._own_lease.cached_tokens == 0
 
 
 def test_a_copy_owns_the_slots_that_its_source_leaves(engine: EngineScheduler) -> None:
-    first, second = engine.lease(), engine.lease()
-    first.begin(PROMPTS[3])
-    first.evaluate()
-    second.begin([*PROMPTS[3], 9])
-    second.evaluate()
-    assert engine._caches.used == len(PROMPTS[3]) + 1
-    assert first.cache is not None
-    engine._caches.truncate(first.cache, 10)
-    assert engine._caches.used == len(PROMPTS[3]) + 1
-    assert second.cache is not None
-    assert second.cache.own_tokens == len(PROMPTS[3]) + 1 - 10
+    first, second = Lease(list(PROMPTS[3])), Lease([*PROMPTS[3], 9])
+    engine.logits(first)
+    engine.logits(second)
+    assert engine.pool.used == len(PROMPTS[3]) + 1
+    engine.pool.truncate(engine.pool.cache_of(first), 10)
+    assert engine.pool.used == len(PROMPTS[3]) + 1
+    assert engine.pool.cache_of(second).own_tokens == len(PROMPTS[3]) + 1 - 10
 
 
 def test_a_prompt_that_is_being_evaluated_is_not_evaluated_again(engine: EngineScheduler) -> None:
@@ -161,7 +126,7 @@ def test_a_prompt_that_is_being_evaluated_is_not_evaluated_again(engine: EngineS
         Generation(engine, PROMPTS[3], AnswerOptions(4, SamplingOptions(temperature=1.0, seed=seed)))
         for seed in range(4)
     ]
-    run(engine, choices)
+    answer_together(engine, choices)
     assert sum(choice.stats.prefilled_tokens for choice in choices) == len(PROMPTS[3]) + 3
 
 
@@ -173,7 +138,7 @@ def test_chats_that_share_a_beginning_do_not_disturb_each_other(engine: EngineSc
         list(generation)
     assert len({tuple(generation.answer) for generation in alone}) > 1
     assert [generation.stats.cached_tokens for generation in alone[1:]] == [len(shared)] * 2
-    run(engine, again)
+    answer_together(engine, again)
     assert [generation.answer for generation in again] == [generation.answer for generation in alone]
 
 
@@ -187,10 +152,10 @@ def test_where_the_caches_are_full_the_youngest_waits(artefact: Path) -> None:
     alone = ["".join(Generation(engine, prompt, options)) for prompt, options in zip(prompts, forever, strict=True)]
     together = [Generation(engine, prompt, options) for prompt, options in zip(prompts, forever, strict=True)]
     assert sum(len(prompt) + RESERVED_TOKENS for prompt in prompts) <= engine.cache_slots < 4 * 210
-    texts = run(engine, together)
+    texts = answer_together(engine, together)
     assert [len(generation.answer) for generation in together] == [150] * 4
     # what was evaluated anew may fall another way at near-ties
-    assert sum(texts[id(one)] == text for one, text in zip(together, alone, strict=True)) >= 2
+    assert sum(one == other for one, other in zip(texts, alone, strict=True)) >= 2
     engine.close()
 
 
@@ -208,7 +173,7 @@ def test_a_shared_prefix_takes_room_once(engine: EngineScheduler, monkeypatch: p
     prompts = [[*(5 + step % 290 for step in range(200)), 300 + index, 310] for index in range(4)]
     options = AnswerOptions(24, logit_bias=dict.fromkeys(engine.end_ids, -np.inf))
     generations = [Generation(engine, prompt, options) for prompt in prompts]
-    run(engine, generations)
+    answer_together(engine, generations)
     assert max(passes) == 4
     assert sum(one.stats.prefilled_tokens for one in generations) == 202 + 3 * 2
     assert engine.used_slots == 0
@@ -217,18 +182,18 @@ def test_a_shared_prefix_takes_room_once(engine: EngineScheduler, monkeypatch: p
 def test_long_chats_wait_for_long_ones_in_a_crowded_cache(artefact: Path) -> None:
     """Two of four long chats are answered at once. Short ones wait for none."""
     engine = load_engine(artefact, replace(EXACT, context=512, parallel=6, cache_memory=10_000_000))
-    assert engine.crowded_slots == MIN_CROWDED_SLOTS
-    engine.crowded_slots = 2 * (LONG_CHAT + RESERVED_TOKENS)
+    assert engine.traits.crowded_slots == MIN_CROWDED_SLOTS
+    engine.traits.crowded_slots = 2 * (LONG_CHAT + RESERVED_TOKENS)
     prompts = [[5 + (11 * index + step) % 290 for step in range(LONG_CHAT)] for index in range(4)] + PROMPTS[:2]
     alone = ["".join(generation) for generation in answers(engine, prompts)]
     together, at_once = answers(engine, prompts), []
     texts, batch = dict.fromkeys(map(id, together), ""), Batch(engine)
     for generation in together:
-        batch.add(generation)
+        batch.add(answer_of(generation))
     while len(batch):
         for progress in batch.step():
-            texts[id(progress.generation)] += progress.text
-        is_long = [len(generation.tokens) >= LONG_CHAT for generation in batch._active]
+            texts[id(progress.answer.generation)] += progress.text
+        is_long = [len(answer.generation.tokens) >= LONG_CHAT for answer in batch._active]
         at_once.append((is_long.count(True), is_long.count(False)))
     assert [texts[id(generation)] for generation in together] == alone
     assert max(at_once) == (2, 2)
@@ -239,15 +204,15 @@ def test_long_chats_wait_for_long_ones_in_a_crowded_cache(artefact: Path) -> Non
 def test_a_long_chat_is_overtaken_by_short_ones_only(last: int, expected: list[int], artefact: Path) -> None:
     """Three chats of 300 tokens would be no crowd, so the last one could start before the one of 500."""
     engine = load_engine(artefact, replace(EXACT, context=600, parallel=6, cache_memory=10_000_000))
-    engine.crowded_slots = 3 * (300 + RESERVED_TOKENS)
+    engine.traits.crowded_slots = 3 * (300 + RESERVED_TOKENS)
     lengths = (300, 300, 500, last)
     prompts = [[5 + (11 * index + step) % 290 for step in range(length)] for index, length in enumerate(lengths)]
     together, started, batch = answers(engine, prompts), list[int](), Batch(engine)
     for generation in together:
-        batch.add(generation)
+        batch.add(answer_of(generation))
     while len(batch):
         batch.step()
-        active = [together.index(generation) for generation in batch._active]
+        active = [[id(one) for one in together].index(id(answer.generation)) for answer in batch._active]
         started += [index for index in active if index not in started]
     assert started == expected
     engine.close()
@@ -255,11 +220,11 @@ def test_a_long_chat_is_overtaken_by_short_ones_only(last: int, expected: list[i
 
 def test_chats_with_a_long_prefix_in_common_are_no_crowd(artefact: Path) -> None:
     engine = load_engine(artefact, replace(EXACT, context=512, parallel=6, cache_memory=10_000_000))
-    engine.crowded_slots = 400
+    engine.traits.crowded_slots = 400
     prompts = [[*(5 + step % 290 for step in range(400)), 300 + index, 310] for index in range(5)]
     together, at_once, batch = answers(engine, prompts), [], Batch(engine)
     for generation in together:
-        batch.add(generation)
+        batch.add(answer_of(generation))
     while len(batch):
         batch.step()
         at_once.append(len(batch._active))
@@ -271,16 +236,15 @@ def test_a_cancelled_answer_leaves_the_others_alone(engine: EngineScheduler) -> 
     alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
     together = answers(engine, PROMPTS)
     together[1].cancel()
-    texts = run(engine, together)
-    assert texts[id(together[1])] == ""
-    assert [texts[id(one)] for one in together if one is not together[1]] == [alone[0], *alone[2:]]
+    texts = answer_together(engine, together)
+    assert texts == [alone[0], "", *alone[2:]]
 
 
 def test_many_chats_in_a_small_window_fit_a_pass(artefact: Path) -> None:
     """llama.cpp ends the process where a pass has more tokens than it was told of."""
     engine = load_engine(artefact, EngineOptions(threads=1, context=30, parallel=16, kv_cache="q8_0"))
     together = answers(engine, [[5 + (3 * index + step) % 300 for step in range(25)] for index in range(16)], tokens=4)
-    run(engine, together)
+    answer_together(engine, together)
     assert all(generation.answer for generation in together)
     assert engine.context_length == 30
     engine.close()
@@ -294,8 +258,7 @@ def test_engines_that_take_one_at_a_time_keep_a_cache_per_chat(
     engine = load_engine(tmp_path / target, EngineOptions(threads=1, context=256, parallel=4))
     alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
     again = answers(engine, PROMPTS)
-    texts = run(engine, again)
-    assert [texts[id(generation)] for generation in again] == alone
+    assert answer_together(engine, again) == alone
     assert [generation.stats.prefilled_tokens for generation in again] == [1] * 4
     engine.close()
 
@@ -338,8 +301,34 @@ def test_threads_share_passes(engine: EngineScheduler, monkeypatch: pytest.Monke
         return extend(chunks)
 
     monkeypatch.setattr(engine._engine, "extend", slow_extend)
-    monkeypatch.setattr(engine, "_speculation", None)
-    monkeypatch.setattr(engine, "_pass_times", None)  # else the measured times may ask for passes of one answer
+    monkeypatch.setattr(engine.traits, "speculation", None)
+    monkeypatch.setattr(engine.traits, "pass_times", None)  # else the measured times may ask for passes of one answer
     with ThreadPoolExecutor(len(PROMPTS)) as threads:
         assert list(threads.map("".join, answers(engine, PROMPTS))) == alone
     assert len(sizes) < 0.9 * sum(sizes)  # how many share a pass depends on the load
+
+
+def test_ctrl_c_in_one_thread_leaves_no_empty_pass_to_another(
+    engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = answers(engine, PROMPTS[:2])
+    alone = "".join(answers(engine, PROMPTS[1:2])[0])
+    assert engine._engine is not None
+    extend, sizes = engine._engine.extend, list[int]()
+
+    def interrupt_the_first_shared_pass(chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        sizes.append(len(chunks))
+        time.sleep(0.01)  # the other thread waits for its next pass meanwhile
+        if len(chunks) == 2 and sizes.count(2) == 1:
+            signal.raise_signal(signal.SIGINT)  # the main thread gets it, whichever evaluates
+        return extend(chunks)
+
+    monkeypatch.setattr(engine._engine, "extend", interrupt_the_first_shared_pass)
+    monkeypatch.setattr(engine.traits, "speculation", None)
+    monkeypatch.setattr(engine.traits, "pass_times", None)
+    with ThreadPoolExecutor(1) as threads:
+        text = threads.submit("".join, second)
+        with pytest.raises(KeyboardInterrupt):
+            "".join(first)
+        assert text.result(60) == alone
+    assert 0 not in sizes

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from answering import answer_together
 from scipy.stats import chisquare
 from test_grammar import FORCING
-from test_sequences import run
 
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.pass_sizes import PassTimes
 from efficientllm.runtime.engines.protocol import Chunk
 from efficientllm.runtime.engines.scheduler import EngineScheduler
-from efficientllm.runtime.engines.scheduling_policy import PassTimes
 from efficientllm.runtime.engines.speculation import MAX_DRAFT, PromptLookup, Speculation
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.grammar import Grammar, GrammarConstraint
@@ -56,8 +56,7 @@ def test_answers_are_those_without_proposals(engine: EngineScheduler, artefact: 
     records = [one.pop_logprobs() for one in expected]
     for together in (False, True):
         answers = generations(engine, **sampling)
-        found = run(engine, answers) if together else {id(one): "".join(one) for one in answers}
-        assert [found[id(one)] for one in answers] == texts
+        assert (answer_together(engine, answers) if together else ["".join(one) for one in answers]) == texts
         for one, other, logprobs in zip(answers, expected, records, strict=True):
             ours = one.pop_logprobs()
             assert [each.token for each in ours] == [each.token for each in logprobs] == one.answer
@@ -125,7 +124,7 @@ def test_wrong_proposals_leave_no_trace_in_the_cache(engine: EngineScheduler, ar
     turn = [*PROMPTS[0], *generation.answer, 301, 302]
     again, plain = Generation(engine, turn, AnswerOptions(1)), load(artefact, lookup=False)
     again.begin()
-    np.testing.assert_allclose(again.lease.evaluate(), plain.prefill(turn), atol=1e-3)
+    np.testing.assert_allclose(engine.logits(again.lease), plain.prefill(turn), atol=1e-3)
     assert again.lease.cached_tokens >= len(turn) - 3
     plain.close()
 

@@ -81,6 +81,7 @@ def _main(request_path: str) -> None:
     import llama_cpp
 
     from ...runtime.engines.llama_context import AttentionSettings, LlamaContext
+    from ...runtime.engines.protocol import Chunk
 
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     tokens, output = request["tokens"], Path(request["output"])
@@ -96,8 +97,8 @@ def _main(request_path: str) -> None:
             # an F32 cache is exact, where the default F16 moves logits by up to 0.07
             attention = AttentionSettings("f32", flash=False)
             context = LlamaContext(model, os.cpu_count() or 1, attention, len(tokens), 1)
-            rows = [context.all_logits(0, chunk) for chunk in _chunks(tokens, run.chunks)]
-            np.save(output / f"{index}.npy", np.concatenate(rows))
+            rows = [context.extend([Chunk(0, each, True, len(each) - 1)])[0] for each in _chunks(tokens, run.chunks)]
+            np.save(output / f"{index}.npy", np.vstack(rows))
             context.close()
         if extra_buffers:
             vocab: Any = llama_cpp.llama_model_get_vocab(model)

@@ -140,35 +140,16 @@ class LlamaContext:
 
     def extend(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
         """Append tokens to sequences, see `Engine.extend`."""
-        rows = iter(self._decode(chunks))
-        found = []
-        for chunk in chunks:
-            if not chunk.wants_logits:
-                continue
-            logits = self._logits(next(rows))
-            if chunk.num_drafted:
-                others = [self._logits(next(rows)) for _ in range(chunk.num_drafted)]
-                logits = np.stack([logits, *others])
-            found.append(logits)
-        return found
-
-    def all_logits(self, sequence: int, tokens: Sequence[int]) -> np.ndarray:
-        """Append at most `max_batch` tokens and return the logits after each, fp32 [n, V]."""
-        rows = self._decode([Chunk(sequence, tokens)], wants_all=True)
-        return np.stack([self._logits(row) for row in rows])
-
-    def _decode(self, chunks: Sequence[Chunk], wants_all: bool = False) -> list[int]:
-        """Run a pass. Return the batch rows with logits: of all tokens, or of each chunk's last ones if wanted."""
-        num_rows, wanted_rows = 0, []
+        num_rows, wanted = 0, list[range]()
         for chunk in chunks:
             begin = self._lengths[chunk.sequence]
-            first_wanted = len(chunk.tokens) - 1 - chunk.num_drafted
+            first_wanted = len(chunk.tokens) - (1 + chunk.num_drafted if chunk.wants_logits else 0)
             for index, token in enumerate(chunk.tokens):
-                wants_logits = wants_all or (chunk.wants_logits and index >= first_wanted)
-                _fill_row(self._batch, num_rows, token, begin + index, chunk.sequence, wants_logits)
-                if wants_logits:
-                    wanted_rows.append(num_rows)
-                num_rows += 1
+                row, is_wanted = num_rows + index, index >= first_wanted
+                _fill_row(self._batch, row, token, begin + index, chunk.sequence, is_wanted)
+            if chunk.wants_logits:
+                wanted.append(range(num_rows + first_wanted, num_rows + len(chunk.tokens)))
+            num_rows += len(chunk.tokens)
         self._batch.n_tokens = num_rows
         if self.free_cores is not None and self.free_cores.update() != self.threads:
             self.threads = self.free_cores.count
@@ -181,7 +162,7 @@ class LlamaContext:
             raise _DECODE_ERRORS.get(status, RuntimeError)(f"llama_decode: {status}")
         for chunk in chunks:
             self._lengths[chunk.sequence] += len(chunk.tokens)
-        return wanted_rows
+        return [np.stack(list(map(self._logits, rows))) if len(rows) > 1 else self._logits(rows[0]) for rows in wanted]
 
     def _logits(self, row: int) -> np.ndarray:
         # a copy: the next pass writes into the same memory

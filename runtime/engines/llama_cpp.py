@@ -7,7 +7,7 @@ import ctypes
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from .llama_context import LlamaContext, embed
 from .llama_library import load_llama
 from .manifest import Manifest
 from .memory import huge_pages, trim_heap
-from .protocol import Chunk, Pooling
-from .scheduling_policy import PassTimes
+from .pass_sizes import PassTimes
+from .protocol import EngineTraits, Pooling
 from .speculation import Speculation
 from .tuning import PassMeasurement, choose_attention
 
-LOGITS_PASS_TOKENS = 64
+MAX_ROWS = 64
 """Tokens per pass if the logits of every token are wanted."""
 
 SHARED_CONTEXTS = 2
@@ -53,12 +53,8 @@ A signal that arrives in a function of Python that C calls would be lost, becaus
 class LlamaCppEngine:
     """A GGUF model, see `runtime.engines.protocol.Engine`."""
 
-    pass_times: PassTimes | None = None
-    """Measured times of passes, with several sequences."""
     _passes: PassMeasurement | None = None
     """None if there is nothing to measure."""
-    speculation: Speculation | None = None
-    """None if no tokens are proposed."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         self._llama: Any = load_llama()
@@ -100,13 +96,16 @@ class LlamaCppEngine:
             self._context = make(attention, slots, self.num_sequences)
         self.load_ms += (time.perf_counter() - began) * 1e3
         self.state_format = f"{version}, {attention}"
-        self.cuts_sequences = self._context.cuts_sequences
-        self.settings = str(attention)
-        self.cache_slots, self.max_batch = self._context.slots, self._context.max_batch
-        self.crowded_slots = max(MIN_CROWDED_SLOTS, self._crowded_slots()) if self.cuts_sequences else self.cache_slots
-        # wrong proposals must be removed from the cache again, which the state of a recurrent model does not allow
-        if self.cuts_sequences and options.lookup:
-            self.speculation = Speculation()
+        context = self._context
+        self.cache_slots, self.max_batch = context.slots, context.max_batch
+        self.extend, self.truncate, self.copy = context.extend, context.truncate, context.copy
+        self.interrupt, self.resume = context.interrupt, context.resume
+        self.sequence_state, self.restore_sequence = context.sequence_state, context.restore_sequence
+        self.traits = EngineTraits(self._context.cuts_sequences, max_rows=MAX_ROWS, settings=str(attention))
+        if self.traits.cuts_sequences:
+            self.traits.crowded_slots = max(MIN_CROWDED_SLOTS, self._crowded_slots())
+            # only here: wrong proposals must be removed from the cache again
+            self.traits.speculation = Speculation() if options.lookup else None
         if self.num_sequences > 1 and options.tune:
             make_another = partial(make, attention)
             self._passes = PassMeasurement(path, f"{release}, {attention}", make_another, self.num_sequences)
@@ -114,16 +113,17 @@ class LlamaCppEngine:
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
 
     def measure_passes(self, should_stop: Callable[[], bool]) -> None:
-        """Set `pass_times`, see `PassTimer`."""
+        """Set the times of passes, see `PassTimer`."""
         if self._passes is not None:
             self._use_times(self._passes.measure(should_stop))
             trim_heap()
 
     def _use_times(self, times: PassTimes | None) -> None:
         if times is not None:
-            self.pass_times, self.settings = times, f"{self.settings}; {times}"
-            if self.speculation is not None:
-                self.speculation.add_times(times)
+            self.traits.pass_times = times
+            self.traits.settings += f"; {times}"
+            if self.traits.speculation is not None:
+                self.traits.speculation.add_times(times)
 
     def _crowded_slots(self) -> int:
         """Return the number of cached tokens at which attention to them takes half the products of the weights.
@@ -177,34 +177,6 @@ class LlamaCppEngine:
             if size >= 0:
                 return piece.raw[:size]
             capacity = -size
-
-    def extend(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
-        return self._context.extend(chunks)
-
-    def truncate(self, sequence: int, length: int) -> None:
-        self._context.truncate(sequence, length)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        self._context.copy(source, target, length)
-
-    def sequence_state(self, sequence: int) -> bytes:
-        return self._context.sequence_state(sequence)
-
-    def restore_sequence(self, sequence: int, state: bytes, length: int) -> bool:
-        return self._context.restore_sequence(sequence, state, length)
-
-    def interrupt(self) -> None:
-        self._context.interrupt()
-
-    def resume(self) -> None:
-        self._context.resume()
-
-    def evaluate(self, tokens: Sequence[int], first: int, held: int) -> Iterator[np.ndarray]:
-        for begin in range(held, first, self.max_batch):
-            end = min(begin + self.max_batch, first)
-            self._context.extend([Chunk(0, tokens[begin:end], wants_logits=False)])
-        for begin in range(first, len(tokens), LOGITS_PASS_TOKENS):
-            yield self._context.all_logits(0, tokens[begin : begin + LOGITS_PASS_TOKENS])
 
     def embed(self, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
         return embed(self._model, self._context.threads, tokens, pooling)

@@ -19,7 +19,7 @@ from ..base.errors import EfficientLLMError
 from ..base.files import written_atomically
 from ..base.progress import PROGRESS_LOGGER
 from ..base.quantities import format_bytes
-from .scheduling_policy import CachePool, ParkedCache, is_much_like
+from .cache_pool import CachePool, ParkedCache, is_much_like
 
 MIN_STORED_TOKENS = 64
 """Least length of a prompt that is stored. A shorter one is evaluated as fast as it is read."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
+from .pass_sizes import PassTimes
+from .speculation import Speculation
 
 
 class Chunk(NamedTuple):
@@ -27,6 +32,24 @@ class EvaluationInterrupted(Exception):  # noqa: N818  no error
     """`Engine.interrupt` was called. Nothing was appended."""
 
 
+@dataclass
+class EngineTraits:
+    """Abilities and choices of an engine for one model on this machine. The defaults are those of a simple engine."""
+
+    cuts_sequences: bool = True
+    """False if a sequence is emptied or kept whole, as the state of a recurrent model."""
+    crowded_slots: float = math.inf
+    """Cached tokens of all sequences from which long chats start in turn, because all sequences share one cache."""
+    pass_times: PassTimes | None = None
+    """Measured times of passes. With them, a pass decodes as many sequences as are fastest, without them all."""
+    speculation: Speculation | None = None
+    """Decides on proposed tokens of answers, None if there are none."""
+    max_rows: int = 1
+    """Largest number of logits of one chunk. More than one allow drafted tokens."""
+    settings: str = ""
+    """Choices made for this machine, such as the attention kernel."""
+
+
 class Engine(Protocol):
     """A loaded model that evaluates tokens of one or several sequences.
 
@@ -34,12 +57,6 @@ class Engine(Protocol):
     load the file. `EngineScheduler` serialises the calls, decides which sequence holds which tokens, and calls nothing
     after `close`. Only `tokenize`, `token_bytes`, `interrupt` and `Embedder.embed` are called while another thread
     evaluates.
-
-    With a `pass_times: PassTimes` attribute, a pass decodes as many sequences as are fastest, without it all. An engine
-    that is a `PassTimer` (`scheduling_policy`) is asked to measure them.
-    The sequences of an engine with a false `cuts_sequences` attribute, a recurrent model, are emptied or kept whole.
-    An engine whose sequences share one cache has `crowded_slots`: with more tokens in it, long chats start in turn.
-    Only an engine with a `speculation: Speculation` attribute gets chunks with drafted tokens.
     """
 
     context_length: int
@@ -62,8 +79,7 @@ class Engine(Protocol):
     """Number of sequences with a cache. They are numbered from 0."""
     max_batch: int
     """Largest number of tokens of one `extend`."""
-    settings: str
-    """Choices made for this machine, such as the attention kernel; "" if there are none."""
+    traits: EngineTraits
 
     @property
     def cache_slots(self) -> int:
@@ -104,13 +120,6 @@ class Engine(Protocol):
         """Undo `interrupt`."""
         ...
 
-    def evaluate(self, tokens: Sequence[int], first: int, held: int) -> Iterator[np.ndarray]:
-        """Make `tokens` sequence 0; yield the logits of positions `first`, `first` + 1, ..., fp32 [n, V] each.
-
-        Sequence 0 holds the first `held` <= `first` tokens already. The other sequences are empty.
-        """
-        ...
-
     def close(self) -> None:
         """Free the model."""
         ...
@@ -129,6 +138,18 @@ class StateKeeper(Protocol):
 
     def restore_sequence(self, sequence: int, state: bytes, length: int) -> bool:
         """Fill an empty sequence with a state of `length` tokens. Return False, and leave it empty, if that fails."""
+        ...
+
+
+@runtime_checkable
+class PassTimer(Protocol):
+    """An engine that measures how the time of a pass grows with its sequences."""
+
+    def measure_passes(self, should_stop: Callable[[], bool]) -> None:
+        """Set `EngineTraits.pass_times`, as measured now or earlier, and change no sequence.
+
+        Leave them as they are if `should_stop` becomes true.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .scheduling_policy import PassTimes
+from .pass_sizes import PassTimes
 
 MIN_MATCH = 3
 """Last tokens that must have occurred before."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .hf_tokenizer import HfTokenizer
-from .protocol import Chunk, EvaluationInterrupted
+from .protocol import Chunk, EngineTraits, EvaluationInterrupted
 
 
 class StepwiseEngine(abc.ABC):
@@ -22,9 +22,9 @@ class StepwiseEngine(abc.ABC):
     context_length: int
     num_sequences = 1
     max_batch = 512
-    settings = ""
 
     def __init__(self, folder: Path) -> None:
+        self.traits = EngineTraits()
         self.tokenizer = HfTokenizer(folder)
         self.chat_template = self.tokenizer.chat_template
         self.bos_token, self.eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
@@ -82,13 +82,6 @@ class StepwiseEngine(abc.ABC):
     def _stop_if_interrupted(self) -> None:
         if self._is_interrupted:
             raise EvaluationInterrupted
-
-    def evaluate(self, tokens: Sequence[int], first: int, held: int) -> Iterator[np.ndarray]:
-        self.resume()
-        self._switch_to(0)
-        yield self._evaluate(list(tokens[held : first + 1]))[None]
-        for token in tokens[first + 1 :]:
-            yield self._evaluate([token])[None]
 
     def _switch_to(self, sequence: int) -> None:
         if sequence != self._current:

@@ -30,8 +30,8 @@ from ..base.progress import PROGRESS_LOGGER
 from .engine import CacheChoice
 from .file_cache import cached, file_identity
 from .llama_context import AttentionSettings, LlamaContext
+from .pass_sizes import PassTimes
 from .protocol import Chunk
-from .scheduling_policy import PassTimes
 
 PLAIN = AttentionSettings("f16", False)
 FLASH = AttentionSettings("f16", True)

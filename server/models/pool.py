@@ -21,10 +21,10 @@ from ...runtime.base.progress import PROGRESS_LOGGER
 from ...runtime.base.quantities import format_bytes
 from ...runtime.base.user_cache import cache_folder
 from ...runtime.engines.artefact import Artefact
+from ...runtime.engines.cache_pool import common_length
 from ...runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
 from ...runtime.engines.prompt_store import PromptStore
 from ...runtime.engines.scheduler import EngineScheduler
-from ...runtime.engines.scheduling_policy import common_length
 from ...runtime.grammar import read_vocabulary
 from ...runtime.prompt import tool_prompt
 from ..schemas.api_error import APIError, busy_error, shutdown_error, unknown_model_error, validation_message

@@ -1,4 +1,4 @@
-"""Connect an engine to the event loop: a bounded queue of requests, and a thread that computes all answers together.
+"""Connect the answers of an engine to the event loop, with a bounded queue of requests.
 
 A request takes a place (`enter`), prepares its answers in a thread (`prepare`), and reads their text (`stream`). The
 place is free again after `leave`, a failed `prepare`, or the end of the computation.
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
-from ...runtime.base.errors import EfficientLLMError, UnanswerableError, UsageError
-from ...runtime.base.progress import PROGRESS_LOGGER
-from ...runtime.batch import AnswerProgress, Batch
-from ...runtime.engines.scheduler import MODEL_CLOSED, EngineScheduler
+from ...runtime.base.errors import EfficientLLMError, UnanswerableError
+from ...runtime.engines.batch import Answer, AnswerProgress
+from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.generation import Generation, TokenLogprob
 from ..schemas.api_error import APIError, busy_error, shutdown_error
 
@@ -101,20 +100,16 @@ HEAD_SECONDS = 1.0
 PING_SECONDS = 10.0
 """Time between pings. Proxies close connections that are silent for a minute."""
 
-
-QUIET_SECONDS = 1.0
-"""Time without a request after which passes are measured, if the model is new to the machine."""
-
 Item = Piece | BaseException | None
 """A piece, an error, or None for the end of the answer."""
 
 
 class _Request:
-    """One request's generations in the batch, and the queue of their pieces."""
+    """A request whose answers are computed, and the queue of their pieces."""
 
-    def __init__(self, generations: Sequence[Generation]) -> None:
-        self.choices = {id(generation): choice for choice, generation in enumerate(generations)}
-        self.unfinished = len(generations)
+    def __init__(self, num_answers: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.unfinished = num_answers
         self.has_place = True
         self.pieces: asyncio.Queue[Item] = asyncio.Queue()
 
@@ -132,7 +127,7 @@ class EngineWorker:
         on_idle: Callable[[], None],
         before_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start the thread. `on_idle` is called when the last place becomes free, `before_close` after all answers."""
+        """Take over `engine`. Call `on_idle` when the last place becomes free, and `before_close` after all answers."""
         self.engine = engine
         self.capacity = waiting + engine.num_sequences
         self.embedding = asyncio.Lock()
@@ -145,14 +140,8 @@ class EngineWorker:
         """Requests that a caller reads from."""
         self._prepared = set[asyncio.Future[Any]]()
         """Futures that callers of `prepare` wait for."""
-        self._arrived: list[tuple[_Request, Sequence[Generation]]] = []
-        self._changed = threading.Condition()
-        """Guards `_arrived` and `_is_closing`."""
-        self._is_closing = False
         self._is_aborted = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._compute, name="engine", daemon=True)
-        self._thread.start()
+        engine.answers.prepare_for_later(lambda: not self.in_flight)  # no grammar is compiled and no text embedded
 
     def enter(self) -> None:
         """Take a place, until `leave` or the end of `stream`'s computation. Raise APIError 429 if none is free."""
@@ -202,14 +191,13 @@ class EngineWorker:
         Closing the iterator stops the computation within a token, even in a long prompt. The iterator yields pings
         while there is no text, and raises APIError 408 at `deadline`.
         """
-        request = _Request(generations)
+        request = _Request(len(generations))
         self._streamed.add(request)
         if self._is_aborted:
             request.pieces.put_nowait(shutdown_error())
-        self._loop = asyncio.get_running_loop()
-        with self._changed:
-            self._arrived.append((request, generations))
-            self._changed.notify()
+        for choice, generation in enumerate(generations):
+            receive = partial(self._receive, request, choice, generation)
+            self.engine.answers.add(Answer(generation, receive, request))
         return self._read(request, generations, deadline)
 
     async def _read(
@@ -239,79 +227,24 @@ class EngineWorker:
             if not any(is_computed):  # otherwise the end of the pass frees the place
                 self._free_place(request)
 
-    def _compute(self) -> None:
-        """Run passes of the engine while there are answers, then wait for one. This is the thread's function."""
-        batch, owners = Batch(self.engine), dict[int, _Request]()
-        while True:
-            if not len(batch):
-                self._wait()
-            with self._changed:
-                arrived, self._arrived = self._arrived, []
-                if self._is_closing and not arrived and not len(batch):
-                    return
-            for request, generations in arrived:
-                for generation in generations:
-                    owners[id(generation)] = request
-                    batch.add(generation, request)
-            # the lock is free during a pass, so that requests can arrive while the engine computes
-            done = batch.abandon(UsageError(MODEL_CLOSED)) if self._is_closing else []
-            self._deliver(owners, done + batch.step())
-
-    def _wait(self) -> None:
-        """Wait for answers to compute or for the end. Prepare for later answers meanwhile."""
-        if not self._has_work():
-            self._prepare_for_later(self._park)
-        quiet: float | None = QUIET_SECONDS
-        while True:
-            with self._changed:
-                if self._changed.wait_for(self._has_work, quiet):
-                    return
-            if not self.in_flight:  # no grammar is compiled and no text embedded
-                self._prepare_for_later(
-                    lambda: self.engine.measure_passes(lambda: self._has_work() or self.in_flight > 0)
-                )
-                quiet = None
-
-    def _has_work(self) -> bool:
-        return bool(self._arrived) or self._is_closing
-
-    def _park(self) -> None:
-        with self.engine.caches() as caches:
-            caches.park_in_advance()
-
-    def _prepare_for_later(self, work: Callable[[], None]) -> None:
-        """Call `work`, which only makes later answers faster. Report its failure."""
+    def _receive(self, request: _Request, choice: int, generation: Generation, progress: AnswerProgress) -> None:
+        """Send the result of a pass to the reader. This is called in the thread of the engine."""
+        items: list[Item] = []
         try:
-            work()
-        except Exception as error:  # the thread must survive, because answers do not depend on it
-            name = type(error).__name__
-            logging.getLogger(PROGRESS_LOGGER).warning("later answers are not prepared: %s: %s", name, error)
+            if progress.text:
+                items.append(_piece(choice, progress.text, generation))
+            if progress.is_over:
+                items.append(progress.error or _piece(choice, "", generation, generation.stats.finish_reason))
+        except EfficientLLMError as error:  # the engine was closed
+            items.append(error)
+        if progress.is_over:
+            request.unfinished -= 1
+            items += [None] * (not request.unfinished)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing waits for the items
+            request.loop.call_soon_threadsafe(self._put, request, items)
 
-    def _deliver(self, owners: dict[int, _Request], progress: Sequence[AnswerProgress]) -> None:
-        """Send the results of a pass to the readers. The event loop is woken once for all of them."""
-        items: list[tuple[_Request, Item]] = []
-        for one in progress:
-            request = owners[id(one.generation)]
-            choice = request.choices[id(one.generation)]
-            end: Item = one.error
-            try:
-                if one.text:
-                    items.append((request, _piece(choice, one.text, one.generation)))
-                if one.is_over and end is None:
-                    end = _piece(choice, "", one.generation, one.generation.stats.finish_reason)
-            except EfficientLLMError as error:  # the engine was closed
-                end = error
-            if one.is_over:
-                del owners[id(one.generation)]
-                request.unfinished -= 1
-                items.append((request, end))
-                if not request.unfinished:
-                    items.append((request, None))
-        if items and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._put, items)
-
-    def _put(self, items: Sequence[tuple[_Request, Item]]) -> None:
-        for request, item in items:
+    def _put(self, request: _Request, items: Sequence[Item]) -> None:
+        for item in items:
             if item is None:  # the answer is complete, even if nothing reads it any more
                 self._free_place(request)
             request.pieces.put_nowait(item)
@@ -332,10 +265,7 @@ class EngineWorker:
 
     def close(self) -> None:
         """Wait for the answers in progress and free the engine."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify()
-        self._thread.join()
+        self.engine.answers.close()
         self._before_close()
         self.engine.close()
 

@@ -104,7 +104,7 @@ class EngineModel:
 
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[str]:
         for prompt in prompts:
-            yield "".join(Generation(self.engine, prompt, AnswerOptions(max_tokens=max_tokens)))
+            yield Generation(self.engine, prompt, AnswerOptions(max_tokens=max_tokens)).whole()
 
     def answer_in_form(
         self, chats: Sequence[tuple[Chat, Mapping[str, Any] | None]], arguments: ToolArguments, max_tokens: int
@@ -121,7 +121,7 @@ class EngineModel:
             if use is None and schema is not None:
                 constraint = GrammarConstraint(self.engine, Grammar.json_schema(schema))
             limits = AnswerOptions(max_tokens=max_tokens)
-            yield "".join(Generation(self.engine, prompt.tokens, limits, constraint))
+            yield Generation(self.engine, prompt.tokens, limits, constraint).whole()
 
     def num_bytes(self, tokens: Sequence[int]) -> int:
         return sum(len(self.engine.token_bytes(token)) for token in tokens)
