@@ -117,7 +117,7 @@ class Endpoints:
 
         for path, endpoint, responses in (
             ("/chat/completions", self.chat_completions, answers(ChatCompletion, **events)),
-            ("/chat/completions/input_tokens", self.count_chat, answers(TokenCount)),
+            ("/chat/completions/input_tokens", self.count, answers(TokenCount)),
             ("/completions", self.completions, answers(TextCompletion, **events)),
             ("/responses", self.responses, answers(ResponseAnswer, **events)),
             ("/embeddings", self.embeddings, answers(Embeddings)),
@@ -201,9 +201,6 @@ class Endpoints:
             raise APIError(400, str(error)) from error
         worker.leave()  # an error has freed the place already
         return result
-
-    async def count_chat(self, request: ChatRequest, http: Request) -> Response:
-        return await self.count(request, http)
 
     async def count(self, request: ChatRequest, http: Request) -> Response:
         """Return the number of tokens of a prompt."""

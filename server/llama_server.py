@@ -5,6 +5,7 @@ Unlike a prompt of OpenAI's API, that of /completion may have control tokens, be
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
@@ -41,12 +42,6 @@ from .schemas.response_models import UNLESS_EMPTY, ResponseModel, Timings
 
 RANDOM_SEEDS = (-1, 2**32 - 1)
 """Values of `seed` that ask for random numbers."""
-
-REPEATED = {"grammar", "n_probs", "ignore_eos"}
-"""Fields of a request that `generation_settings` repeats."""
-
-MISSING = object()
-"""Value of a field that an answer does not have."""
 
 
 class PlainRequest(TextRequest):
@@ -90,10 +85,9 @@ class LlamaCompletion(LlamaSampling, TranslatedRequest):
 
     def translate(self) -> PlainRequest:
         biases: dict[bool, dict[str, float]] = {True: {}, False: {}}
-        is_map = isinstance(self.logit_bias, dict)
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
         for token, bias in pairs:
-            is_token = isinstance(token, int) or (is_map and token.isdigit())
+            is_token = isinstance(token, int) or (isinstance(self.logit_bias, dict) and token.isdigit())
             # -100 forbids a token in OpenAI's API, false in this one, which has no limits of numbers
             biases[is_token][str(token)] = -100 if bias is False else max(-100, min(100, bias))
         values = self.model_dump(include={"model", "prompt", "top_p", "min_p", "stop", "stream", "ignore_eos"})
@@ -181,12 +175,10 @@ class LlamaBuilder(TextBuilder):
             return {}
         shown = []
         for record in records:
-            top = [self._token(token, logprob) for token, logprob in record.top]
-            shown.append({**self._token(record.token, record.logprob), "top_logprobs": top})
+            top = [{"id": token, **self.token_fields(token, logprob)} for token, logprob in record.top]
+            chosen = self.token_fields(record.token, record.logprob)
+            shown.append({"id": record.token, **chosen, "top_logprobs": top})
         return {"completion_probabilities": shown}
-
-    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        return {"id": token, **self.token_fields(token, logprob)}
 
     def _selected(self, answer: LlamaAnswer) -> dict[str, Any]:
         """Return the fields of an answer that the request asks for."""
@@ -196,9 +188,9 @@ class LlamaBuilder(TextBuilder):
         selected = {}
         for path in self._asked.response_fields:
             value: Any = fields
-            for name in path.split("/"):
-                value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
-            if value is not MISSING:
+            with contextlib.suppress(KeyError, TypeError):  # a field that the answer does not have
+                for name in path.split("/"):
+                    value = value[name]
                 selected[path] = value
         return selected
 
@@ -206,14 +198,14 @@ class LlamaBuilder(TextBuilder):
         generation = self.choices[index].generation
         stats = generation.stats
         stop_type = "word" if generation.text.stopped else "limit" if stats.finish_reason == "length" else "eos"
-        settings = _settings(generation.sampler.options, generation) | self._asked.model_dump(include=REPEATED)
+        repeated = self._asked.model_dump(include={"grammar", "n_probs", "ignore_eos"})
         return LlamaAnswer(
             index=index,
             content=text,
             tokens=generation.answer if self._asked.return_tokens else [],
             model=self.base["model"],
             prompt=self.choices[index].prompt,
-            generation_settings=settings,
+            generation_settings=_settings(generation.sampler.options, generation) | repeated,
             tokens_predicted=stats.completion_tokens,
             tokens_evaluated=stats.prompt_tokens,
             tokens_cached=stats.cached_tokens,

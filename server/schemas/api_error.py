@@ -22,12 +22,7 @@ class APIError(Exception):
     """An error that is answered in OpenAI's shape."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        kind: str = "invalid_request_error",
-        code: str | None = None,
-        **sizes: int,
+        self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None, **sizes: int
     ) -> None:
         """Keep the body. `sizes` are further fields of ErrorDetail."""
         if len(message) > MAX_MESSAGE_CHARACTERS:
