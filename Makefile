@@ -23,7 +23,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadgr
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart quickstart-whole site clients litert mlx readers android-runner board-wheel arm64-root test-arm64 stand-ins test test-fast coverage lint types measure imports clean FORCE
+.PHONY: install quickstart quickstart-whole site clients mlx readers android-runner board-wheel arm64-root test-arm64 stand-ins test test-fast coverage lint types measure imports clean FORCE
 
 install: $(VENV)/.installed
 
@@ -76,17 +76,6 @@ $(CLIENTS)/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@$(CLIENTS)/bin/python -m pip install --quiet --group clients
-	@touch $@
-
-# litert-torch wants older releases of what the server needs: tests/test_export_litert.py runs the package with this environment.
-LITERT := build/litert
-
-litert: $(LITERT)/.installed
-
-$(LITERT)/.installed: pyproject.toml
-	@$(PYTHON) -m venv $(LITERT)
-	@$(LITERT)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	@$(LITERT)/bin/python -m pip install --quiet --no-compile '.[litert]'
 	@touch $@
 
 # What the quickstart runs, without other runtimes, browsers and tools of development, and no bytecode of what is never imported.

@@ -43,7 +43,6 @@ EXPORTERS = {
     "web": "efficientllm.export.web.exporter:EXPORTER",
     "android": "efficientllm.export.phone.exporter:ANDROID",
     "ios": "efficientllm.export.phone.exporter:IOS",
-    "litert": "efficientllm.export.litert.exporter:EXPORTER",
     "openvino": "efficientllm.export.openvino.exporter:EXPORTER",
 }
 

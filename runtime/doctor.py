@@ -27,7 +27,6 @@ ENGINES = {
     "llama.cpp, binary": ("xllamacpp", "xllamacpp"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
     "executorch": ("executorch", "executorch.extension.pybindings.portable_lib"),
-    "litert": ("litert-lm-api", "litert_lm"),
 }
 """Engine -> its distribution and the module that loads its library."""
 
@@ -46,7 +45,6 @@ USES = {
     "export --target onnx --portable": ("onnx-portable",),
     "export --target executorch": ("export", "executorch"),
     "export --target hf-uniform": ("export",),
-    "export --target litert": ("litert",),
     "export --target openvino": ("openvino",),
     "chat, serve, bench of a .gguf": ("gguf-binary|gguf",),
     "chat, serve, bench of an ONNX folder": ("onnx",),

@@ -62,9 +62,8 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The packages of two targets are not in every environment, and their lack would be named first."""
-    for target in ("litert", "openvino"):
-        monkeypatch.setattr(f"efficientllm.export.{target}.exporter.require_extra", lambda *_: None)
+    """The package of a target is not in every environment, and its lack would be named first."""
+    monkeypatch.setattr("efficientllm.export.openvino.exporter.require_extra", lambda *_: None)
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

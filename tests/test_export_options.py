@@ -45,7 +45,7 @@ FOREIGN = [
     (
         "hf-uniform",
         ["--max-kl", "1"],
-        "--max-kl: --target hf-uniform does not read it, gguf, onnx, executorch, web, android, ios, litert, openvino ",
+        "--max-kl: --target hf-uniform does not read it, gguf, onnx, executorch, web, android, ios, openvino ",
     ),
     ("gguf", ["--speed", "1"], "--speed: --target gguf does not read it, no target does (see efficientllm-export "),
 ]
@@ -146,7 +146,7 @@ def test_plug_ins_bring_their_flags(
     assert (tmp_path / "shape" / "shape.txt").read_text().startswith("00 LayerShape(")
     assert exporting.export(checkpoint, "shape", tmp_path / "other", "--quantize", "f32") == 2
     assert (
-        "--quantize: --target shape does not read it, gguf, onnx, executorch, web, android, ios, litert, openvino do"
+        "--quantize: --target shape does not read it, gguf, onnx, executorch, web, android, ios, openvino do"
         in capsys.readouterr().err
     )
     assert exporting.export(checkpoint, "onnx", tmp_path / "other", "--digits", "2") == 2
@@ -257,7 +257,6 @@ REFUSED = wrong_commands.COMMANDS | {
     "export MODEL --target web": "llama-cpp-python is not installed; run: " + install_command("gguf"),
     "export MODEL --target ios --formats pte": "executorch is not installed; run: pip install ",
     "export MODEL --target onnx": "onnxruntime is not installed; run: " + install_command("onnx"),
-    "export MODEL --target litert": "litert_torch is not installed; run: " + install_command("litert"),
     "export MODEL --target hf-uniform": "torch is not installed; run: " + install_command("export"),
 }
 """Command -> part of its error."""
@@ -281,7 +280,7 @@ def test_what_cannot_work_is_refused_before_a_library_is_imported(
 ) -> None:
     wrong_commands.write_inputs(tmp_path)
     save_tiny(tiny_architecture()).rename(tmp_path / "MODEL")
-    heavy = ["torch", "transformers", "llama_cpp", "onnxruntime", "executorch", "litert_torch", "uvicorn", "fastapi"]
+    heavy = ["torch", "transformers", "llama_cpp", "onnxruntime", "executorch", "uvicorn", "fastapi"]
     script = [sys.executable, "-c", RUN_ALL, json.dumps([[command.split() for command in REFUSED], heavy])]
     with locked_output(tmp_path / "held"):
         done = subprocess.run(script, capture_output=True, text=True, check=True, cwd=tmp_path)

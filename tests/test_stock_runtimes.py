@@ -16,13 +16,12 @@ import onnx
 import pytest
 import torch
 from exporting import export
-from test_export_litert import EXPORT, LAYERS, PYTHON
-from test_export_litert import export as export_litert
 from test_onnx_web import PACKAGE, SCRIPT
 from tiny import tiny_architecture, tiny_model
 from tools.stock_runtime import RUNTIMES
 from transformers import PreTrainedTokenizerFast
 
+from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_for_inference
 
@@ -43,11 +42,13 @@ TARGETS = {
     "ExecuTorch": ("executorch", "--quantize", "f32", "--max-context", "256"),
     "transformers": ("checkpoint",),
     "mlx-lm": ("checkpoint",),
-    "LiteRT": ("litert", "--quantize", "f32"),
 }
 """Runtime -> the target it reads, and its flags: fp32 throughout."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stock runtimes")]
+
+
+LAYERS = (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 1, 0))
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +68,10 @@ def expected(root: Path) -> torch.Tensor:
 
 def python_of(runtime: str) -> str:
     """The Python that has it; skips where there is none."""
-    elsewhere = {"mlx-lm": (MLX, "make mlx"), "LiteRT": (PYTHON, "make litert")}
-    if runtime in elsewhere:
-        python, remedy = elsewhere[runtime]
-        if not python.is_file():
-            pytest.skip(f"{runtime} is not installed ({remedy})")
-        return str(python)
+    if runtime == "mlx-lm":
+        if not MLX.is_file():
+            pytest.skip("mlx-lm is not installed (make mlx)")
+        return str(MLX)
     package = RUNTIMES[runtime][0]
     try:
         importlib.metadata.version(package)
@@ -139,12 +138,5 @@ def artefact_of(runtime: str, root: Path) -> Path:
     target, *flags = TARGETS[runtime]
     folder = root / target
     if not folder.exists():
-        if target == "litert":
-            done = export_litert(EXPORT, root / "checkpoint", *flags, "--output", folder)
-            assert done.returncode == 0, done.stderr[-2000:]
-            verification = json.loads((folder / "manifest.json").read_text())["verification"]
-            assert verification["exact"]["mean_kl"] < 1e-5
-            assert verification["litert_lm"]["same_characters"] > 0
-        else:
-            assert export(root / "checkpoint", target, folder, *flags) == 0
+        assert export(root / "checkpoint", target, folder, *flags) == 0
     return folder

@@ -236,7 +236,6 @@ def test_a_corpus_that_changed_meanwhile_is_said(
 UNHELD = [
     ("qwen3", {"rope_parameters": LLAMA3_ROPE}, ("--for", "onnx,gguf"), "gguf: layer 0 has a llama3 rope"),
     ("gpt_neox", {}, ("--for", "gguf"), "gguf: llama.cpp holds irregular layers of gpt_neox only zero-padded"),
-    ("mistral", {}, ("--for", "litert"), "litert: litert-torch cannot trace Mistral's mask"),
     ("mistral", {"sliding_window": 1}, ("--for", "onnx"), "config.json: sliding_window is 1, a context of one token"),
 ]
 
@@ -257,7 +256,7 @@ def test_a_model_that_a_target_cannot_hold_is_not_trained(
     assert f"error: --for {message}" in capsys.readouterr().err
     assert not output.exists()
     assert run([*command(source, corpus, output), "--for", "gguf,pdf"]) == 2
-    assert "--for pdf: choose from gguf, web, onnx, executorch, openvino, litert, hf-uniform" in capsys.readouterr().err
+    assert "--for pdf: choose from gguf, web, onnx, executorch, openvino, hf-uniform" in capsys.readouterr().err
 
 
 def test_a_logger_that_does_not_start_is_one_line(

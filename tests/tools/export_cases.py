@@ -1,14 +1,15 @@
 """Export generated models and compare stock engines with transformers, independently of the exporter's verification:
 
-    python -m tests.tools.export_cases --target gguf|onnx|executorch|litert|openvino [--cases 2000] [--seed 1]
+    python -m tests.tools.export_cases --target gguf|onnx|executorch|openvino [--cases 2000] [--seed 1]
 
 A case fills its matrices in one of three ways. Codes are numbers that its type stores exactly: transformers' logits of
 the checkpoint are then what the file has to compute. Magnitudes are rows of zeros and one value, which every type
 stores exactly. Random numbers are rounded in torch to the bits of the type, to find the size of that rounding. The
-limit is the effect of rounded weights and activations in torch, and no code of the exporter has a part in it. litert
-runs in the environment of `make litert`. Prints a line to reproduce each failure, and a summary as one line of JSON:
-the number of cases by outcome, by family and type, and of refusals by cause. With --misread, the exporter misreads one
-setting of each case (see MISREADINGS), and a case that is verified is wrong. Target hf-uniform exists only there.
+limit is the effect of rounded weights and activations in torch, and no code of the exporter has a part in it.
+
+Prints a line to reproduce each failure, and a summary as one line of JSON: the number of cases by outcome,
+by family and type, and of refusals by cause. With --misread, the exporter misreads one setting of each case (see
+MISREADINGS), and a case that is verified is wrong. Target hf-uniform exists only there.
 """
 
 from __future__ import annotations
@@ -53,7 +54,6 @@ BITS = {
     },
     "onnx": {"f32": 32, "f16": 16, "int8": 8, "mixed": 4, "int4": 4, "web": 8},
     "executorch": {"f32": 32, "f16": 16, "int8": 8, "8da4w": 4},
-    "litert": {"f32": 32, "int8": 8},
     "openvino": {"f32": 32, "int8": 8, "mixed": 4, "int4": 4},
 }
 """Target -> type -> bits of most of its weights."""
@@ -65,11 +65,10 @@ CODES = {
     },
     "onnx": {"f32": BYTE, "f16": BYTE, "int8": BYTE, "mixed": BYTE, "int4": (-8, 7), "web": BYTE},
     "executorch": {"f32": BYTE, "f16": BYTE, "int8": BYTE, "8da4w": (-7, 7)},
-    "litert": {"f32": BYTE, "int8": BYTE},
     "openvino": {"f32": BYTE, "int8": BYTE, "mixed": BYTE, "int4": (-8, 7)},
 }
 """Target -> type -> lowest and highest code, if a row of such codes is stored exactly."""
-ROW_SCALES = ("web", "int8 executorch", "8da4w executorch", "int8 litert")
+ROW_SCALES = ("web", "int8 executorch", "8da4w executorch")
 """Types, or types of a target, whose blocks are longer than BLOCK."""
 BLOCK = 32
 HEAD_DIMS = (8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
@@ -110,7 +109,7 @@ class Case:
 def generate(target: str, seed: int, index: int) -> Case:
     """Return a case, which depends on nothing but the arguments."""
     dice = random.Random(f"{target} {seed} {index}")
-    family = dice.choice([each for each in sorted(FAMILIES) if (target, each) != ("litert", "mistral")])
+    family = dice.choice(sorted(FAMILIES))
     count = dice.randint(1, 4 if target in ("gguf", "onnx") else 2)
     layers = tuple(LayerShape(*dice.choice(HEADS), dice.choice(WIDTHS)) for _ in range(count))
     if dice.random() < 0.2:
@@ -185,8 +184,6 @@ def _flags(dice: random.Random, target: str, kind: str, hidden_size: int) -> dic
         return {name: dice.choice(("q8_0", "q4_0", "f16", *(["q6_k"] if hidden_size == 256 else [])))}
     if target == "onnx" and kind == "f32" and dice.random() < 0.1:
         return {"portable": True}
-    if target == "litert":
-        return {"max_context": CONTEXT}
     if target != "executorch":
         return {}
     flags: dict[str, Any] = {"max_context": CONTEXT, "custom_ops": dice.random() < 0.8}

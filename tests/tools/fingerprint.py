@@ -1,8 +1,7 @@
 """Print the seeded loss of a tiny run and the SHA-256 of a tiny model in four formats.
 
 `python tests/tools/fingerprint.py FOLDER [TARGET ...]` makes the inputs in FOLDER when they are missing, so that two
-commits read the same ones. A change that must not alter behaviour prints the same lines before and after, except for
-litert, whose packer writes other bytes each time.
+commits read the same ones. A change that must not alter behaviour prints the same lines before and after.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ TARGETS = {
     "gguf-q4_0": ("gguf", "--quantize", "q4_0"),
     "onnx": ("onnx", "--quantize", "int8"),
     "executorch": ("executorch", "--quantize", "8da4w", "--max-context", "128"),
-    "litert": ("litert", "--quantize", "int8", "--max-context", "256"),
 }
 """Flags of `efficientllm-export`."""
-WEIGHTS = (".gguf", ".onnx", ".data", ".pte", ".litertlm")
+WEIGHTS = (".gguf", ".onnx", ".data", ".pte")
 RUNS = {
     "paper": ("--prune", "attention,ffn,stem", "--target-ratio", "0.6"),
     "recover": (
@@ -53,11 +51,11 @@ rows = [json.dumps({{"text": f"Document {{index}}. {{lines[index % len(lines)]}}
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
-def run(module: str, *arguments: str, python: str = sys.executable) -> None:
+def run(module: str, *arguments: str) -> None:
     """Run the command line of `module` on one thread."""
     code = f"from efficientllm.{module} import main; main()"
     done = subprocess.run(
-        [python, "-c", code, *arguments],
+        [sys.executable, "-c", code, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -86,15 +84,9 @@ def print_loss(folder: Path, name: str) -> None:
 def print_export(folder: Path, name: str) -> None:
     """Print the SHA-256 of each file of weights that an export writes."""
     target, *flags = TARGETS[name]
-    python = sys.executable
-    if target == "litert":  # litert-torch pins other releases, so it has an environment of its own
-        python = os.environ.get("EFFICIENTLLM_LITERT", str(TESTS.parent / "build" / "litert" / "bin" / "python"))
-        if not Path(python).is_file():
-            print("litert: not installed; make litert installs it")
-            return
     output = folder / f"export-{name}"
     checkpoint = str(folder / "irregular")
-    run("export.cli", checkpoint, "--target", target, *flags, "--overwrite", "--output", str(output), python=python)
+    run("export.cli", checkpoint, "--target", target, *flags, "--overwrite", "--output", str(output))
     for file in sorted(path for path in output.rglob("*") if path.name.endswith(WEIGHTS)):
         print(f"{name}: {file.relative_to(output)} {hashlib.sha256(file.read_bytes()).hexdigest()}")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,39 +87,6 @@ def _executorch(folder: Path, tokens: list[int], chunks: Sequence[int]) -> Rows:
         yield ends, np.stack(rows)
 
 
-def _litert(folder: Path, tokens: list[int], chunks: Sequence[int]) -> Rows:
-    """Run LiteRT's interpreter with prefills of both lengths before the tokens of a second half, one by one."""
-    from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found]
-    from litert_lm_builder import litertlm_peek  # type: ignore[import-not-found]
-
-    with tempfile.TemporaryDirectory() as name:
-        with open(Path(name) / "log", "w", encoding="utf-8") as log:
-            litertlm_peek.peek_litertlm_file(str(folder / "model.litertlm"), name, log)
-        program = max(Path(name).glob("*.tflite"), key=lambda path: path.stat().st_size)
-        for length in (16, 128):
-            interpreter: Any = Interpreter(str(program), num_threads=1)
-            prefill, decode = (interpreter.get_signature_runner(each) for each in (f"prefill_{length}", "decode"))
-            inputs = decode.get_input_details()
-            slots = inputs["mask"]["shape"][-1]
-            past = {each: np.zeros(inputs[each]["shape"], np.float32) for each in inputs if each.startswith("kv_cache")}
-            half, rows = len(tokens) // 2, []
-
-            def call(runner: Any, ids: list[int], start: int, slots: int = slots) -> Any:
-                nonlocal past
-                positions = np.arange(start, start + len(ids), dtype=np.int32)
-                mask = np.where(np.arange(slots)[None] > positions[:, None], np.float32(-1e9), np.float32(0))
-                feeds = {"tokens": np.array([ids], np.int32), "input_pos": positions, "mask": mask[None, None]}
-                found = runner(**feeds, **past)
-                past = {each: found[each] for each in past}
-                return found
-
-            for start, end in _pieces(half, (length,)):
-                call(prefill, tokens[start:end] + [0] * (length - (end - start)), start)
-            for position in range(half, len(tokens)):
-                rows.append(np.asarray(call(decode, [tokens[position]], position)["logits"]).reshape(-1))
-            yield list(range(half, len(tokens))), np.stack(rows)
-
-
 def _openvino(folder: Path, tokens: list[int], chunks: Sequence[int]) -> Rows:
     """Run OpenVINO in the chunks, and token by token, with fp32 activations and caches."""
     import openvino
@@ -145,7 +111,6 @@ READERS: dict[str, Callable[[Path, list[int], Sequence[int]], Rows]] = {
     "gguf": _gguf,
     "onnx": _onnx,
     "executorch": _executorch,
-    "litert": _litert,
     "openvino": _openvino,
 }
 """Target -> its runtime."""

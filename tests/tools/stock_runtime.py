@@ -12,7 +12,6 @@ import importlib
 import importlib.metadata
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,33 +164,6 @@ def mlx_lm(artefact: Path) -> Callable[[Next], Next]:
     return read
 
 
-def litert(artefact: Path) -> Callable[[Next], Next]:
-    """LiteRT's interpreter on the program inside a .litertlm, whose signatures LiteRT-LM calls."""
-    from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found]
-    from litert_lm_builder import unpack_litertlm_file  # type: ignore[import-not-found]
-
-    with tempfile.TemporaryDirectory() as folder:
-        unpack_litertlm_file(str(artefact / "model.litertlm"), folder)
-        (program,) = Path(folder).rglob("*.tflite")
-        interpreter: Any = Interpreter(model_content=program.read_bytes(), num_threads=1)
-    decode = interpreter.get_signature_runner("decode")
-    inputs = decode.get_input_details()
-    slots = int(inputs["mask"]["shape"][-1])
-
-    def read(window: Next) -> Next:
-        caches = {name: np.zeros(one["shape"], one["dtype"]) for name, one in inputs.items() if name.startswith("kv_")}
-        found = []
-        for position, token in enumerate(window):
-            mask = np.where(np.arange(slots) > position, np.float32(-1e9), np.float32(0))[None, None, None]
-            given = {"tokens": np.array([[token]], np.int32), "input_pos": np.array([position], np.int32), "mask": mask}
-            output = decode(**given, **caches)
-            caches = {name: output[name] for name in caches}
-            found.append(int(output["logits"].argmax()))
-        return found
-
-    return read
-
-
 RUNTIMES: dict[str, tuple[str, Callable[[Path], Callable[[Next], Next]]]] = {
     "llama.cpp": ("llama-cpp-python", llama_cpp_python),
     "llama.cpp, another build": ("llama-cpp-py-sync", llama_cpp_py_sync),
@@ -201,7 +173,6 @@ RUNTIMES: dict[str, tuple[str, Callable[[Path], Callable[[Next], Next]]]] = {
     "ExecuTorch": ("executorch", executorch),
     "transformers": ("transformers", transformers),
     "mlx-lm": ("mlx-lm", mlx_lm),
-    "LiteRT": ("ai-edge-litert", litert),
 }
 """Name -> (distribution, what makes a reader of an artefact)."""
 

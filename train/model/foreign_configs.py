@@ -42,7 +42,6 @@ NOT_SETTINGS = (
 """Settings of a foreign config.json that ours must not have."""
 
 
-
 @dataclass(frozen=True)
 class ImportOptions:
     """Checkpoints and adapters of other tools."""

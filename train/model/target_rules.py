@@ -15,7 +15,7 @@ ROPES = ("default", *SCALING)
 
 GGUF_TARGETS = ("gguf", "web")
 TRACED_TARGETS = ("onnx", "executorch", "openvino")
-TARGETS = (*GGUF_TARGETS, *TRACED_TARGETS, "litert", "hf-uniform")
+TARGETS = (*GGUF_TARGETS, *TRACED_TARGETS, "hf-uniform")
 """Targets with rules. Those of hf-uniform are transformers', which trains the model."""
 
 GGUF_FREQUENCIES = ("llama", "deci")
@@ -46,8 +46,6 @@ def check_target(target: str, config: Mapping[str, Any], architecture: Architect
             )
         name = irregular_gguf(architecture) if is_irregular else architecture.parts.gguf
         check_gguf(name, attention, architecture)
-    elif target == "litert" and family == "mistral":
-        raise ModelError("litert: litert-torch cannot trace Mistral's mask; choose gguf, onnx or executorch")
 
 
 def check_gguf(name: str, attention: Sequence[LayerAttention], architecture: Architecture) -> None:
