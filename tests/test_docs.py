@@ -35,7 +35,7 @@ from efficientllm.train.config.presets import PRESETS
 from efficientllm.train.data.check import build_parser as data_parser
 from efficientllm.train.data.corpus import build_parser as corpus_parser
 from efficientllm.train.evaluation.cli import build_parser as eval_parser
-from efficientllm.train.fit import build_parser as fit_parser
+from efficientllm.train.family.fit import build_parser as fit_parser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

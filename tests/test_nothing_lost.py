@@ -25,6 +25,7 @@ from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.files import folder_written_atomically
 from efficientllm.runtime.base.output import check_output, locked_output
 from efficientllm.train import OptimizerConfig, RunConfig, TrainConfig, trainer
+from efficientllm.train.checkpoint import writer
 from efficientllm.train.checkpoint.run_folder import damage, foreign_files
 from efficientllm.train.measuring import Measuring
 
@@ -442,7 +443,7 @@ def test_a_model_that_was_not_measured_and_has_no_checkpoint_is_not_trained_agai
 ) -> None:
     """The disk had room for the model alone."""
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     with monkeypatch.context() as patch:
         stop_while_measuring("stage", patch)
         assert run(command(source_folder, corpus, tmp_path / "run")) == 130
@@ -464,7 +465,7 @@ def test_a_disk_that_is_too_small_for_a_checkpoint_stops_no_run(
     capsys: ERRORS,
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     assert run(command(source_folder, corpus, tmp_path / "run")) == 0
     assert "no checkpoint of step 5: it takes " in (said := capsys.readouterr().err)
     assert "the disk has 1.0 MB; the run continues" in said

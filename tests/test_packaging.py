@@ -33,12 +33,17 @@ MAY_IMPORT = {
     "train/reporting": {"runtime/base", "runtime/engines", "train/config", "train/model", "train/data"},
     "train/checkpoint": {"runtime/base", "runtime/engines", "train/config", "train/compute", "train/reporting"},
     "train/vocabulary": {"runtime/base", "runtime/engines", "train/compute", "train/data"},
-    "train/pruning": {"runtime/base", "runtime/latency", "train/config", *TRAINED, "train/vocabulary"},
+    "train/pruning": TRAINED
+    | {"runtime/base", "runtime/latency", "train/config", "train/vocabulary", "train/checkpoint"},
+    "train/family": RUNTIME
+    | TRAINED
+    | {"runtime/latency", "train/config", "train/checkpoint", "train/evaluation", "train/pruning"}
+    | {"train/reporting"},
     "train/quantisation": {"train/config", "train/model", "train/compute"},
     "train/evaluation": RUNTIME | TRAINED | {"train/config"},
     "train": RUNTIME
     | {"runtime/latency", "train/config", "train/reporting", "train/checkpoint", "train/vocabulary", "train/pruning"}
-    | {"train/quantisation", "train/evaluation"}
+    | {"train/quantisation", "train/evaluation", "train/family"}
     | TRAINED,
     "export": RUNTIME | SOURCES,
     "export/gguf": RUNTIME | SOURCES | {"export"},

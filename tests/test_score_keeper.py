@@ -14,10 +14,10 @@ from efficientllm.runtime.base.progress import ProgressDisplay
 from efficientllm.train import run as run_module
 from efficientllm.train.config.sections import ScoreConfig
 from efficientllm.train.evaluation.torch_model import TorchModel
+from efficientllm.train.family.score_keeper import ScoreKeeper, SizeScore
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.foreign_configs import DEFAULTS, ImportOptions
 from efficientllm.train.model.irregular import architecture_of
-from efficientllm.train.score_keeper import ScoreKeeper, SizeScore
 
 SIZES = ["--removals", "4", "--prune-start", "0.2", "--prune-end", "0.6", "--checkpoint-every", "2"]
 

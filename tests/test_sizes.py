@@ -21,8 +21,8 @@ from efficientllm.devices.results import BenchOptions, Measurement, Run, summari
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.latency.shape import Workload
-from efficientllm.train import fit
-from efficientllm.train.later_steps import LaterSteps, add_later_steps, has_later_steps, link_later_steps
+from efficientllm.train.family import fit
+from efficientllm.train.family.later_steps import LaterSteps, add_later_steps, has_later_steps, link_later_steps
 from efficientllm.train.model.architecture import FAMILIES, Architecture
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.pruning.selection import all_groups, compose

@@ -16,6 +16,7 @@ import pytest
 from training import command, expect_same_run, run, without
 
 from efficientllm.train import trainer
+from efficientllm.train.checkpoint import writer
 from efficientllm.train.checkpoint.state import HashingWriter
 from efficientllm.train.stop_signal import StopSignal
 
@@ -161,7 +162,7 @@ def test_a_removal_that_cannot_be_saved_before_is_done_before_the_run_stops(
     given = arguments("rows", source_folder, corpus, tmp_path / "stopped")
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+        patch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
         assert run(given) == 130
     assert asked.times["_forward"] > 2
     assert "checkpoint step-000000" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -175,11 +175,12 @@ def test_weights_that_are_not_trained_are_not_kept(
     more: list[str], source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from efficientllm.train import run as run_module
+    from efficientllm.train.trainer import Stopped
 
     arguments = command(source_folder, corpus, tmp_path / "run", *(more if more != ["--resume"] else []))
     if more == ["--resume"]:
         with monkeypatch.context() as patch:
-            patch.setattr(run_module.Trainer, "train", lambda self, write_model: bool(self.save()) and False)
+            patch.setattr(run_module.Trainer, "train", lambda self, write_model: self.checkpoints.save() and Stopped())
             assert run(arguments) == 130
     held = []
     make_model = run_module._make_model

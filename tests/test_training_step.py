@@ -185,7 +185,7 @@ def _agree(rank: int, parallel: Parallel, folder: Path) -> None:
     assert shared == pytest.approx(perplexity(loss, windows, 1, CPU), rel=1e-6)
     _share_evaluation(rank, model, parallel)
     optimizer = make_optimizer(model, 1e-3, (0.9, 0.95), 0.01)
-    save_training_state(folder, model, optimizer, TrainingState(RunProgress(), {}, {}, {}), 1, parallel)
+    save_training_state(folder, model, optimizer, TrainingState(RunProgress(), {}), 1, parallel)
     assert damage(folder) == ""
 
 

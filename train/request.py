@@ -11,7 +11,7 @@ from ..runtime.base.model_names import check_adapter, check_source
 from ..runtime.base.output import check_output, check_place
 from ..runtime.chat_template import read_template_file
 from ..runtime.latency.profile import DeviceProfile
-from .checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_killed_writes
+from .checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_killed_writes, saved_config
 from .config.pruning import PruneConfig
 from .config.sections import TrainConfig
 from .data.documents import SELF_CHAT, DataSpec, check_documents, check_held_out, require_readers
@@ -41,9 +41,11 @@ def check_text(config: TrainConfig) -> None:
 
 
 def with_resume(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with --resume if --resume-or-start finds a run in --output."""
-    has_run = config.run.resume_or_start and (Path(config.run.output) / SETTINGS_FILE).is_file()
-    return replace(config, run=replace(config.run, resume=True)) if has_run else config
+    """Return the configuration with --resume if --resume-or-start finds a run in --output, and what the run is of."""
+    folder = Path(config.run.output)
+    if not (config.run.resume or config.run.resume_or_start) or not (folder / SETTINGS_FILE).is_file():
+        return config
+    return replace(config, run=replace(config.run, resume=True, branch_of=saved_config(folder).run.branch_of))
 
 
 def check_request(config: TrainConfig) -> None:

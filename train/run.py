@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import shutil
@@ -25,8 +26,8 @@ from ..runtime.engines.memory import trim_heap
 from .checkpoint.run_folder import (
     DAMAGED_PREFIX,
     FINISHED_FILE,
+    SCORES_FILE,
     SETTINGS_FILE,
-    SIZES_FOLDER,
     checkpoint_folders,
     clear_run_folder,
     delete_replaced_run,
@@ -41,7 +42,9 @@ from .compute.distributed import full
 from .compute.loss import TrainingLoss, frozen_copy
 from .config.sections import TrainConfig
 from .evaluation.quality.contract import Quality, contract
-from .later_steps import drop_later_steps, link_later_steps
+from .family.later_steps import drop_later_steps, link_later_steps
+from .family.sizes import branch_folder, lacks_sizes, members_of, resumed_branch, unfinished_sizes, write_sizes
+from .model.folder_files import read_json
 from .model.irregular import architecture_of, build, save_checkpoint
 from .model.source import load_source
 from .plan import ResumePoint, RunPlan, allowed_changes, choose_compute, find_resume_point, make_plan
@@ -51,10 +54,8 @@ from .reporting.model_card import model_card, source_card
 from .reporting.plots import plot_architecture, plot_pruning, plot_training
 from .request import check_request, check_text, with_resume
 from .run_text import RunText
-from .score_keeper import ScoreTooLowError, with_kept_size
 from .shards import is_without_memory, load_for_ranks, read_shards, sharded_teacher
-from .sizes import branch_folder, lacks_sizes, members_of, resumed_branch, unfinished_sizes, write_sizes
-from .trainer import Trainer
+from .trainer import Finished, GoBack, Stopped, Trainer
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -95,8 +96,9 @@ def _train(config: TrainConfig) -> Path | None:
     """Train one model and return its folder, or None if a signal stopped the run."""
     with _locked_output_folder(config) if is_main_process() else contextlib.nullcontext():
         folder = Path(config.run.output)
-        if config.run.resume and folder.parent.name == SIZES_FOLDER and is_finished(folder.parent.parent):
-            link_later_steps(folder.parent.parent, folder)  # of a larger size, also if it is resumed on its own
+        trunk = folder / config.run.branch_of
+        if config.run.resume and config.run.branch_of and is_finished(trunk):
+            link_later_steps(trunk, folder)  # of a larger size, also if it is resumed on its own
         compute = choose_compute(config)
         with compute.parallel.joined():
             # one rank reads the checkpoint to verify it
@@ -104,15 +106,27 @@ def _train(config: TrainConfig) -> Path | None:
             torch.manual_seed(config.run.seed)
             plan, source = make_plan(config, resume, compute)
             while True:
-                plan = with_kept_size(plan)
-                trainer = _make_trainer(plan, source)
+                trainer = _make_trainer(_with_kept_size(plan), source)
                 del source  # trained in place, or replaced by the checkpoint's model
-                try:
-                    return _run(plan, trainer)
-                except ScoreTooLowError as error:
-                    plan = replace(plan, resume=ResumePoint(error.checkpoint, {}, ()))
-                    del trainer
-                    source, _ = load_source(config.source.source, "", config.foreign)
+                ended = _run(trainer)
+                if not isinstance(ended, GoBack):
+                    return folder / "model" if isinstance(ended, Finished) else None
+                plan = replace(plan, resume=ResumePoint(ended.checkpoint, {}, ()))
+                del trainer
+                gc.collect()  # parts of a run refer to each other, and two models may not fit
+                source, _ = load_source(config.source.source, "", config.foreign)
+
+
+def _with_kept_size(plan: RunPlan) -> RunPlan:
+    """Return the plan with the size to which its run has returned as the target."""
+    path = plan.folder / SCORES_FILE
+    if plan.resume is None or plan.pruning is None or not path.is_file():
+        return plan
+    smallest = read_json(path)["smallest"]
+    if smallest is None:  # it may still remove groups
+        return plan
+    budget = replace(plan.pruning.budget, target=smallest)
+    return replace(plan, pruning=replace(plan.pruning, budget=budget))
 
 
 @contextlib.contextmanager
@@ -127,8 +141,9 @@ def _locked_output_folder(config: TrainConfig) -> Iterator[None]:
         yield
 
 
-def _run(plan: RunPlan, trainer: Trainer) -> Path | None:
-    parallel = plan.compute.parallel
+def _run(trainer: Trainer) -> Finished | Stopped | GoBack:
+    """Train a model, write its result, and return how the run ended. If it fails, restore the run that it replaces."""
+    plan, parallel = trainer.plan, trainer.parallel
     try:
         if parallel.is_main:
             _prepare_folder(plan)
@@ -136,9 +151,10 @@ def _run(plan: RunPlan, trainer: Trainer) -> Path | None:
             for line in trainer.text.reading_lines(plan.config.optimizer.tokens):
                 _log.info(line)
         parallel.barrier()
-        if not trainer.train(partial(write_model, trainer)):
-            return None
-        write_result(trainer)
+        ended = trainer.train(partial(write_model, trainer))
+        if isinstance(ended, Finished):
+            write_result(trainer)
+        return ended
     except BaseException as error:
         is_put_back = parallel.is_main and restore_replaced_run(plan.folder)
         if is_put_back:
@@ -148,7 +164,6 @@ def _run(plan: RunPlan, trainer: Trainer) -> Path | None:
             remedy = f"--resume from {checkpoints[-1].name}" if checkpoints else "start again"
             raise DiskFullError(error.path, error.reason, f"make room and {remedy}") from error
         raise
-    return plan.folder / "model"
 
 
 def _announce(plan: RunPlan, tokens: int) -> None:

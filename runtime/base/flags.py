@@ -118,6 +118,11 @@ def whole_numbers(*default: int, **bounds: Unpack[Bounds]) -> Any:
     return dataclasses.field(default=default, metadata={"parse": _parse_whole_numbers, "bounds": bounds})
 
 
+def internal(default: Any) -> Any:
+    """Return a dataclass field that a configuration file has and no flag sets."""
+    return dataclasses.field(default=default, metadata={"internal": True})
+
+
 def comma_separated(*default: str) -> Any:
     """Return a dataclass field of names typed with commas between them. Other flags of tuples are repeatable."""
     return dataclasses.field(default=default, metadata={"comma_separated": True})
@@ -225,6 +230,8 @@ def _add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
     hints = typing.get_type_hints(cls)
     docs = field_docs(cls)
     for field in dataclasses.fields(cls):
+        if field.metadata.get("internal"):
+            continue
         annotation = _unwrap_optional(hints[field.name])
         if dataclasses.is_dataclass(annotation):
             add_section(typing.cast(argparse.ArgumentParser, parser), typing.cast(type, annotation))

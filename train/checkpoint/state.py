@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,23 @@ from .run_folder import checkpoint_folders, write_contents
 
 
 @dataclass(frozen=True)
+class PartState:
+    """State of one part of a run."""
+
+    values: Any = None
+    """JSON values, such as the surviving groups."""
+    tensors: Any = None
+    """Nested tensors and numbers that all ranks share: data position, saliency."""
+    own: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of this rank alone: Gram matrices."""
+
+
+@dataclass(frozen=True)
 class TrainingState:
     """Contents of a checkpoint beside the model and the optimizer."""
 
     progress: RunProgress
-    extra: dict[str, Any]
-    """JSON values, such as the surviving groups."""
-    tensors: dict[str, Any]
-    """Nested tensors and numbers that all ranks share: data position, saliency."""
-    own: dict[str, Tensor]
-    """Tensors of this rank alone: Gram matrices."""
+    parts: dict[str, PartState]
 
 
 def checkpoint_path(run_folder: Path, step: int) -> Path:
@@ -64,15 +71,17 @@ def save_training_state(
             dcp.save(tensors, checkpoint_id=temporary / "state", storage_writer=writer, **options)
         own = rank_file(temporary, parallel)
         with HashingFile(own) as file:
-            torch.save(state.own, file)
+            torch.save({name: part.own for name, part in state.parts.items()}, file)
         # hashed as they were written, so that gigabytes are not read back
         known = parallel.gather(writer.contents() | {f"{own.parent.name}/{own.name}": file.describe()})
         if parallel.is_main:
             with HashingFile(temporary / "tensors.pt") as file:
-                torch.save({"tensors": state.tensors, "rng": _rng_state()}, file)
+                tensors_of_parts = {name: part.tensors for name, part in state.parts.items()}
+                torch.save({"tensors": tensors_of_parts, "rng": _rng_state()}, file)
             known.append({"tensors.pt": file.describe()})
             (temporary / "config.json").write_text(model.config.to_json_string(use_diff=False), encoding="utf-8")
-            values = {"progress": asdict(state.progress), **state.extra}
+            values: dict[str, Any] = {"progress": asdict(state.progress), "ranks": parallel.world_size}
+            values["parts"] = {name: part.values for name, part in state.parts.items()}
             (temporary / "trainer.json").write_text(json.dumps(values), encoding="utf-8")
             write_contents(temporary, {name: entry for each in known for name, entry in each.items()})
     if parallel.is_main:  # only after the new one is in place
@@ -144,18 +153,16 @@ def _map_leaves(value: Any, convert: Callable[[Any], Any]) -> Any:
 
 def load_training_state(
     folder: Path, model: Any, optimizer: torch.optim.Optimizer, parallel: Parallel
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Fill model and optimizer (already of the checkpoint's shape) and set the RNGs.
-
-    Returns `TrainingState.tensors` and `own`.
-    """
+) -> dict[str, PartState]:
+    """Fill model and optimizer (already of the checkpoint's shape), set the RNGs, and return the states of parts."""
     with _no_process_group_warning(), torch.no_grad():
         tensors = _weights_and_moments(model, optimizer)
         dcp.load(tensors, checkpoint_id=folder / "state", no_dist=parallel.world_size == 1)
     small = torch.load(folder / "tensors.pt", weights_only=True, map_location=parallel.device)
     _set_rng_state(small["rng"])
     own = torch.load(rank_file(folder, parallel), weights_only=True, map_location=parallel.device)
-    return small["tensors"], own
+    _, values = read_trainer_json(folder)
+    return {name: PartState(each, small["tensors"][name], own[name]) for name, each in values["parts"].items()}
 
 
 @contextlib.contextmanager
@@ -167,7 +174,7 @@ def _no_process_group_warning() -> Iterator[None]:
 
 
 def read_trainer_json(folder: Path) -> tuple[RunProgress, dict[str, Any]]:
-    """Return (progress, extra) of a sound checkpoint (see run_folder.damage)."""
+    """Return (progress, {"ranks", "parts"}) of a sound checkpoint (see run_folder.damage)."""
     values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     return RunProgress(**values.pop("progress")), values
 

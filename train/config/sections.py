@@ -121,6 +121,8 @@ class RunConfig:
     """Start a new run. The run in --output is deleted when the new one writes its first checkpoint or its model."""
     resume: bool = False
     """Continue from the last complete checkpoint in --output."""
+    branch_of: str = flags.internal("")
+    """Folder of the run with --sizes that this run finishes a larger size of, from --output."""
     resume_or_start: bool = False
     """--resume if --output holds a run, otherwise start one. A finished run stays as it is. For jobs that a scheduler
     starts again with the same command."""
@@ -278,7 +280,7 @@ def _toml(value: object) -> str:
 RESUMABLE_CHANGES = frozenset(
     {
         *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"),
-        *("skip_bad_lines", "eval_every", "save_dtype", "for_", "resume_or_start"),
+        *("skip_bad_lines", "eval_every", "save_dtype", "for_", "resume_or_start", "branch_of"),
     }
 )
 """Settings that a resumed run may change without changing its result."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.state import PartState
 from ..compute.distributed import Parallel
 from ..compute.trained_model import TrainedModel
 from ..model.architecture import Architecture
@@ -152,31 +153,24 @@ class Pruner:
             self.grams.detach()
             self.grams = None
 
-    def state_json(self) -> dict[str, Any]:
-        """Return the `values` of `load_state`: positions of groups, as JSON."""
+    def state(self) -> PartState:
+        """Return the positions of groups as JSON, the scores, and the Gram matrices of this rank."""
         kept = kept_to_json(self.zeroed.kept, self.zeroed.before) if self.zeroed is not None else None
         units = self.units_of_event
-        return {
+        values = {
             "survivors": kept_to_json(self.survivors, self.plan.source),
             "pending": kept,
             "wants_rows": self.is_vocabulary_due,
             "logical": self.architecture.to_dict(),
             "units_of_event": [asdict(unit) for unit in units] if units is not None else None,
         }
+        blocks = self.blocks.state() if self.blocks is not None else {}
+        own = self.grams.grams if self.grams is not None else {}
+        return PartState(values, {"tracker": self.tracker.state_dict(), "blocks": blocks}, own)
 
-    def state_tensors(self) -> dict[str, Any]:
-        """Return the `tensors` of `load_state`: scores, the same on every rank."""
-        return {
-            "tracker": self.tracker.state_dict(),
-            "blocks": self.blocks.state() if self.blocks is not None else {},
-        }
-
-    def own_tensors(self) -> dict[str, Tensor]:
-        """Return the Gram matrices of this rank since they were averaged."""
-        return self.grams.grams if self.grams is not None else {}
-
-    def load_state(self, values: dict[str, Any], tensors: dict[str, Any], own: dict[str, Tensor], model: Any) -> None:
+    def load(self, state: PartState, model: Any) -> None:
         """Continue from a checkpoint whose model is loaded already, in the shape of its tensors."""
+        values, tensors = state.values, state.tensors
         self.survivors = kept_from_json(values["survivors"], self.plan.source)
         self.is_vocabulary_due = values["wants_rows"]
         units = values["units_of_event"]
@@ -191,7 +185,7 @@ class Pruner:
         if self.blocks is not None:
             self.blocks.load_state(tensors["blocks"])
         if self.grams is not None:
-            self.grams.grams = own
+            self.grams.grams = state.own
             self.grams.attach(model)
             self._drop_grams_when_done()
 

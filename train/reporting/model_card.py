@@ -86,7 +86,7 @@ def command_line(config: TrainConfig) -> str:
         values, standard = getattr(config, section.name), getattr(defaults, section.name)
         for item in fields(values):
             value = getattr(values, item.name)
-            if value == getattr(standard, item.name) or item.name in ("overwrite", "resume"):
+            if value == getattr(standard, item.name) or item.name in ("overwrite", "resume", "branch_of"):
                 continue
             name = flags.flag_name(item.name)
             if isinstance(value, bool):

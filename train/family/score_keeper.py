@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..runtime.base.errors import UsageError
-from ..runtime.base.files import write_json_atomically
-from ..runtime.base.progress import ProgressDisplay
-from ..runtime.base.quantities import format_count
-from .checkpoint.run_folder import SCORES_FILE, checkpoint_folders
-from .checkpoint.state import checkpoint_path
-from .config.sections import ScoreConfig
-from .evaluation.jobs import read_examples, run_job
-from .evaluation.torch_model import TorchModel
-from .model.folder_files import read_json
-from .plan import RunPlan
+from ...runtime.base.errors import UsageError
+from ...runtime.base.files import write_json_atomically
+from ...runtime.base.progress import ProgressDisplay
+from ...runtime.base.quantities import format_count
+from ..checkpoint.milestone import Milestone
+from ..checkpoint.run_folder import SCORES_FILE, checkpoint_folders
+from ..checkpoint.state import checkpoint_path
+from ..checkpoint.writer import Checkpoints
+from ..config.sections import ScoreConfig
+from ..evaluation.jobs import read_examples, run_job
+from ..evaluation.torch_model import TorchModel
+from ..model.folder_files import read_json
+from ..pruning.pruner import Pruner
 
 
 class ScoreTooLowError(Exception):
@@ -41,16 +45,30 @@ class SizeScore:
     stderr: float
 
 
-def with_kept_size(plan: RunPlan) -> RunPlan:
-    """Return the plan with the size to which its run has returned as the target."""
-    path = plan.folder / SCORES_FILE
-    if plan.resume is None or plan.pruning is None or not path.is_file():
-        return plan
-    smallest = read_json(path)["smallest"]
-    if smallest is None:  # it may still remove groups
-        return plan
-    budget = replace(plan.pruning.budget, target=smallest)
-    return replace(plan, pruning=replace(plan.pruning, budget=budget))
+class ScoreCheck(Milestone):
+    """Scores the model before every removal and at the end, and writes a checkpoint to return to."""
+
+    def __init__(
+        self,
+        keeper: ScoreKeeper,
+        pruner: Pruner,
+        checkpoints: Checkpoints,
+        evaluated: Callable[[], AbstractContextManager[TorchModel]],
+    ) -> None:
+        """Score the model that `evaluated` yields."""
+        self.keeper, self.pruner, self.checkpoints, self.evaluated = keeper, pruner, checkpoints, evaluated
+
+    def before_removal(self, target: float) -> None:
+        """Raise ScoreTooLowError below the limit."""
+        checkpoints, pruner = self.checkpoints, self.pruner
+        with self.evaluated() as model:
+            self.keeper.check(model, checkpoints.progress.step, pruner.architecture.num_parameters, pruner.size)
+        checkpoints.save_once()
+        checkpoints.kept = checkpoints.current
+
+    def at_end(self) -> None:
+        """Raise ScoreTooLowError below the limit."""
+        self.before_removal(self.pruner.size)
 
 
 class ScoreKeeper:

@@ -16,10 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..runtime.base.errors import UsageError
-from ..runtime.base.files import folder_written_atomically, link_or_copy, write_json_atomically, write_text_atomically
-from ..runtime.base.quantities import format_bytes, format_count, markdown_table
-from .checkpoint.run_folder import (
+from ...runtime.base.errors import UsageError
+from ...runtime.base.files import folder_written_atomically, link_or_copy, write_json_atomically, write_text_atomically
+from ...runtime.base.quantities import format_bytes, format_count, markdown_table
+from ..checkpoint.milestone import Milestone
+from ..checkpoint.run_folder import (
     SCORES_FILE,
     SETTINGS_FILE,
     SIZES_FOLDER,
@@ -28,14 +29,16 @@ from .checkpoint.run_folder import (
     newest_sound_checkpoint,
     saved_config,
 )
-from .config.pruning import SIZES_FILE
-from .config.sections import GGUF_TYPES, TrainConfig
-from .model.architecture import Architecture
-from .model.file_types import irregular_gguf, tokenizer_bytes
-from .model.folder_files import read_json
-from .pruning.measures import Measure, bytes_of_file
-from .pruning.plan import DEFAULT_TYPE
-from .reporting.plots import plot_sizes
+from ..checkpoint.writer import Checkpoints
+from ..config.pruning import SIZES_FILE
+from ..config.sections import GGUF_TYPES, TrainConfig
+from ..model.architecture import Architecture
+from ..model.file_types import irregular_gguf, tokenizer_bytes
+from ..model.folder_files import read_json
+from ..pruning.measures import Measure, bytes_of_file
+from ..pruning.plan import DEFAULT_TYPE
+from ..pruning.pruner import Pruner
+from ..reporting.plots import plot_sizes
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -86,6 +89,7 @@ def branch_config(config: TrainConfig, size: str, tokens: int) -> TrainConfig:
         run=replace(
             config.run,
             output=str(branch_folder(Path(config.run.output), size)),
+            branch_of="../..",
             overwrite=False,
             resume=False,
         ),
@@ -104,6 +108,27 @@ def write_branch(config: TrainConfig, size: str, checkpoint: Path, tokens: int) 
                 shutil.copyfile(folder / name, temporary / name)
         text = branch_config(config, size, tokens).to_toml()
         write_text_atomically(temporary / SETTINGS_FILE, text)
+
+
+class Branches(Milestone):
+    """Writes the branches of a run with --sizes."""
+
+    def __init__(self, config: TrainConfig, pruner: Pruner, checkpoints: Checkpoints) -> None:
+        self.config, self.pruner, self.checkpoints = config, pruner, checkpoints
+
+    def before_removal(self, target: float) -> None:
+        """Write the branches of the sizes that the model has and would lose by a removal down to `target`."""
+        checkpoints, parallel = self.checkpoints, self.checkpoints.trained.parallel
+        for size, amount in self.pruner.plan.sizes.items():
+            is_reached = self.pruner.size <= amount
+            would_be_lost = target < amount
+            if not (is_reached and would_be_lost) or has_branch(checkpoints.folder, size):
+                continue
+            checkpoints.save_once()
+            if parallel.is_main:
+                write_branch(self.config, size, checkpoints.current, checkpoints.progress.tokens)
+            parallel.barrier()
+            checkpoints.display.say(f"size {size} is reached: it is finished after the smallest one")
 
 
 @dataclass(frozen=True)

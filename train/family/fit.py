@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.base import flags
-from ..runtime.base.errors import UsageError
-from ..runtime.base.extras import extra
-from ..runtime.base.quantities import format_bytes
-from ..runtime.engines.manifest import cache_bytes
-from ..runtime.latency.profile import DeviceProfile
-from ..runtime.latency.shape import Workload
-from .checkpoint.run_folder import SIZES_FOLDER
-from .config.pruning import SIZES_FILE
-from .model.architecture import Architecture
-from .model.folder_files import read_json
+from ...runtime.base import flags
+from ...runtime.base.errors import UsageError
+from ...runtime.base.extras import extra
+from ...runtime.base.quantities import format_bytes
+from ...runtime.engines.manifest import cache_bytes
+from ...runtime.latency.profile import DeviceProfile
+from ...runtime.latency.shape import Workload
+from ..checkpoint.run_folder import SIZES_FOLDER
+from ..config.pruning import SIZES_FILE
+from ..model.architecture import Architecture
+from ..model.folder_files import read_json
 
 PROCESS_BYTES = 115_000_000
 """Python with the libraries of the engine, and the engine's buffers for passes of up to 512 tokens."""
@@ -147,7 +147,7 @@ def body(argv: Sequence[str]) -> int:
         raise UsageError("--max-bytes, --max-ms or --max-memory is missing; give the largest file, time or memory")
     time, workload = None, Workload.parse(config.workload)
     with extra("train"):
-        from .pruning.measures import DeviceTime
+        from ..pruning.measures import DeviceTime
         from .sizes import check_sizes_are_finished, members_of
     check_sizes_are_finished(run)
     if config.device_profile:

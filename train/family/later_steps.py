@@ -21,12 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.base.files import folder_written_atomically, link_or_copy, written_atomically
-from .checkpoint.run_folder import LATER_STEPS_FOLDER, checkpoint_folders
-from .model.architecture import Architecture
-from .model.rescaling import width_factor
-from .pruning.selection import Kept, Removal
-from .pruning.surgery import slice_tensor
+from ...runtime.base.files import folder_written_atomically, link_or_copy, written_atomically
+from ..checkpoint.milestone import Milestone
+from ..checkpoint.run_folder import LATER_STEPS_FOLDER, SIZES_FOLDER, checkpoint_folders
+from ..checkpoint.state import PartState
+from ..checkpoint.writer import Checkpoints
+from ..compute.trained_model import TrainedModel
+from ..model.architecture import Architecture
+from ..model.rescaling import width_factor
+from ..pruning.pruner import Pruner
+from ..pruning.selection import Kept, Removal
+from ..pruning.surgery import slice_tensor
+from ..reporting.metrics import RunProgress
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -66,6 +72,60 @@ class LaterSteps:
         self.folder.mkdir(exist_ok=True)
         with written_atomically(self._path(step, what)) as stream:
             torch.save(content, stream)
+
+
+class RecordLaterSteps(Milestone):
+    """Records the later steps of a run with --sizes, once it has a branch."""
+
+    def __init__(self, folder: Path, pruner: Pruner, trained: TrainedModel, progress: RunProgress) -> None:
+        """Record into the run's folder."""
+        self.steps, self.folder = LaterSteps(folder), folder
+        self.pruner, self.trained, self.progress = pruner, trained, progress
+
+    def before_removal(self, target: float) -> None:
+        self.steps.end(self.trained.model)
+
+    def after_removal(self) -> None:
+        if (self.folder / SIZES_FOLDER).is_dir() and self.pruner.settings.keeps_later_steps:
+            pruner = self.pruner
+            self.steps.begin(self.progress.step, self.trained.model, pruner.architecture, pruner.survivors)
+
+    def at_end(self) -> None:
+        self.steps.end(self.trained.model)
+
+    def state(self) -> PartState:
+        """Return the step of the removal that the current changes follow."""
+        return PartState({"removal": self.steps.removal, "are_added": False})
+
+    def load(self, state: PartState) -> None:
+        self.steps.removal = state.values["removal"]
+
+
+class AddLaterSteps(Milestone):
+    """Adds a share of the later steps of its run to a larger size, once."""
+
+    def __init__(
+        self, checkpoints: Checkpoints, pruner: Pruner, trial_perplexity: Callable[[], Callable[[], float]]
+    ) -> None:
+        """Choose the share by the perplexity that a result of `trial_perplexity` measures."""
+        self.checkpoints, self.pruner, self.trial_perplexity = checkpoints, pruner, trial_perplexity
+        self.are_added = False
+
+    def at_start(self) -> None:
+        folder, pruner = self.checkpoints.folder, self.pruner
+        if self.are_added or not has_later_steps(folder):
+            return
+        model = self.checkpoints.trained.model
+        add_later_steps(folder, model, pruner.architecture, pruner.survivors, self.trial_perplexity())
+        self.are_added = True
+        self.checkpoints.mark_changed()
+
+    def state(self) -> PartState:
+        """Tell whether the steps are added."""
+        return PartState({"removal": None, "are_added": self.are_added})
+
+    def load(self, state: PartState) -> None:
+        self.are_added = state.values["are_added"]
 
 
 def has_later_steps(folder: Path) -> bool:
