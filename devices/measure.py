@@ -62,7 +62,9 @@ class Decoder(Protocol):
     vocab_size: int
     load_ms: float
     kv_cache_bytes: int
-    settings: str
+
+    @property
+    def settings(self) -> str: ...
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray: ...
 

@@ -28,6 +28,7 @@ from efficientllm.train import OptimizerConfig, RunConfig, TrainConfig, trainer
 from efficientllm.train.checkpoint import writer
 from efficientllm.train.checkpoint.run_folder import damage, foreign_files
 from efficientllm.train.measuring import Measuring
+from efficientllm.train.training_step import TrainingStep
 
 ERRORS = pytest.CaptureFixture[str]
 
@@ -319,9 +320,9 @@ def test_resume_without_any_sound_checkpoint_says_so(
 def test_nothing_is_removed_in_a_skipped_step(
     source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accumulate = trainer.TrainingStep._accumulate_gradients
+    accumulate = TrainingStep._accumulate_gradients
     monkeypatch.setattr(
-        trainer.TrainingStep,
+        TrainingStep,
         "_accumulate_gradients",
         lambda self, rows: float("nan") if 4 <= self.progress.step < 9 else accumulate(self, rows),
     )

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "export/openvino": RUNTIME | SOURCES | {"export", "export/onnx"},
     "export/web": RUNTIME | SOURCES | {"export", "export/gguf"},
     "export/phone": RUNTIME | SOURCES | {"export", "export/gguf", "export/executorch"},
-    "server/schemas": {"runtime"},
+    "server/schemas": {"runtime", "runtime/base"},
     "server/access": {"server/schemas"},
     "server/models": RUNTIME | {"server/schemas"},
     "server/answers": RUNTIME | {"server/schemas", "server/models"},
