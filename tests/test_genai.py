@@ -1,4 +1,4 @@
-"""Stock onnxruntime-genai: our irregular folders in its runtime, its builder's folders in ours and in its own."""
+"""Stock onnxruntime-genai runs our irregular folders."""
 
 from __future__ import annotations
 
@@ -10,17 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from exporting import EXACT, SHAPES, TOKENS, export, greedy_answer
 from tiny import tiny_architecture
-
-from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.engines.artefact import Artefact
-from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.scheduler import EngineScheduler
-from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.model.source import load_for_inference
-from research.peers import genai_builder
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 
@@ -81,30 +72,3 @@ def test_stock_genai_takes_a_batch_of_unequal_prompts(exported: Callable[..., Pa
     assert done.returncode == 0, done.stderr[-2000:]
     padded, alone = np.array(json.loads(done.stdout.splitlines()[-1]))
     assert np.abs(padded - alone).max() < 1e-4
-
-
-@pytest.mark.slow
-def test_folders_of_its_builder_run_in_both_engines(
-    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In its runtime; and without our manifest, as anybody's folder, in our engine, which finds the cache sizes."""
-    checkpoint, folder = save_tiny(tiny_architecture(layers=(LayerShape(4, 2, 96),) * 2)), tmp_path / "peer"
-    assert run_command(genai_builder.body, [str(checkpoint), str(folder), "--quantize", "f32"]) == 0
-    with torch.inference_mode():
-        expected = load_for_inference(checkpoint)(torch.tensor([TOKENS])).logits[0].numpy()
-    options = EngineOptions(threads=1, context=64)
-    engines = [EngineScheduler(genai_builder.GenaiEngine(folder / "model.onnx", options))]
-    (folder / "manifest.json").unlink()
-    engines.append(load_engine(folder, options))
-    for engine in engines:
-        rows = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
-        assert np.abs(np.stack(rows) - expected[15:]).max() < 1e-3
-        engine.close()
-    artefact = Artefact.open(folder)
-    assert (artefact.engine, artefact.manifest) == ("onnxruntime", None)
-    assert {file.name for file in artefact.files} >= {"model.onnx", "model.onnx.data", "tokenizer.json"}
-    assert run_command(genai_builder.body, [str(checkpoint), str(folder)]) == 2
-    assert "give another folder" in capsys.readouterr().err
-    irregular = save_tiny(tiny_architecture())
-    assert run_command(genai_builder.body, [str(irregular), str(tmp_path / "other")]) == 2
-    assert "give a uniform model" in capsys.readouterr().err
