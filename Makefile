@@ -3,17 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := build/quickstart
-REQUEST := add oat milk to the shopping list
-# Test requests that each trained model answers.
+REQUEST := Turn on the bed light
+# Conversations in held-out homes that each model is scored on.
 EXAMPLES := 200
-TOKENS := 114688
+TOKENS := 344064
 BYTES := 40MB
-EVAL := $(BIN)/efficientllm-eval --metric call --task-tokens 96
-FREE := --task $(OUT)/data/test.jsonl
-# The names of the home's devices, rooms and floors are known.
-NAMED := --task $(OUT)/data/test_named.jsonl --constrain examples
-BENCH := $(BIN)/efficientllm-bench --prompt-tokens 22 --decode-tokens 25 --depths 0 --rounds 2
-TABLE = $(BIN)/python -m research.jobs.table $(OUT)/data --scores $(OUT)/scores/*/results.json --bench $(OUT)/bench*.json --output $(OUT)
 # More for pytest, as: make test PYTEST_OPTIONS="-k gguf"
 PYTEST_OPTIONS ?=
 # llama-cpp-python is compiled without what it does not load: 82 s on two cores instead of five to six minutes.
@@ -23,7 +17,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadgr
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart quickstart-whole site clients mlx readers android-runner board-wheel arm64-root test-arm64 stand-ins test test-fast coverage lint types measure imports clean FORCE
+.PHONY: install quickstart quickstart-whole home-assistant site clients mlx readers android-runner board-wheel arm64-root test-arm64 stand-ins test test-fast coverage lint types measure imports clean FORCE
 
 install: $(VENV)/.installed
 
@@ -86,28 +80,35 @@ $(VENV)/.quickstart: pyproject.toml build/modules.txt $(VENV)/.pip
 	fi
 	@touch $@
 
-# One job: home control. Data, one run, files, scores, and a request through the server.
+# One job: home control in Home Assistant's own form. Chats, one run, a file, its score, and a lamp in a real Home Assistant.
 quickstart: $(VENV)/.quickstart
-	$(BIN)/python -m research.jobs.home $(OUT)/data --train 30000 --test 1000
-	$(BIN)/efficientllm-train --preset job --tokens $(TOKENS) --target-bytes $(BYTES) --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
+	$(BIN)/python -m research.home.chats $(OUT)/data
+	$(BIN)/efficientllm-train --preset job --batch-size 2 --chat-template research/home/template.jinja --tokens $(TOKENS) --target-bytes $(BYTES) --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
 	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q4_0 --output $(OUT)/home --overwrite
-	$(EVAL) $(OUT)/home $(FREE) --task-limit $(EXAMPLES) --output $(OUT)/scores/pruned-free
-	$(EVAL) $(OUT)/home $(NAMED) --task-limit $(EXAMPLES) --output $(OUT)/scores/pruned-named
-	$(EVAL) demo $(FREE) --task-limit 20 --output $(OUT)/scores/source-described
-	$(BENCH) demo $(OUT)/home --json $(OUT)/bench.json
-	$(TABLE)
-	$(BIN)/python -m research.jobs.ask $(OUT)/home $(OUT)/data/test_named.jsonl "$(REQUEST)"
+	$(BIN)/python -m research.home.score $(OUT)/home --conversations $(EXAMPLES) --output $(OUT)/scores
+	-@$(MAKE) --no-print-directory $(HASS)/.installed
+	$(BIN)/python -m research.home.demo $(OUT)/home "$(REQUEST)"
 
 # After make quickstart: the unpruned model, fine-tuned on the same tokens. Its rows join the table and the picture.
 quickstart-whole: $(VENV)/.quickstart
-	$(BIN)/efficientllm-train --functions learned --sequence-length 256 --learning-rate 4e-4 --tokens $(TOKENS) --prune none --no-quality --data $(OUT)/data/train.jsonl --output $(OUT)/whole --overwrite
+	$(BIN)/efficientllm-train --functions learned --chat-template research/home/template.jinja --sequence-length 256 --learning-rate 4e-4 --tokens $(TOKENS) --prune none --no-quality --data $(OUT)/data/train.jsonl --output $(OUT)/whole --overwrite
 	for type in q8_0 q4_0; do \
 	  $(BIN)/efficientllm-export $(OUT)/whole --target gguf --quantize $$type --output $(OUT)/whole-$$type --overwrite && \
-	  $(EVAL) $(OUT)/whole-$$type $(FREE) --task-limit $(EXAMPLES) --output $(OUT)/scores/whole-$$type-free && \
-	  $(EVAL) $(OUT)/whole-$$type $(NAMED) --task-limit $(EXAMPLES) --output $(OUT)/scores/whole-$$type-named || exit; \
+	  $(BIN)/python -m research.home.score $(OUT)/whole-$$type --conversations $(EXAMPLES) --output $(OUT)/scores || exit; \
 	done
-	$(BENCH) $(OUT)/whole-q8_0 $(OUT)/whole-q4_0 --json $(OUT)/bench-whole.json
-	$(TABLE)
+
+# A real Home Assistant with virtual devices, in an environment of its own. Its conversation agent is the quickstart's model.
+HASS := build/home-assistant
+
+$(HASS)/.installed:
+	@python3.13 -c "" 2> /dev/null || { echo "Home Assistant needs Python 3.13, which is not here" >&2; exit 1; }
+	@echo "installing Home Assistant into $(HASS)"
+	@python3.13 -m venv $(HASS)
+	@$(HASS)/bin/python -m pip install --quiet homeassistant==2026.2.3
+	@touch $@
+
+home-assistant: $(VENV)/.quickstart $(HASS)/.installed
+	$(BIN)/python -m research.home.demo $(OUT)/home
 
 # The documents as pages, in build/site/html. mkdocs has an environment of its own. Broken links are errors.
 SITE := build/site

@@ -1,62 +1,20 @@
-"""Score a job of calls or labels without a language model: a linear classifier, and hassil's matcher.
+"""Score a job of calls or labels without a language model: with a linear classifier.
 
-    python -m research.jobs.baselines FOLDER --limit 300                        # a folder of research.jobs.home
-    python -m research.jobs.baselines FOLDER --metric label --only classifier   # labels
+    python -m research.jobs.baselines FOLDER --metric label --limit 300
 
-The command reads train.jsonl and test.jsonl. The matcher knows the home-control job: it has the sentence templates of
-training and all names of the test, so it fails on new phrasing only. The classifier chooses the answer, for calls the
-function without arguments.
+The command reads train.jsonl and test.jsonl. The classifier chooses the answer, for calls the function without
+arguments.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from hassil import Intents, recognize_best
-from hassil.intents import SlotList, TextSlotList
 
 from efficientllm.train.evaluation.job_metrics import Example, calls_in, metric_named
 from efficientllm.train.evaluation.jobs import JobResult, read_examples
-
-from .home import TEST_NAMES, Language, NewNames, split_templates
-
-
-def matcher_answers(requests: Sequence[str], seed: int = 0) -> list[str]:
-    """Return the answer of hassil to each request, as JSON or an empty string.
-
-    `seed` is that of the job, which decides on the templates of training.
-    """
-    source = resources.files("home_assistant_intents") / "data" / "en.json"
-    data = copy.deepcopy(json.loads(source.read_text(encoding="utf-8")))
-    trained = {(each.intent, each.text) for each in split_templates(Language.load(), seed)[0]}
-    for name, intent in data["intents"].items():
-        for block in intent["data"]:
-            block["sentences"] = [text for text in block["sentences"] if (name, text) in trained]
-    intents, slot_lists = Intents.from_dict(data), _slot_lists(data)
-    answers = []
-    for request in requests:
-        found = recognize_best(request, intents, slot_lists=slot_lists, best_metadata_key=None)
-        answers.append("" if found is None else _as_call(found.intent.name, found.entities_list))
-    return answers
-
-
-def _slot_lists(data: Mapping[str, Any]) -> dict[str, SlotList]:
-    """Return the names, rooms and floors of the test's home. Each name has the domain of its device as context."""
-    names = [(name, name, {"domain": domain}) for domain, those in TEST_NAMES.items() for name in those]
-    lists: dict[str, SlotList] = {"name": TextSlotList.from_tuples(names, name="name")}
-    for kind in ("area", "floor"):
-        lists[kind] = TextSlotList.from_strings(NewNames.all_of(kind), name=kind)
-    return lists
-
-
-def _as_call(name: str, entities: Sequence[Any]) -> str:
-    return json.dumps({"name": name, "arguments": {each.name: each.value for each in entities}})
 
 
 def classifier_answers(training: Sequence[Example], requests: Sequence[str]) -> list[str]:
@@ -88,28 +46,18 @@ def score(answers: Sequence[str], examples: Sequence[Example], metric: str = "ca
     return JobResult(metric, values, list(answers), 0.0, 0.0)
 
 
-def baselines(folder: Path, limit: int, metric: str = "call", only: str | None = None) -> dict[str, JobResult]:
-    """Return the scores of hassil's matcher and of a linear classifier on the first `limit` requests of the test."""
-    examples = read_examples(folder / "test.jsonl", limit)
-    requests = [request_of(each) for each in examples]
-    answers = {}
-    if only != "classifier":
-        answers["hassil, templates of training"] = matcher_answers(requests)
-    if only != "matcher":
-        answers["linear classifier"] = classifier_answers(read_examples(folder / "train.jsonl"), requests)
-    return {name: score(given, examples, metric) for name, given in answers.items()}
-
-
 def main() -> None:
-    """Print the scores of the baselines."""
-    parser = argparse.ArgumentParser(description="Score a linear classifier and hassil's matcher on a job.")
+    """Print the score."""
+    parser = argparse.ArgumentParser(description="Score a linear classifier on a job.")
     parser.add_argument("folder", type=Path, help="folder with train.jsonl and test.jsonl")
     parser.add_argument("--metric", choices=("call", "label"), default="call", help="[call]")
     parser.add_argument("--limit", type=int, default=300, help="requests of the test [300]")
-    parser.add_argument("--only", choices=("classifier", "matcher"), help="one of both")
-    for name, result in baselines(**vars(parser.parse_args())).items():
-        values = ", ".join(f"{each} {result.mean(each):.3f} ± {result.stderr(each):.3f}" for each in result.values)
-        print(f"{name}: {values}")
+    options = parser.parse_args()
+    examples = read_examples(options.folder / "test.jsonl", options.limit)
+    training = read_examples(options.folder / "train.jsonl")
+    result = score(classifier_answers(training, list(map(request_of, examples))), examples, options.metric)
+    values = ", ".join(f"{each} {result.mean(each):.3f} ± {result.stderr(each):.3f}" for each in result.values)
+    print(f"linear classifier: {values}")
 
 
 if __name__ == "__main__":

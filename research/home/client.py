@@ -1,0 +1,95 @@
+"""Serve an artefact, and ask it through Ollama's API."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 120
+
+
+@dataclass
+class Client:
+    """A model behind Ollama's API."""
+
+    url: str
+    model: str
+    process: int
+    """Process of the server."""
+
+    def answer(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> tuple[Mapping[str, Any], float]:
+        """Return the message of the assistant and the seconds that it took.
+
+        Raises RuntimeError with the server's text if it refuses the request.
+        """
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "tools": tools,
+            "stream": False,
+            "options": {"temperature": 0},
+        }
+        request = urllib.request.Request(
+            f"{self.url}/api/chat", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        began = time.perf_counter()
+        try:
+            with urllib.request.urlopen(request) as response:
+                return json.load(response)["message"], time.perf_counter() - began
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"the server refuses a request: {error.read().decode(errors='replace')}") from error
+
+    def peak_bytes(self) -> int:
+        """Return the largest resident memory of the server so far. 0 outside Linux."""
+        status = Path(f"/proc/{self.process}/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+
+
+@contextlib.contextmanager
+def served(artefact: Path, flags: Sequence[str] = ()) -> Iterator[Client]:
+    """Serve an artefact as the model "home" on a free port, with arguments that Home Assistant lists.
+
+    Raises SystemExit if the server ends or does not answer.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "efficientllm.server.cli",
+        "--model",
+        f"home={artefact}",
+        "--port",
+        str(port),
+        *flags,
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_until_ready(port, server)
+        yield Client(f"http://127.0.0.1:{port}", "home", server.pid)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + START_SECONDS
+    while server.poll() is None and time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.2)
+    raise SystemExit("the server did not start")

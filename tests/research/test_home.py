@@ -1,0 +1,218 @@
+"""The home-control job: reproducible, in Home Assistant's form, and without overlap between training and test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("unicode_rbnf")
+
+from research.home.chats import (
+    MAX_CHARACTERS,
+    held_out_conversations,
+    held_out_rows,
+    rendered,
+    training_chats,
+)
+from research.home.homes import LIST_MARK, RECORDED, TOOLS, Entity, Home
+from research.home.requests import DONE, KINDS, NO_DEVICE, PHRASES, SAFETY, Turn
+from research.home.score import Outcome, converse, effects_of
+
+pytestmark = pytest.mark.xdist_group("home job")  # one worker reads the words of the demo text
+
+HOME = Home(
+    [
+        Entity("Work Lamp", "light", "Attic", "off"),
+        Entity("Star Projector", "light", "Nursery", "on"),
+        Entity("Attic Fan", "fan", "Attic", "off"),
+        Entity("Roof Hatch", "cover", "Attic", "closed", ("Skylight",)),
+        Entity("Outside Temperature", "sensor", "", "15.6", (), {"unit_of_measurement": "°C"}),
+    ]
+)
+
+
+def shown(request: str, home: Home = HOME, *more: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the last turn that the model reads."""
+    messages = [{"role": "system", "content": home.prompt()}, {"role": "user", "content": request}, *more]
+    return rendered(messages).split("<|im_start|>user\n")[-1].removesuffix("<|im_end|>\n").splitlines()
+
+
+def calls(chat: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [call["function"] for message in chat["messages"] for call in message.get("tool_calls") or ()]
+
+
+@pytest.fixture(scope="module")
+def chats() -> list[dict[str, Any]]:
+    return [*training_chats(300, seed=1)]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return [*held_out_rows(150, seed=1)]
+
+
+def test_chats_follow_from_the_seed(chats: list[dict[str, Any]]) -> None:
+    assert [*training_chats(20, seed=1)] == chats[:20]
+    assert [*training_chats(20, seed=2)] != chats[:20]
+
+
+def test_calls_keep_the_schema_of_home_assistant(chats: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    jsonschema_rs = pytest.importorskip("jsonschema_rs")
+    for call in (call for chat in [*chats, *rows] for call in calls(chat)):
+        arguments = json.loads(call["arguments"])
+        if call["name"] not in TOOLS:  # a script
+            assert arguments == {}
+            continue
+        schema = TOOLS[call["name"]]["function"]["parameters"]
+        names = [*schema["properties"]]
+        assert [*arguments] == sorted(arguments, key=names.index)
+        if call["name"] not in ("todo_get_items", "calendar_get_events"):  # whose enumerations are of the recorded home
+            jsonschema_rs.validate(schema, arguments)
+
+
+def test_chats_fit_into_a_window(chats: list[dict[str, Any]]) -> None:
+    assert max(len(rendered(chat["messages"], chat.get("tools", ()))) for chat in chats) <= MAX_CHARACTERS
+
+
+def test_test_has_other_requests_than_training(chats: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    asked = [
+        {message["content"] for chat in part for message in chat["messages"] if message["role"] == "user"}
+        for part in (chats, rows)
+    ]
+    assert len(asked[0] & asked[1]) <= 2  # "Hello."
+
+
+def test_homes_are_listed_as_home_assistant_lists_them() -> None:
+    recorded = RECORDED["prompt"].split(LIST_MARK)[1]
+    assert yaml.safe_dump(yaml.safe_load(recorded), allow_unicode=True, sort_keys=False) == recorded.rstrip() + "\n"
+    assert HOME.prompt().startswith(RECORDED["prompt"].split(LIST_MARK)[0])
+    assert "- names: Roof Hatch, Skylight\n  domain: cover\n  areas: Attic\n" in HOME.listed(False)
+
+
+@pytest.mark.parametrize(
+    ("request_text", "first"),
+    [
+        ("turn on the work lamp", "= light: Work Lamp @ Attic"),
+        ("open the skylight", "= cover: Roof Hatch @ Attic"),
+        ("turn on the fan", "- fan: Attic Fan @ Attic"),
+        ("is the projector on?", "- light: Star Projector @ Nursery"),
+        ("sing a song", "? light: Work Lamp @ Attic"),
+    ],
+)
+def test_template_puts_the_fitting_device_first(request_text: str, first: str) -> None:
+    lines = shown(request_text)
+    assert lines[0] == first
+    assert lines[-1] == request_text
+
+
+def test_template_shows_states_and_outcomes_of_results() -> None:
+    done, failed = (
+        next(each["content"] for each in RECORDED["results"] if key in each["content"])
+        for key in ("action_done", "error")
+    )
+    asked = {"role": "assistant", "content": ""}
+    assert shown("how warm is it outside", HOME, asked, {"role": "tool", "content": HOME.live_context()})[0] == (
+        "- sensor: Outside Temperature is 15.6 °C"
+    )
+    assert shown("turn on the fan", HOME, asked, {"role": "tool", "content": done}) == ["done"]
+    assert shown("turn on the fan", HOME, asked, {"role": "tool", "content": failed}) == ["failed"]
+
+
+def test_prompt_does_not_grow_with_the_home() -> None:
+    many = Home([Entity(f"Lamp {number}", "light", f"Room {number % 20}", "on") for number in range(200)])
+    assert len(shown("turn on lamp 17", many)) == 6
+    assert shown("turn on lamp 17", many)[0] == "= light: Lamp 17 @ Room 17"
+
+
+def test_template_shows_the_area_of_the_speaker() -> None:
+    lines = shown("turn on the lights", Home(HOME.entities, "Attic"))
+    assert lines[:2] == ["here: Attic", "- light: Work Lamp @ Attic"]
+
+
+def test_every_kind_of_request_is_drawn() -> None:
+    found = {turn.kind for _, turns in held_out_conversations(600, 1) for turn in turns}
+    assert found == {*KINDS, "asked_back"} - {"sensor", "which"}  # both are questions
+
+
+@pytest.mark.parametrize("kind", [*SAFETY, "two", "asks_back"])
+def test_kind_of_request_is_chosen(kind: str) -> None:
+    found = [turn for _, turns in held_out_conversations(10, 3, [kind]) for turn in turns]
+    assert found
+    if kind in SAFETY:
+        assert all(name == "GetLiveContext" for turn in found for name, _ in turn.calls)
+
+
+def test_tools_list_the_lists_of_the_home() -> None:
+    home = Home([Entity("Packing", "todo", "", "0")])
+    tool = next(each for each in home.all_tools() if each["function"]["name"] == "todo_get_items")
+    assert tool["function"]["parameters"]["properties"]["todo_list"]["enum"] == ["Packing"]
+    assert "todo_get_items" not in [each["function"]["name"] for each in HOME.all_tools()]
+
+
+def test_scripts_and_calendars_are_tools_of_the_home() -> None:
+    home = Home(HOME.entities, scripts=["Good Morning"], calendars=["Family", "Work"])
+    messages = [{"role": "system", "content": home.prompt()}, {"role": "user", "content": "start good morning"}]
+    assert "= script: good_morning\n" in rendered(messages, home.all_tools())
+    messages[-1]["content"] = "what is on the family calendar today"
+    assert "= calendar: Family\n- calendar: Work\n" in rendered(messages, home.all_tools())
+
+
+def test_phrases_name_tools_that_home_assistant_has() -> None:
+    assert {action["tool"] for action in PHRASES["actions"]} <= {*TOOLS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed"),
+    [
+        ({"name": "work lamp", "domain": ["light"]}, {"Work Lamp"}),
+        ({"name": "Skylight"}, {"Roof Hatch"}),
+        ({"area": "Attic", "domain": ["light"]}, {"Work Lamp"}),
+        ({"domain": ["light"]}, {"Work Lamp", "Star Projector"}),
+        ({"name": "Work Lamp", "domain": ["fan"]}, None),
+        ({"name": "Desk Lamp"}, None),
+        ({}, None),
+    ],
+)
+def test_call_changes_the_devices_that_fit(arguments: Mapping[str, Any], changed: set[str] | None) -> None:
+    found = effects_of(("HassTurnOn", arguments), HOME)
+    assert changed == (found and {name for _, name, _ in found})
+
+
+class Scripted:
+    """A model that answers as it is told."""
+
+    def __init__(self, *answers: Mapping[str, Any]) -> None:
+        self.answers = [*answers]
+
+    def answer(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> tuple[Mapping[str, Any], float]:
+        return self.answers.pop(0), 0.01
+
+
+def outcome_of(turn: Turn, *answers: Mapping[str, Any]) -> Outcome:
+    client: Any = Scripted(*answers)
+    return next(converse(client, HOME, [turn]))
+
+
+def turn_on(device: str) -> dict[str, Any]:
+    return {"content": "", "tool_calls": [{"function": {"name": "HassTurnOn", "arguments": {"name": device}}}]}
+
+
+def test_request_is_right_if_its_effects_are() -> None:
+    result = next(each["content"] for each in RECORDED["results"] if "action_done" in each["content"])
+    turn = Turn("device", "lamp on", DONE, [("HassTurnOn", {"name": "Work Lamp", "domain": ["light"]})], [result])
+    assert outcome_of(turn, turn_on("Work Lamp"), {"content": "Done."}).is_right
+    other = outcome_of(turn, turn_on("Star Projector"), {"content": "Done."})
+    assert (other.is_right, other.is_wrong_act) == (False, True)
+    repeated = outcome_of(turn, *[turn_on("Nothing")] * 2, {"content": "Done."})
+    assert (repeated.is_right, repeated.is_wrong_act, repeated.repeats) == (False, False, 1)
+
+
+def test_request_that_changes_nothing_needs_the_right_answer() -> None:
+    turn = Turn("unknown", "desk lamp on", NO_DEVICE)
+    assert outcome_of(turn, {"content": NO_DEVICE}).is_right
+    assert not outcome_of(turn, {"content": DONE}).is_right
+    assert outcome_of(turn, turn_on("Work Lamp"), {"content": NO_DEVICE}).is_wrong_act
