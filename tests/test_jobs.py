@@ -434,7 +434,7 @@ def test_schemas_are_enforced_as_by_the_server(
     path = tmp_path / "test.jsonl"
     message = called(CALL).chat.messages[1]
     for strict in (False, True):
-        parameters = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+        parameters = {**LIGHT, "properties": {**LIGHT["properties"], "a": {"type": "array", "uniqueItems": True}}}
         tool = {"type": "function", "function": {"name": "set_light", "parameters": parameters, "strict": strict}}
         chat = {"messages": [{"role": "user", "content": "Light"}, message], "tools": [tool]}
         path.write_text(json.dumps(chat), encoding="utf-8")

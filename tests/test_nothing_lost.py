@@ -485,10 +485,12 @@ def with_bad_line(corpus: Path, folder: Path) -> Path:
 def test_a_bad_line_late_in_the_text_loses_nothing_that_was_trained(
     source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
+    from efficientllm.train import run_text
     from efficientllm.train.data import documents, packing
 
     monkeypatch.setattr(packing, "SHUFFLE_BLOCK", 60)
     monkeypatch.setattr(documents, "SCANNED_CHARACTERS", 0)  # in a large file
+    monkeypatch.setattr(run_text, "COUNTED_CHARACTERS", 0)
     path = with_bad_line(corpus, tmp_path)
     arguments = command(source_folder, path, tmp_path / "run", "--checkpoint-every", "0")
     arguments[arguments.index("--held-out-fraction") + 1] = "0.02"

@@ -157,7 +157,7 @@ def test_a_file_of_examples_of_another_form_is_refused(content: str | None, reas
         file.write_text(content, encoding="utf-8")
     with pytest.raises(UsageError, match=rf"^--examples .*home.json: .*{reason}"):
         _ = AppOptions(tool_arguments="copy", examples=str(file)).argument_examples
-    with pytest.raises(UsageError, match="needs --tool-arguments copy or examples"):
+    with pytest.raises(UsageError, match="needs --tool-arguments copy, examples or listed"):
         AppOptions(examples=str(file))
 
 

@@ -102,7 +102,7 @@ class RunState:
         self.training_step = TrainingStep(self.trained, text.stream, self.progress, optimizer, self.pruner, signal)
         self.unfinished: UnfinishedStep | None = None
         """The latest step until its removal and measurements are done."""
-        self.checkpoints = Checkpoints(plan.folder, run.keep, self.trained, self.progress, self.display)
+        self.checkpoints = Checkpoints(plan.folder, run.keep, self.trained, self.progress, self.display, signal.saving)
         self.score_keeper: ScoreKeeper | None = None
         if self.config.score.task:
             self.score_keeper = ScoreKeeper(self.config.score, plan.folder, plan.resume is not None, self.display)

@@ -129,6 +129,8 @@ class Home:
 
     async def arrange(self) -> None:
         """Put the demo's entities into the areas of the first start, and expose all kinds to Assist."""
+        while (await self.send("get_config"))["state"] != "RUNNING":  # some platforms start last
+            await asyncio.sleep(0.2)
         known = {entry["entity_id"] for entry in await self.send("config/entity_registry/list")}
         areas = {area["name"]: area["area_id"] for area in await self.send("config/area_registry/list")}
         for name, entities in AREAS.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,19 @@ class Checkpoints:
     """Writes the checkpoints of one run (collective calls)."""
 
     def __init__(
-        self, folder: Path, keep: int, trained: TrainedModel, progress: RunProgress, display: ProgressDisplay
+        self,
+        folder: Path,
+        keep: int,
+        trained: TrainedModel,
+        progress: RunProgress,
+        display: ProgressDisplay,
+        saving: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """Write into the run's `folder`, and keep the newest `keep`. `parts` are added by their owners."""
+        """Write into the run's `folder`, and keep the newest `keep`. `parts` are added by their owners.
+
+        Each checkpoint is written within the context of `saving`.
+        """
+        self._saving = saving
         self.folder, self.keep, self.trained, self.progress, self.display = folder, keep, trained, progress, display
         self.parts: dict[str, Part] = {}
         """Parts of the run beside model, optimizer and progress, in the order in which they are loaded."""
@@ -62,9 +73,10 @@ class Checkpoints:
         if parallel.is_main:
             delete_replaced_run(self.folder)
         state = TrainingState(self.progress, {name: part.state() for name, part in self.parts.items()})
-        training_state.save_training_state(
-            self.current, trained.model, trained.optimizer, state, self.keep, parallel, self.kept
-        )
+        with self._saving():
+            training_state.save_training_state(
+                self.current, trained.model, trained.optimizer, state, self.keep, parallel, self.kept
+            )
         self._saved_step = self.progress.step
         return self.current
 

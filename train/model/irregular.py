@@ -202,6 +202,11 @@ def packed_config(config: Any, closed: Packed) -> Any:
     return new
 
 
+BESIDE_TENSORS = 64_000
+"""Bytes of the header of the weights and of the small files beside them. The writer of safetensors does not tell a full
+disk from other errors."""
+
+
 def save_checkpoint(
     model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, torch.Tensor] | None = None
 ) -> None:
@@ -234,7 +239,7 @@ def save_checkpoint(
         config.architectures = [architecture.parts.stock_class]
     config.dtype = next(iter(state.values())).dtype
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    require_room(folder / "model.safetensors", num_bytes)
+    require_room(folder / "model.safetensors", num_bytes + BESIDE_TENSORS)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     # with the defaults, which the exporters and other readers of config.json do not know
     values = json.loads(config.to_json_string(use_diff=False))
