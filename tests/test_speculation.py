@@ -60,8 +60,8 @@ def test_answers_are_those_without_proposals(engine: EngineScheduler, artefact: 
         for one, other, logprobs in zip(answers, expected, records, strict=True):
             ours = one.pop_logprobs()
             assert [each.token for each in ours] == [each.token for each in logprobs] == one.answer
-            values = [np.array([each.logprob for each in group], float) for group in (ours, logprobs)]
-            np.testing.assert_allclose(*values, atol=1e-4)
+            found, wanted = (np.array([each.logprob for each in group], float) for group in (ours, logprobs))
+            np.testing.assert_allclose(found, wanted, atol=1e-4)
             assert one.stats.finish_reason == other.stats.finish_reason
             is_ended = one.stats.finish_reason == "stop"
             assert one.stats.accepted_tokens + one.stats.passes == len(one.answer) + is_ended
