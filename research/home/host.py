@@ -74,7 +74,7 @@ AREAS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What Home Assistant says to a request, and the conversation that goes on."""
+    """Answer of Home Assistant to a request, with the states that changed."""
 
     speech: str
     conversation_id: str

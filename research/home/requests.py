@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from unicode_rbnf import RbnfEngine
@@ -32,6 +32,9 @@ NO_COMMANDS = ("{", "i ", "it ", "we ", "let some", "what", "time")
 Call = tuple[str, Mapping[str, Any]]
 DONE_RESULT = next(each["content"] for each in RECORDED["results"] if "action_done" in each["content"])
 ERRORS = tuple(each["content"] for each in RECORDED["results"] if '"error"' in each["content"])
+
+SWITCHED = ("light", "switch", "fan", "lock", "cover", "valve")
+"""Domains of devices that somebody may have left on, open or unlocked."""
 
 FAILURES = 0.07
 """Share of acts whose result is an error."""
@@ -71,7 +74,7 @@ def as_tool_call(index: int, call: Call) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Target:
-    """What a request is about: a device, or all of a kind in an area or the home."""
+    """Object of a request: a device, or all of a kind in an area or the home."""
 
     said: str
     domain: str
@@ -98,7 +101,6 @@ class Speaker:
     is_test: bool
     last: tuple[Mapping[str, Any], Target] | None = None
     """Action and target of the last act, which a follow-up may refer to."""
-    kinds: Mapping[str, float] = field(default_factory=lambda: KINDS)
     is_command: bool = False
     """True if the text drawn last is an imperative, which can be asked for politely."""
     is_unseen: bool = False
@@ -108,7 +110,7 @@ class Speaker:
         """Draw a request of a kind (None: any), with the turns that belong to it."""
         while True:
             self.is_command = self.is_unseen = False
-            drawn = kind or self.chance.choices([*self.kinds], [*self.kinds.values()])[0]
+            drawn = kind or self.chance.choices([*KINDS], [*KINDS.values()])[0]
             found: list[Turn] = getattr(self, f"_{drawn}")()
             if drawn != "follow_up":
                 self.last = self.last if found and drawn in ("device", "group", "two", "fails") else None
@@ -257,10 +259,9 @@ class Speaker:
 
     def _sensor(self) -> list[Turn]:
         """Draw a question about a value that a sensor or a thermostat measures."""
-        sensors = self.home.of("sensor")
-        if not sensors:
+        entity = self._one_of(("sensor",))
+        if entity is None:
             return []
-        entity = self.chance.choice(sensors)
         named = [kind for kind in PHRASES["questions"]["sensors"] if kind in entity.name.lower()]
         kind = named[0] if named else "other"
         says = PHRASES["questions"]["sensors"][kind]
@@ -292,12 +293,9 @@ class Speaker:
 
     def _past(self) -> list[Turn]:
         """Draw a question about what somebody did. Its answer is the state; nothing is switched."""
-        able = [
-            each for each in self.home.entities if each.domain in ("light", "switch", "fan", "lock", "cover", "valve")
-        ]
-        if not able:
+        entity = self._one_of(SWITCHED)
+        if entity is None:
             return []
-        entity = self.chance.choice(able)
         fits = {"lock": ("lock", "open", "shut"), "cover": ("clos", "open", "shut"), "valve": ("clos", "open", "shut")}
         words = fits.get(entity.domain, (" on", "off"))
         says, unseen = (
@@ -322,10 +320,9 @@ class Speaker:
 
     def _list(self) -> list[Turn]:
         """Draw a question about what is on a list."""
-        lists = self.home.of("todo")
-        if not lists:
+        entity = self._one_of(("todo",))
+        if entity is None:
             return []
-        entity = self.chance.choice(lists)
         items = [self.names.item() for _ in range(self.chance.randint(0, 4))]
         rows = [{"summary": item, "uid": str(index), "status": "needs_action"} for index, item in enumerate(items)]
         text = self._one("lists").replace("{it}", self._mention(entity))
@@ -380,10 +377,9 @@ class Speaker:
     def _impossible(self) -> list[Turn]:
         """Draw a request that the device cannot fulfil, or a value out of range."""
         if self.chance.random() < 0.4:
-            found = [each for each in self.home.entities if each.domain in PHRASES["out_of_range"]]
-            if not found:
+            entity = self._one_of(PHRASES["out_of_range"])
+            if entity is None:
                 return []
-            entity = self.chance.choice(found)
             number = self.chance.choice((101, 110, 120, 150, 200, 250, 300, 500, 900, 1000, 5000))
             text = self.chance.choice(PHRASES["out_of_range"][entity.domain]).replace("{percent}", str(number))
             return [Turn("impossible", self._polite(text.replace("{it}", self._mention(entity))), OUT_OF_RANGE)]
@@ -395,12 +391,9 @@ class Speaker:
         return [Turn("impossible", self._polite(text), f"Sorry, {entity.name} cannot do that.")]
 
     def _negation(self) -> list[Turn]:
-        able = [
-            each for each in self.home.entities if each.domain in ("light", "switch", "fan", "lock", "cover", "valve")
-        ]
-        if not able:
+        entity = self._one_of(SWITCHED)
+        if entity is None:
             return []
-        entity = self.chance.choice(able)
         said = self._mention(entity)
         act = ""
         while not self.is_command:
@@ -420,17 +413,20 @@ class Speaker:
             return None
         action = self._action(target.domain, is_group)
         text, values = self._fill(action, target.said)
-        if is_group or not text.endswith(f" on {target.said}") or len(self.home.of(target.domain)) > 1:
-            pass
-        elif self.chance.random() < 0.2 and "{item}" not in str(action):  # the only player needs no name
-            text = text.removesuffix(f" on {target.said}")
+        is_only = not is_group and len(self.home.of(target.domain)) == 1
+        if is_only and text.endswith(end := f" on {target.said}") and self.chance.random() < 0.2:
+            text = text if "{item}" in str(action) else text.removesuffix(end)  # the only player needs no name
         self.last = (action, target)
         return text, (action["tool"], {**target.arguments(action["tool"]), **values}), action, target
 
-    def _single_target(self) -> Target | None:
-        domains = {domain for action in PHRASES["actions"] for domain in action["domains"]}
+    def _one_of(self, domains: Collection[str]) -> Entity | None:
+        """Choose a device of the domains, None if there is none."""
         able = [each for each in self.home.entities if each.domain in domains]
-        return self._target_of(self.chance.choice(able)) if able else None
+        return self.chance.choice(able) if able else None
+
+    def _single_target(self) -> Target | None:
+        entity = self._one_of({domain for action in PHRASES["actions"] for domain in action["domains"]})
+        return self._target_of(entity) if entity is not None else None
 
     def _target_of(self, entity: Entity) -> Target:
         return Target(self._mention(entity), entity.domain, entity)

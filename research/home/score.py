@@ -39,7 +39,7 @@ Effect = tuple[str, str, str]
 
 @dataclass
 class Outcome:
-    """What became of a request."""
+    """Result of a request."""
 
     kind: str
     request: str
