@@ -27,8 +27,6 @@ class Command:
     """Module below the package efficientllm. Its function `body` takes the arguments and returns the exit code."""
     summary: str
     """One line for the help, which starts with a verb."""
-    variant_flag: str = ""
-    """Flag whose value adds further flags to the command."""
 
 
 GROUPS = {
@@ -39,7 +37,7 @@ GROUPS = {
         "fit": Command("train.family.fit", "choose a size of a run for a budget of bytes, time and memory"),
     },
     "ship": {
-        "export": Command("export.cli", "write a checkpoint as GGUF, ONNX, ExecuTorch, ...", "--target"),
+        "export": Command("export.cli", "write a checkpoint as GGUF, ONNX, ExecuTorch, ..."),
     },
     "run": {
         "chat": Command("runtime.chat", "chat with an exported model in the terminal"),
@@ -50,9 +48,6 @@ GROUPS = {
         "eval": Command("train.evaluation.cli", "measure the quality of models"),
         "bench": Command("devices.cli", "measure speed and memory on a device"),
         "doctor": Command("runtime.doctor", "show this machine, its engines and missing packages"),
-    },
-    "shell": {
-        "completion": Command("runtime.completion", "print a completion script for bash, zsh or fish"),
     },
 }
 """Group -> command name -> command, in the order of the help."""

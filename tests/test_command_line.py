@@ -1,9 +1,8 @@
-"""`efficientllm COMMAND`: the table of commands, their help, and completion in three shells."""
+"""`efficientllm COMMAND`: the table of commands, and their help."""
 
 from __future__ import annotations
 
 import importlib
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientllm.runtime import command_line, completion
+from efficientllm.runtime import command_line
 
 SCRIPTS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["scripts"]
 HYPHENATED = sorted(set(SCRIPTS) - {"efficientllm"})
@@ -28,7 +27,7 @@ def output_of(*argv: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 def test_the_table_has_every_script() -> None:
-    own = {"doctor", "completion"}
+    own = {"doctor"}
     assert {f"efficientllm-{name}" for name in command_line.COMMANDS if name not in own} == set(HYPHENATED)
     assert set(SCRIPTS.values()) == {"efficientllm.runtime.start:main"}
 
@@ -99,67 +98,3 @@ def test_errors_name_the_command_as_it_was_typed(
     code, _, err = output_of("efficientllm", "chat", "--nope", "x", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert err.endswith("(see efficientllm chat --help)\n")
-
-
-COMPLETED = {
-    "tra": ["train"],
-    "chat --system-": [],
-    "chat --over": ["--overflow"],
-    "chat --overflow ": ["error", "slide"],
-    "chat --overflow s": ["slide"],
-    "export --target gg": ["gguf"],
-    "export --recip": ["--recipe"],
-    "serve-web --po": ["--port"],
-}
-"""Text after "efficientllm " -> words that complete its last one."""
-
-
-@pytest.fixture(scope="module")
-def commands() -> dict[str, completion.Flags]:
-    return {
-        name: completion.flags_of(name) if name in ("chat", "export", "serve-web") else {}
-        for name in command_line.COMMANDS
-    }
-
-
-def shell(name: str) -> str:
-    return shutil.which(name) or pytest.skip(f"{name} is not installed")
-
-
-def words_of(done: subprocess.CompletedProcess[str], typed: str) -> list[str]:
-    assert not done.stderr
-    assert done.returncode == 0
-    last = typed.split(" ")[-1]
-    return [word for word in done.stdout.split() if word.startswith(last)]
-
-
-@pytest.mark.parametrize("typed", COMPLETED)
-def test_bash_completes(typed: str, commands: dict[str, completion.Flags]) -> None:
-    script = f"""{completion.bash(commands)}
-COMP_WORDS=(efficientllm "$@"); COMP_CWORD=$#; _efficientllm; echo "${{COMPREPLY[@]}}" """
-    command = [shell("bash"), "-c", script, "bash", *typed.split(" ")]
-    assert words_of(subprocess.run(command, capture_output=True, text=True, check=False), typed) == COMPLETED[typed]
-
-
-@pytest.mark.parametrize("typed", COMPLETED)
-def test_zsh_completes(typed: str, commands: dict[str, completion.Flags]) -> None:
-    script = f"""compadd() {{ shift; print -- "$@" }}; compdef() {{ }}; _files() {{ }}
-{completion.zsh(commands)}
-words=(efficientllm "$@"); CURRENT=$#words; PREFIX=$words[CURRENT]; _efficientllm"""
-    command = [shell("zsh"), "-f", "-c", script, "zsh", *typed.split(" ")]
-    assert words_of(subprocess.run(command, capture_output=True, text=True, check=False), typed) == COMPLETED[typed]
-
-
-@pytest.mark.parametrize("typed", COMPLETED)
-def test_fish_completes(typed: str, commands: dict[str, completion.Flags], tmp_path: Path) -> None:
-    path = tmp_path / "efficientllm.fish"
-    path.write_text(completion.fish(commands))
-    script = f"source {path}; complete -C 'efficientllm {typed}' | string split -f 1 \\t"
-    done = subprocess.run([shell("fish"), "-N", "-c", script], capture_output=True, text=True, check=False)
-    done.returncode = 0  # `string split` fails where nothing completes
-    assert words_of(done, typed) == COMPLETED[typed]
-
-
-def test_a_command_whose_packages_are_missing_has_no_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "efficientllm.runtime.chat", None)
-    assert completion.flags_of("chat") == {}

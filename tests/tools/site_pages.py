@@ -79,7 +79,7 @@ def command_page(command: str) -> str:
     parts += ["## Flags", flag_tables(parser)]
     if parser.epilog:
         parts.append(parser.epilog % {"prog": parser.prog})
-    for target in known_targets() if COMMANDS[command].variant_flag == "--target" else ():
+    for target in known_targets() if command == "export" else ():
         own = argparse.ArgumentParser(add_help=False)
         flags.add_section(own, load_exporter(target).options)
         parts += [f"## --target {target}", flag_tables(own)]

@@ -135,7 +135,6 @@ COMMANDS: dict[str, str] = {
     "bench demo --json no-such-folder/out.json": "--json no-such-folder/out.json: its folder does not exist",
     "bench demo --profile text.txt": "--profile text.txt was not written by this command; name another file",
     "doctor --jsno": "unrecognized arguments: --jsno; did you mean --json?",
-    "completion tcsh": "argument shell: invalid choice: 'tcsh' (choose from 'bash', 'zsh', 'fish')",
 }
 """{command: part of its error}."""
 
