@@ -295,11 +295,11 @@ def test_an_export_names_runtimes_that_render_differently(
     assert "the first is one with calls and results: " in renders
 
 
-@pytest.mark.parametrize("target", ["gguf", "onnx", "hf"])
+@pytest.mark.parametrize("target", ["gguf", "onnx", "hf-uniform"])
 def test_an_export_may_have_another_template(target: str, exported: Any, template_file: Path, tmp_path: Path) -> None:
     checkpoint = exported("gguf", "--quantize", "f32").parent / "checkpoint"
     assert export(checkpoint, target, tmp_path / target, "--chat-template", str(template_file)) == 0
-    if target == "hf":
+    if target == "hf-uniform":
         assert AutoTokenizer.from_pretrained(tmp_path / target).chat_template == TEMPLATE
         return
     with contextlib.closing(load_engine(tmp_path / target, EngineOptions(threads=1))) as engine:
