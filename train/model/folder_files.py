@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ...runtime.base.errors import ModelError
+from ...runtime.base.model_names import ADAPTER_FILE
 
 JSON_FILES = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "training.json")
 """Files that a folder may lack."""
@@ -35,6 +36,11 @@ REMEDY = "copy or download it again"
 def check_folder(folder: Path) -> None:
     """Check the small files: configuration, tokenizer, chat template, index of the shards."""
     _check_links(folder)
+    if (folder / ADAPTER_FILE).is_file():  # transformers would add it to the model, and a reader of the weights not
+        raise ModelError(
+            f"{folder} holds a model and an adapter of it ({ADAPTER_FILE}); move the adapter's files into another "
+            "folder and give that as --adapter to merge it"
+        )
     read_json(folder / "config.json")
     settings = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
     for name in ("bos", "eos", "unk", "pad"):

@@ -32,8 +32,8 @@ REFUSED = {
         "train the unsliced model here (efficientllm-train --prune stem,ffn)",
     ),
     r"lora_[AB]\b|lora_embedding|\.base_layer\.": (
-        "LoRA adapters",
-        "give their base as the source, and this folder as --adapter",
+        "LoRA adapters that are not merged",
+        "merge them in PEFT with merge_and_unload() and save the model, or give its base and the adapter's --adapter",
     ),
     r"_[uv]_proj\.|\.[AB]Linear\.|\.(U|V|VT|w1|w2|lora_down|lora_up)(\.weight)?$": (
         "the low-rank factors of a matrix",
@@ -41,7 +41,7 @@ REFUSED = {
     ),
     r"_orig$|_mask$|\.mask$|parametrizations\.|\.original\d$": (
         "masks beside the weights (2:4 or unstructured sparsity)",
-        "multiply them in with torch.nn.utils.prune.remove(module, 'weight')",
+        "multiply them in with their tool: torch.nn.utils.prune.remove, export of ModelOpt, squash_mask of torchao",
     ),
     r"\.(bitmask|compressed|row_offsets|meta)$": ("packed 2:4 sparse weights", "save the dense weights"),
     r"(qweight|qzeros|weight_packed|weight_scale(_inv|_2)?|input_scale|absmax|quant_map|_scales|SCB)$|_quantizer\.": (
