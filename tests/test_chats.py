@@ -21,6 +21,7 @@ from efficientllm.runtime.base.errors import DataError, UsageError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.prompt import ToolUse, tool_prompt
 from efficientllm.runtime.tool_format import tool_format
+from efficientllm.train.checkpoint.state import as_arrays, as_tensors
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss
 from efficientllm.train.data.chat import Chat, ChatFormat, Encoder
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts
@@ -501,11 +502,53 @@ def test_a_chat_is_never_cut_by_a_window(tokenizer: PreTrainedTokenizerFast, cha
         assert re.fullmatch(r"(It is \d+\.<\|im_end\|>\n)+", text), text
 
 
-def test_windows_without_cut_chats_resume_where_they_stopped(tokenizer: PreTrainedTokenizerFast, chats: Path) -> None:
-    stream, other = (PackedStream([DataSpec(str(chats))], tokenizer, 60, 0.05, seed=0) for _ in range(2))
-    stream.next_windows(7)
-    other.load_state(stream.state())
-    assert np.array_equal(stream.next_windows(30), other.next_windows(30))
+@pytest.fixture
+def unequal_chats(tmp_path: Path) -> Path:
+    """300 chats of 23 to 210 tokens, each with its number in the answer."""
+    path, repeats = tmp_path / "unequal.jsonl", np.random.default_rng(0).integers(0, 60, 300)
+    records = [{"prompt": "What" + " is" * count, "completion": f"#{at}."} for at, count in enumerate(repeats.tolist())]
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return path
+
+
+def numbers_in(tokenizer: PreTrainedTokenizerFast, windows: np.ndarray) -> list[int]:
+    """The chats of `unequal_chats` in windows, in their order."""
+    learned = "".join(text_of(tokenizer, window[window >= 0]) for window in windows)
+    return [int(each) for each in re.findall(r"#(\d+)\.", learned)]
+
+
+def test_waiting_chats_fill_windows_and_none_is_lost(tokenizer: PreTrainedTokenizerFast, unequal_chats: Path) -> None:
+    spec = DataSpec(str(unequal_chats))
+    stream = PackedStream([spec], tokenizer, 256, 0.05, seed=0)
+    kept = [at for at, each in enumerate(open_documents(spec)) if not is_held_out(each, 0.05)]
+    documents = stream.encoder.encode([each for each in open_documents(spec) if not is_held_out(each, 0.05)])
+    windows = stream.next_windows(sum(map(len, documents)) // 256)
+    found = numbers_in(tokenizer, windows)
+    assert len(set(found)) == len(found) > 0.93 * len(kept)  # first come, first served takes 0.86
+    # a chat waits until the next window at the latest, so the windows that end the epoch hold the others
+    found += numbers_in(tokenizer, stream.next_windows(40))
+    assert sorted(found[: len(kept)]) == kept
+
+
+@pytest.mark.parametrize("taken", [1, 7, 95])
+def test_windows_of_waiting_chats_resume_where_they_stopped(
+    taken: int, tokenizer: PreTrainedTokenizerFast, unequal_chats: Path
+) -> None:
+    stream, other = (PackedStream([DataSpec(str(unequal_chats))], tokenizer, 256, 0.05, seed=0) for _ in range(2))
+    stream.next_windows(taken)
+    other.load_state(as_arrays(as_tensors(stream.state())))
+    assert np.array_equal(stream.next_windows(150), other.next_windows(150))
+
+
+def test_another_vocabulary_loses_no_waiting_chat(tokenizer: PreTrainedTokenizerFast, unequal_chats: Path) -> None:
+    spec = DataSpec(str(unequal_chats))
+    stream = PackedStream([spec], tokenizer, 256, 0.05, seed=0)
+    kept = {at for at, each in enumerate(open_documents(spec)) if not is_held_out(each, 0.05)}
+    before = numbers_in(tokenizer, stream.next_windows(20))
+    assert any(not len(each) for each in stream.corpora[0]._queue)  # some were taken before their turn
+    stream.switch_tokenizer(tokenizer)
+    after = numbers_in(tokenizer, stream.next_windows(120))
+    assert kept <= {*before, *after[: len(kept)]}
 
 
 def test_a_source_without_a_template_cannot_learn_chats(tokenizer: PreTrainedTokenizerFast) -> None:
