@@ -104,6 +104,7 @@ def make_step(config: TrainConfig, model: Any, shape: Architecture, teacher: Any
         parallel,
         partial(
             configure,
+            device=parallel.device,
             activation_checkpointing=run.activation_checkpointing,
             compiles=run.compile,
             stores_gradients_as_computed=False,

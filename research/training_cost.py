@@ -27,7 +27,8 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.quantities import Figure, format_count, markdown_table, unknown_name
 from efficientllm.train.compute.hardware import choose_hardware
 from efficientllm.train.compute.loss import TrainingLoss
-from efficientllm.train.compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
+from efficientllm.train.compute.optimizer import clip_factor, gradient_norm, make_optimizer
+from efficientllm.train.compute.trained_model import configure
 from efficientllm.train.config.sections import QAT_TARGETS, QuantisationConfig
 from efficientllm.train.data.documents import DataSpec
 from efficientllm.train.data.packing import PackedStream
@@ -85,8 +86,8 @@ class StepBenchmark:
         self.architecture = architecture_of(self.model.config)  # type: ignore[attr-defined]
         self.loss = TrainingLoss(self.model, hardware.dtype)
         self.optimizer = make_optimizer(self.model, 0.0, (0.9, 0.95), 0.01)
-        if hardware.dtype == torch.bfloat16:
-            store_gradients_as_computed(self.model)
+        keeps_bf16 = hardware.dtype == torch.bfloat16
+        configure(self.model, hardware.device, False, False, stores_gradients_as_computed=keeps_bf16)
         # at a learning rate of 0 the weights stay, so every variant does the same arithmetic
         self.stream = PackedStream([DataSpec.parse(options.data)], tokenizer, sequence_length, 0.05, seed=0)
         self.batch_size = batch_size

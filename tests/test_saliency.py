@@ -295,7 +295,7 @@ def test_token_fisher_is_compiled_with_its_layers(checkpoints: bool, monkeypatch
     monkeypatch.setattr(torch.nn.Module, "compile", compilation)
     for compiles in (False, True):
         model = tiny_model(architecture).train()
-        configure(model, checkpoints, compiles, stores_gradients_as_computed=False)
+        configure(model, torch.device("cpu"), checkpoints, compiles, stores_gradients_as_computed=False)
         tracker = GateScores(ALL_KINDS, architecture, decay=0.5)
         tracker.attach(model)
         for _ in range(2):

@@ -162,7 +162,9 @@ def test_compiled_run_removes_the_same_groups(source_folder: Path, corpus: Path,
 def test_compilation_leaves_the_mask_to_the_kernel_of_attention() -> None:
     """transformers makes a mask in compiled code, where it cannot see that it needs none."""
     model = tiny_model(tiny_architecture())
-    configure(model, activation_checkpointing=False, compiles=True, stores_gradients_as_computed=False)
+    configure(
+        model, torch.device("cpu"), activation_checkpointing=False, compiles=True, stores_gradients_as_computed=False
+    )
     compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
     assert compiled == list(model.model.layers)
     masks: list[Any] = []

@@ -147,7 +147,7 @@ def _run(trainer: Trainer) -> Finished | Stopped | GoBack:
     try:
         if parallel.is_main:
             _prepare_folder(plan)
-            _announce(plan, trainer.progress.tokens)
+            _announce(plan, trainer.progress.tokens, trainer.model.config._attn_implementation)
             for line in trainer.text.reading_lines(plan.config.optimizer.tokens):
                 _log.info(line)
         parallel.barrier()
@@ -166,11 +166,11 @@ def _run(trainer: Trainer) -> Finished | Stopped | GoBack:
         raise
 
 
-def _announce(plan: RunPlan, tokens: int) -> None:
+def _announce(plan: RunPlan, tokens: int, attention: str) -> None:
     parallel, source = plan.compute.parallel, plan.config.source.source
     ranks = "" if parallel.mode == "none" else f", {parallel.world_size} ranks ({parallel.mode})"
     _log.info(f"source: {source}, {format_count(plan.architecture.num_parameters)} parameters")
-    _log.info(f"device: {plan.compute.hardware.describe()}{ranks}")
+    _log.info(f"device: {plan.compute.hardware.describe()}, attention {attention}{ranks}")
     if plan.pruning is not None:
         time = f" for {plan.pruning.time.describe()}" if plan.pruning.time is not None else ""
         _log.info(f"target: {plan.pruning.budget.describe()}{time}")

@@ -219,6 +219,7 @@ def _trained_model(plan: RunPlan, loss: TrainingLoss, read_weights: Callable[[An
         plan.compute.parallel,
         partial(
             configure,
+            device=plan.compute.parallel.device,
             activation_checkpointing=run.activation_checkpointing,
             compiles=run.compile,
             stores_gradients_as_computed=plan.compute.stores_gradients_as_computed(optimizer),

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .causal_blocks import choose_attention
 from .distributed import Parallel
 
 CHUNK_TOKENS = 512
@@ -314,6 +315,7 @@ class TrainingLoss(nn.Module):
 def frozen_copy(source: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Return a frozen copy of the model in eval mode, stored in `dtype`."""
     teacher = copy.deepcopy(source).to(device=device, dtype=dtype).eval()
+    choose_attention(teacher, device)
     return teacher.requires_grad_(False)
 
 

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from .causal_blocks import choose_attention
 from .distributed import Parallel
 from .hardware import HeapWatch
 from .loss import TrainingLoss
 from .optimizer import AdamW, store_gradients_as_computed
 
 
-def configure(model: Any, activation_checkpointing: bool, compiles: bool, stores_gradients_as_computed: bool) -> None:
-    """Apply execution settings to a model."""
+def configure(
+    model: Any, device: torch.device, activation_checkpointing: bool, compiles: bool, stores_gradients_as_computed: bool
+) -> None:
+    """Apply execution settings to a model that computes on `device`."""
     if activation_checkpointing:
         model.activation_checkpointing_enable()
     if compiles:
@@ -27,6 +30,8 @@ def configure(model: Any, activation_checkpointing: bool, compiles: bool, stores
         torch._dynamo.config.recompile_limit = 8 * len(model.model.layers)
         for module in modules:
             module.compile()
+    else:
+        choose_attention(model, device)
     if stores_gradients_as_computed:
         store_gradients_as_computed(model)
 
