@@ -76,10 +76,16 @@ class Sample:
     """Measures the error of these logits, see `torch_error`."""
 
 
-def torch_sample(checkpoint: Checkpoint, slots: int = sys.maxsize, activation: Activation | None = None) -> Sample:
+def torch_sample(
+    checkpoint: Checkpoint,
+    slots: int = sys.maxsize,
+    activation: Activation | None = None,
+    multiplies_angles: bool = False,
+) -> Sample:
     """Return at most `slots` tokens with the checkpoint's logits in torch. `activation` replaces the model's own.
 
-    Raises ArtefactError if the checkpoint was read as another model than transformers builds.
+    `multiplies_angles` is that of `torch_error`. Raises ArtefactError if the checkpoint was read as another model than
+    transformers builds.
     """
     with extra("export"):
         from ..train.model.source import load_for_inference
@@ -87,7 +93,7 @@ def torch_sample(checkpoint: Checkpoint, slots: int = sys.maxsize, activation: A
     tokens, model = sample_tokens(checkpoint, slots), load_for_inference(checkpoint.folder)
     check_reading(checkpoint, model, len(tokens))
     logits = _logits(model, tokens, activation)
-    return Sample(tokens, logits, cache(partial(torch_error, checkpoint.folder, tokens, logits)))
+    return Sample(tokens, logits, cache(partial(torch_error, checkpoint.folder, tokens, logits, multiplies_angles)))
 
 
 def torch_logits(folder: Path, tokens: list[int], activation: Activation | None = None) -> np.ndarray:
@@ -106,12 +112,13 @@ def _logits(model: Any, tokens: list[int], activation: Activation | None = None)
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
-def torch_error(folder: Path, tokens: list[int], logits: np.ndarray) -> float:
+def torch_error(folder: Path, tokens: list[int], logits: np.ndarray, multiplies_angles: bool = False) -> float:
     """Return the largest |difference| of torch's fp32 logits [S, V] from those in fp64.
 
     transformers computes angles of rotation in fp32, in an fp64 model as well. At position 256 they are wrong by 1e-5,
     and sharp attention multiplies that. Here they are products in fp64 of torch's own frequencies. Those are fp32
-    numbers, so every second one moves by a unit in its last place.
+    numbers, so every second one moves by a unit in its last place. With `multiplies_angles`, the engine multiplies the
+    angle of a channel by one fp32 ratio to get the next, as llama.cpp does, so channel i moves by i units.
     """
     with extra("export"):
         import torch
@@ -122,8 +129,10 @@ def torch_error(folder: Path, tokens: list[int], logits: np.ndarray) -> float:
 
     def rotate_exactly(module: Any, inputs: Any, outputs: Any) -> Any:
         frequencies = frequencies_of(module, inputs[2] if len(inputs) > 2 else FULL)
-        frequencies[::2] *= 1 + torch.finfo(torch.float32).eps
-        angles = (torch.arange(len(tokens)).double()[:, None] * frequencies).repeat(1, 2)[None]
+        channels = torch.arange(len(frequencies))
+        units = channels if multiplies_angles else (channels + 1) % 2
+        moved = frequencies * (1 + torch.finfo(torch.float32).eps * units)
+        angles = (torch.arange(len(tokens)).double()[:, None] * moved).repeat(1, 2)[None]
         return angles.cos(), angles.sin()
 
     model = load_for_inference(folder).double()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from exporting import SHAPES, TOKENS, export
+from safetensors.torch import load_file, save_file
 from tiny import LLAMA3_ROPE, SIMILAR, UNEQUAL, tiny_architecture
 
 from efficientllm.export import verification
@@ -28,6 +29,7 @@ from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.source import load_for_inference
 from efficientllm.train.model.tensors import tensor_names, tensor_shape
 
+SHORT = (LayerShape(4, 4, 128), LayerShape(2, 2, 96))
 UNQUANTISED = (0, 1)
 """ggml types F32 and F16."""
 
@@ -299,6 +301,37 @@ def test_the_limit_follows_torch_s_own_error(
     monkeypatch.setattr(exporter, "probe", moved)
     monkeypatch.setattr(verification, "torch_error", lambda *_: own_error)
     assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", "--quantize", "f32") == code
+
+
+def test_export_allows_the_drift_of_angles_that_llama_cpp_multiplies(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A base of 3 leaves every channel fast. Torch with angles that are products of fp32 ratios computes the file."""
+    rope = {"rope_type": "default", "rope_theta": 3.0}
+    checkpoint = save_tiny(tiny_architecture("olmo", SHORT, 33, False, 256), rope_parameters=rope)
+    weights = load_file(checkpoint / "model.safetensors")
+    matrices = {name: 8 * each if "_proj" in name else each for name, each in weights.items()}
+    save_file(matrices, checkpoint / "model.safetensors", {"format": "pt"})
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
+    model = load_for_inference(checkpoint)
+    tokens = (TOKENS * 256)[:256]
+    found = probe(tmp_path / "gguf" / "model.gguf", tokens).logits[0]
+    differences = []
+    for _ in range(2):
+        with torch.inference_mode():
+            differences.append(float(np.abs(model(torch.tensor([tokens])).logits[0].numpy() - found).max()))
+        model.base_model.rotary_emb.register_forward_hook(multiplied_angles)
+    assert differences[1] < 2e-4 < 1e-3 < differences[0]
+
+
+def multiplied_angles(module: Any, inputs: Any, outputs: Any) -> Any:
+    """Compute angles as ggml does: that of a channel is the last one's times an fp32 ratio."""
+    ratio = torch.tensor(3.0).pow(-1 / len(module.inv_freq))
+    angles = [torch.arange(outputs[0].shape[1]).float()]
+    while len(angles) < len(module.inv_freq):
+        angles.append(angles[-1] * ratio)
+    doubled = torch.stack(angles, 1).repeat(1, 2)[None]
+    return doubled.cos(), doubled.sin()
 
 
 def test_wrong_weights_are_caught(

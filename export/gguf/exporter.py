@@ -202,7 +202,7 @@ def _verify_exact(
 ) -> tuple[Agreement, Sample]:
     """Return the agreement of the F32 file with torch, and the logits of the file's first run."""
     activation = _activation(checkpoint)
-    reference = torch_sample(checkpoint, activation=activation)
+    reference = torch_sample(checkpoint, activation=activation, multiplies_angles=True)
     tokens = reference.tokens
     own_logits, most, own_error = reference.logits, MAX_EXACT_DIFFERENCE, reference.own_error
     if activation is not None:
