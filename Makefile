@@ -38,7 +38,7 @@ build/modules.txt: FORCE
 
 $(VENV)/.installed: pyproject.toml build/modules.txt $(VENV)/.pip
 	@echo "installing into $(VENV); llama-cpp-python is compiled the first time, which takes some minutes"
-	@$(COMPILED) PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --group dev --editable '.[all,openvino,signing]' --config-settings editable_mode=strict
+	@$(COMPILED) PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --group dev --editable '.[all,signing]' --config-settings editable_mode=strict
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml $(VENV)/.pip

@@ -42,7 +42,6 @@ EXPORTERS = {
     "web": "efficientllm.export.web.exporter:EXPORTER",
     "android": "efficientllm.export.phone.exporter:ANDROID",
     "ios": "efficientllm.export.phone.exporter:IOS",
-    "openvino": "efficientllm.export.openvino.exporter:EXPORTER",
 }
 
 

@@ -45,7 +45,6 @@ USES = {
     "export --target onnx --portable": ("onnx-portable",),
     "export --target executorch": ("export", "executorch"),
     "export --target hf-uniform": ("export",),
-    "export --target openvino": ("openvino",),
     "chat, serve, bench of a .gguf": ("gguf-binary|gguf",),
     "chat, serve, bench of an ONNX folder": ("onnx",),
     "chat, serve, bench of a .pte": ("executorch",),

@@ -60,12 +60,6 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "checkpoint"))
 
 
-@pytest.fixture(autouse=True)
-def no_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package of a target is not in every environment, and its lack would be named first."""
-    monkeypatch.setattr("efficientllm.export.openvino.exporter.require_extra", lambda *_: None)
-
-
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

@@ -15,7 +15,7 @@ from tiny import UNEQUAL, tiny_architecture
 from efficientllm.export import reading, verification
 from efficientllm.export.checkpoint import Checkpoint
 
-TYPES = {"gguf": BITS["gguf"], "onnx": BITS["onnx"], "openvino": ("int8",), "hf-uniform": ("f32",)}
+TYPES = {"gguf": BITS["gguf"], "onnx": BITS["onnx"], "hf-uniform": ("f32",)}
 """Target -> its types here. `python -m tests.tools.export_cases --misread` has all targets."""
 LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}
 FAMILIES = {"factor": ("llama", LINEAR), "rotated channels": ("gpt_neox", {})}
@@ -34,8 +34,6 @@ def case(name: str, quantize: str) -> Case:
 
 @pytest.mark.parametrize(("target", "quantize"), [(target, kind) for target, kinds in TYPES.items() for kind in kinds])
 def test_export_refuses_each_misread_setting(target: str, quantize: str, tmp_path: Path) -> None:
-    if target == "openvino":
-        pytest.importorskip("openvino_genai", reason="openvino_genai is not installed")
     for name in MISREADINGS:
         outcome = misread(target, case(name, quantize), tmp_path / name, name)
         assert outcome.kind == "right", (name, outcome)

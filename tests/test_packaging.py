@@ -49,7 +49,6 @@ MAY_IMPORT = {
     "export/gguf": RUNTIME | SOURCES | {"export"},
     "export/onnx": RUNTIME | SOURCES | {"export"},
     "export/executorch": RUNTIME | SOURCES | {"export"},
-    "export/openvino": RUNTIME | SOURCES | {"export", "export/onnx"},
     "export/web": RUNTIME | SOURCES | {"export", "export/gguf"},
     "export/phone": RUNTIME | SOURCES | {"export", "export/gguf", "export/executorch"},
     "server/schemas": {"runtime", "runtime/base"},

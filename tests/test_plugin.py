@@ -57,6 +57,6 @@ def test_its_flags_are_in_the_help_and_its_names_among_the_known(site: Path, sou
     assert "Store fp16 instead of fp32." in done.output
     output = [str(source_folder), "--target", "nothing", "--output", "unused"]
     assert command(site, "export.cli", *output).last_error.endswith(
-        "known: gguf, onnx, executorch, hf-uniform, web, android, ios, openvino, bigram"
+        "known: gguf, onnx, executorch, hf-uniform, web, android, ios, bigram"
     )
     assert "bigram" not in command(None, "export.cli", *output).last_error

@@ -256,7 +256,7 @@ def test_a_model_that_a_target_cannot_hold_is_not_trained(
     assert f"error: --for {message}" in capsys.readouterr().err
     assert not output.exists()
     assert run([*command(source, corpus, output), "--for", "gguf,pdf"]) == 2
-    assert "--for pdf: choose from gguf, web, onnx, executorch, openvino, hf-uniform" in capsys.readouterr().err
+    assert "--for pdf: choose from gguf, web, onnx, executorch, hf-uniform" in capsys.readouterr().err
 
 
 def test_a_logger_that_does_not_start_is_one_line(

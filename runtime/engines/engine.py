@@ -30,7 +30,6 @@ ENGINES = {
 EXTERNAL_RUNTIMES = {
     "transformers": "load it with AutoModelForCausalLM.from_pretrained or efficientllm-eval",
     "wllama": "it is a page for browsers; show it with efficientllm-serve-web",
-    "openvino-genai": "load it with openvino_genai.LLMPipeline(FOLDER, 'CPU')",
 }
 """Engine of an artefact that we export but do not run -> how to use the artefact."""
 

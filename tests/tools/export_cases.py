@@ -1,6 +1,6 @@
 """Export generated models and compare stock engines with transformers, independently of the exporter's verification:
 
-    python -m tests.tools.export_cases --target gguf|onnx|executorch|openvino [--cases 2000] [--seed 1]
+    python -m tests.tools.export_cases --target gguf|onnx|executorch [--cases 2000] [--seed 1]
 
 A case fills its matrices in one of three ways. Codes are numbers that its type stores exactly: transformers' logits of
 the checkpoint are then what the file has to compute. Magnitudes are rows of zeros and one value, which every type
@@ -54,7 +54,6 @@ BITS = {
     },
     "onnx": {"f32": 32, "f16": 16, "int8": 8, "mixed": 4, "int4": 4, "web": 8},
     "executorch": {"f32": 32, "f16": 16, "int8": 8, "8da4w": 4},
-    "openvino": {"f32": 32, "int8": 8, "mixed": 4, "int4": 4},
 }
 """Target -> type -> bits of most of its weights."""
 BYTE = (-127, 127)
@@ -65,7 +64,6 @@ CODES = {
     },
     "onnx": {"f32": BYTE, "f16": BYTE, "int8": BYTE, "mixed": BYTE, "int4": (-8, 7), "web": BYTE},
     "executorch": {"f32": BYTE, "f16": BYTE, "int8": BYTE, "8da4w": (-7, 7)},
-    "openvino": {"f32": BYTE, "int8": BYTE, "mixed": BYTE, "int4": (-8, 7)},
 }
 """Target -> type -> lowest and highest code, if a row of such codes is stored exactly."""
 ROW_SCALES = ("web", "int8 executorch", "8da4w executorch")

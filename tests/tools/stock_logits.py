@@ -87,30 +87,9 @@ def _executorch(folder: Path, tokens: list[int], chunks: Sequence[int]) -> Rows:
         yield ends, np.stack(rows)
 
 
-def _openvino(folder: Path, tokens: list[int], chunks: Sequence[int]) -> Rows:
-    """Run OpenVINO in the chunks, and token by token, with fp32 activations and caches."""
-    import openvino
-
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
-    model: Any = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", exact)
-    for sizes in (chunks, (1,)):
-        request, rows = model.create_infer_request(), []
-        for start, end in _pieces(len(tokens), sizes):
-            feeds = {
-                "input_ids": np.array([tokens[start:end]]),
-                "attention_mask": np.ones((1, end), np.int64),
-                "position_ids": np.arange(start, end)[None],
-                "beam_idx": np.zeros(1, np.int32),
-            }
-            found = request.infer({value.any_name: feeds[value.any_name] for value in model.inputs})
-            rows.append(found["logits"][0].copy())
-        yield list(range(len(tokens))), np.concatenate(rows)
-
-
 READERS: dict[str, Callable[[Path, list[int], Sequence[int]], Rows]] = {
     "gguf": _gguf,
     "onnx": _onnx,
     "executorch": _executorch,
-    "openvino": _openvino,
 }
 """Target -> its runtime."""

@@ -86,7 +86,6 @@ COMMANDS: dict[str, str] = {
     "export MODEL --target onnx --portable --quantize INT8": "--portable takes --quantize f32, not int8",
     "fit no-such-folder --max-bytes 60MB": "no-such-folder is no run with --sizes; give the --output of ",
     "export no-such-folder --target gguf": "no-such-folder: no such folder, and not a hub id",
-    "export MODEL --target openvino --quantize f16": "--quantize f16: unknown for openvino; known: f32, ",
     "export MODEL --target gguf --output out --calibrate no.txt": "--calibrate no.txt: no such file or folder",
     "export MODEL --target gguf --output out --max-kl -1": "--max-kl -1.0: must not be negative",
     "export MODEL --target ggfu --output out": "--target ggfu: unknown; known: gguf, onnx, executorch, hf-uniform, hf",

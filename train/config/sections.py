@@ -155,7 +155,7 @@ class RunConfig:
     """Measure source and final model on texts, chats and questions that no run trains on (see efficientllm-eval)."""
     for_: tuple[str, ...] = flags.comma_separated()
     """Export targets, comma-separated, that must be able to hold the final model: gguf, web, onnx, executorch,
-    openvino, hf-uniform. A model that one of them cannot hold is refused before it is trained."""
+    hf-uniform. A model that one of them cannot hold is refused before it is trained."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: bool = False

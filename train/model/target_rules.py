@@ -14,7 +14,7 @@ ROPES = ("default", *SCALING)
 """Values of rope_type that the graphs of our exporters compute."""
 
 GGUF_TARGETS = ("gguf", "web")
-TRACED_TARGETS = ("onnx", "executorch", "openvino")
+TRACED_TARGETS = ("onnx", "executorch")
 TARGETS = (*GGUF_TARGETS, *TRACED_TARGETS, "hf-uniform")
 """Targets with rules. Those of hf-uniform are transformers', which trains the model."""
 

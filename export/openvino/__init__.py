@@ -1,1 +1,0 @@
-"""`--target openvino`: folders for OpenVINO GenAI."""
