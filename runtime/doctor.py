@@ -42,7 +42,6 @@ USES = {
     "export --target android, ios": ("export", "gguf", "executorch"),
     "export --target android, ios --formats gguf": ("export", "gguf"),
     "export --target onnx": ("export", "onnx"),
-    "export --target onnx --portable": ("onnx-portable",),
     "export --target executorch": ("export", "executorch"),
     "export --target hf-uniform": ("export",),
     "chat, serve, bench of a .gguf": ("gguf-binary|gguf",),

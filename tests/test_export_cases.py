@@ -53,10 +53,11 @@ def test_the_comparer_knows_that_centred_embeddings_are_rounded(tmp_path: Path) 
     assert outcome.kind == "right", outcome
 
 
-@pytest.mark.parametrize("index", [185, 196])
-def test_the_limit_of_an_exact_file_follows_torch_s_own_error(index: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("index", "seed"), [(185, 1164307536), (196, 1954399528)])
+def test_the_limit_of_an_exact_file_follows_torch_s_own_error(index: int, seed: int, tmp_path: Path) -> None:
     """Sharp attention: torch's angles in fp32 alone move its logits by 0.001 and 0.005."""
-    outcome = export_cases.run_case("onnx", export_cases.generate("onnx", SEED, index), tmp_path)
+    case = replace(export_cases.generate("onnx", SEED, index), weights="codes", seed=seed)
+    outcome = export_cases.run_case("onnx", case, tmp_path)
     assert outcome.kind == "right", outcome
 
 

@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exporting import EVERY_KIND, EXACT, SHAPES, TOKENS, export
+from exporting import EXACT, SHAPES, TOKENS, export
 from tiny import LLAMA3_ROPE, SIMILAR, TWO_FACTORS, UNEQUAL, tiny_architecture
 
-from efficientllm.export.onnx.portable import input_axes
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ContextOverflowError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
-from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.attention import LayerAttention
 from efficientllm.train.model.source import load_for_inference
 
@@ -107,25 +105,11 @@ def test_heads_of_any_width_give_torchs_logits(
     check_a_padded_batch(checkpoint, tmp_path / "onnx")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "settings"), [("llama", {}), ("qwen3", WINDOW_OF_8)])
-def test_a_portable_batch_may_be_padded_on_either_side(
-    family: str, settings: dict[str, Any], save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Also with a window that ends within a prompt: padding is no distance."""
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    checkpoint = save_tiny(tiny_architecture(family), **settings)
-    assert export(checkpoint, "onnx", tmp_path / "onnx", "--portable") == 0
-    for pads_left in (False, True):
-        check_a_padded_batch(checkpoint, tmp_path / "onnx", pads_left)
-
-
-@pytest.mark.parametrize(
-    "flags", [["--quantize", "f32"], ["--quantize", "int8"], pytest.param(["--portable"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("quantize", ["f32", "int8"])
 def test_a_graph_returns_the_logits_of_all_tokens_if_asked(
-    flags: list[str], save_tiny: Callable[..., Path], tmp_path: Path
+    quantize: str, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
+    flags = ("--quantize", quantize)
     checkpoint = save_tiny(tiny_architecture())
     assert export(checkpoint, "onnx", tmp_path / "last", *flags) == 0
     assert export(checkpoint, "onnx", tmp_path / "all", *flags, "--logits", "all") == 0
@@ -136,13 +120,6 @@ def test_a_graph_returns_the_logits_of_all_tokens_if_asked(
         expected, _ = run_batch(tmp_path / "last", [TOKENS[:end]], [[1] * end], {})
         assert np.abs(logits[1, end - 1] - expected[0]).max() < 1e-4
     assert np.abs(logits[0, 11] - logits[1, 11]).max() < 1e-4
-
-
-@pytest.mark.slow
-def test_a_portable_graph_may_have_no_caches(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    checkpoint = save_tiny(tiny_architecture(layers=(LayerShape(0, 0, 64),)))
-    assert export(checkpoint, "onnx", tmp_path / "onnx", "--portable") == 0
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -176,36 +153,6 @@ def test_calibration_brings_int4_closer(save_tiny: Callable[..., Path], corpus: 
         assert export(checkpoint, "onnx", tmp_path / name, "--quantize", "int4", *flags) == 0
         kl.append(Manifest.read(tmp_path / name).verification["quantized"]["mean_kl"])
     assert kl[1] < kl[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", SIMILAR)
-def test_portable_graph_equals_the_direct_one(family: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """Two independent routes from the weights to ONNX; the portable one holds standard operators only."""
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    import onnx
-
-    checkpoint = save_tiny(tiny_architecture(family, EVERY_KIND))
-    rows = {}
-    for name, flags in {"direct": ["--quantize", "f32"], "portable": ["--portable"]}.items():
-        assert export(checkpoint, "onnx", tmp_path / name, *flags) == 0
-        engine = load_engine(tmp_path / name, EngineOptions(threads=1, context=64))
-        rows[name] = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
-        rows[name].append(engine.prefill([*TOKENS[:20], 7, 8, 9]))  # shares 20 tokens with what the cache holds
-        engine.close()
-    assert np.abs(np.stack(rows["direct"]) - np.stack(rows["portable"])).max() < 1e-3
-    graphs = {name: onnx.load(tmp_path / name / "model.onnx", load_external_data=False).graph for name in rows}
-    assert {node.domain for node in graphs["portable"].node} == {""}
-    assert b"site-packages" not in (tmp_path / "portable" / "model.onnx").read_bytes()  # torch's notes of who called
-    assert "com.microsoft" in {node.domain for node in graphs["direct"].node}
-    axes_of = input_axes(Architecture.from_folder(checkpoint))
-    for graph in graphs.values():
-        assert [value.name for value in graph.input] == list(axes_of)
-        caches = {name.replace("past_key_values", "present") for name in axes_of if "." in name}
-        assert {value.name for value in graph.output} == {"logits", *caches}
-        for value in graph.input:
-            axes = {axis: dim.dim_param for axis, dim in enumerate(value.type.tensor_type.shape.dim) if dim.dim_param}
-            assert axes == axes_of[value.name]
 
 
 def test_tied_quantised_weights_are_stored_once(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -294,8 +241,6 @@ def test_wrong_graphs_are_caught(
 def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(save_tiny(tiny_architecture(layers=UNEQUAL)), "onnx", tmp_path / "onnx", "--quantize", "q8_0") == 2
     assert "--quantize q8_0: unknown for onnx; known: f32, f16, int8, mixed, int4, web" in capsys.readouterr().err
-    assert export(tmp_path / "checkpoint", "onnx", tmp_path / "onnx", "--portable", "--quantize", "int8") == 2
-    assert "--portable takes --quantize f32, not int8" in capsys.readouterr().err
     assert export(tmp_path / "checkpoint", "onnx", tmp_path / "onnx", "--no-verify") == 0
     (tmp_path / "onnx" / "model.onnx_data").write_bytes(b"short")
     from efficientllm.runtime import chat

@@ -68,7 +68,7 @@ def help_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_help_shows_the_flags_of_the_named_target(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--portable" in help_of("--target", "onnx", capsys=capsys)
+    assert "--logits" in help_of("--target", "onnx", capsys=capsys)
     assert "--recipe" not in help_of("--target", "onnx", capsys=capsys)
     assert "--group-size" in help_of("--target=executorch", capsys=capsys)
     uniform = help_of("--target", "hf-uniform", capsys=capsys)

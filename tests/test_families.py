@@ -191,14 +191,6 @@ def test_executorch_equals_torch(family: str, irregular: Folder, tmp_path: Path)
     expect_engine_equals_torch(irregular(family, True), tmp_path / "pte")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt_neox", "gemma3_text"])  # its layers are ExecuTorch's, too
-def test_portable_onnx_equals_torch(family: str, irregular: Folder, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    assert export(irregular(family, True), "onnx", tmp_path / "onnx", "--portable", "--no-verify") == 0
-    expect_engine_equals_torch(irregular(family, True), tmp_path / "onnx")
-
-
 def expect_engine_equals_torch(checkpoint: Path, artefact: Path) -> None:
     """Prefill, then token by token, past every window."""
     expected = torch_logits(checkpoint, TOKENS)

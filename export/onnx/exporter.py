@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...runtime.base import flags
-from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra, require_extra
 from ...runtime.base.files import require_room
 from ...runtime.engines.engine import EngineOptions
@@ -35,10 +34,7 @@ class OnnxOptions(RoundingOptions):
     """--target onnx."""
 
     quantize: str = flags.type_name()
-    """Weight type: f32, f16, int8, mixed, int4, web; default: the trained type (--qat), else int8; with --portable f32.
-    """
-    portable: bool = False
-    """Use standard operators (opset 23) instead of onnxruntime's fused ones; f32, slower in onnxruntime."""
+    """Weight type: f32, f16, int8, mixed, int4, web; default: the trained type (--qat), else int8."""
     logits: Literal["last", "all"] = "last"
     """Tokens whose logits a call returns: the last valid one, or all, for scoring and speculative decoding."""
 
@@ -46,30 +42,24 @@ class OnnxOptions(RoundingOptions):
         flags.check_fields(self)
         if self.quantize:
             preset(self.quantize)
-        if self.portable and self.quantize not in ("", "f32"):
-            rule = "standard operators hold no packed weights"
-            raise UsageError(f"--portable takes --quantize f32, not {self.quantize}: {rule}")
 
 
 def check_onnx(options: OnnxOptions) -> None:
-    """Raise MissingExtraError without onnxruntime, and for a portable graph without torch's exporter."""
+    """Raise MissingExtraError without onnxruntime."""
     require_extra("onnx", "onnx", "onnx_ir", "onnxruntime")
-    if options.portable:
-        require_extra("onnx-portable", "onnxscript")
 
 
 def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path) -> None:
     """Write the model with external data, tokenizer files, genai_config.json and manifest."""
     check_target("onnx", checkpoint.config, checkpoint.architecture)
     options = request.options
-    asked = options.quantize or ("f32" if options.portable else "")
-    name = choose_type(checkpoint, request, "onnx", asked, DEFAULT)
+    name = choose_type(checkpoint, request, "onnx", options.quantize, DEFAULT)
     bits = preset(name)
     request.clock.begin("writing")
     write_model(checkpoint, options, bits, folder)
-    write_json(folder / "genai_config.json", genai_config(checkpoint, options.portable))
+    write_json(folder / "genai_config.json", genai_config(checkpoint))
     write_json(folder / "generation_config.json", generation_config(checkpoint))
-    write_json(folder / "config.json", browser_config(checkpoint, options.portable))
+    write_json(folder / "config.json", browser_config(checkpoint))
     weight_bytes = (folder / DATA_FILE).stat().st_size
     tokenizer_files = copy_tokenizer(checkpoint, folder)  # which our engine reads, too
     verification = _verify(checkpoint, request, folder, name, bits) if options.verify else {}
@@ -78,7 +68,7 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
         files=[MODEL_FILE, DATA_FILE, *CONFIG_FILES, *tokenizer_files],
         quantization=name,
         weight_bytes=weight_bytes,
-        layout="onnx, standard operators" if options.portable else "onnx",
+        layout="onnx",
         verification=verification,
     )
     write_manifest(checkpoint, request, folder, contents)
@@ -88,36 +78,31 @@ EXPORTER = Exporter(OnnxOptions, export_onnx, check_onnx)
 
 
 def write_model(checkpoint: Checkpoint, options: OnnxOptions, bits: Bits, folder: Path) -> None:
-    """Write the graph and its external data by one of the two routes."""
+    """Write the graph and its external data."""
     with extra("onnx"):
         import onnx_ir as ir
         import onnxruntime  # noqa: F401  the quantiser and the verification need it
 
         from .graph import GraphBuilder
-    if not options.portable:
-        grams = input_grams(checkpoint, options.calibrate) if options.calibrate else None
-        model = GraphBuilder(checkpoint, bits, grams, options.logits == "all").build()
-        weights = (value.const_value for value in model.graph.initializers.values())
-        require_room(folder / MODEL_FILE, sum(weight.nbytes for weight in weights if weight is not None))
-        ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
-        return
-    with extra("onnx-portable"):
-        from .portable import write_portable
-    write_portable(checkpoint, folder / MODEL_FILE, options.logits == "all")
+    grams = input_grams(checkpoint, options.calibrate) if options.calibrate else None
+    model = GraphBuilder(checkpoint, bits, grams, options.logits == "all").build()
+    weights = (value.const_value for value in model.graph.initializers.values())
+    require_room(folder / MODEL_FILE, sum(weight.nbytes for weight in weights if weight is not None))
+    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def genai_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
+def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return onnxruntime-genai's config. Its runtime reads each layer's key/value heads from the graph."""
     architecture = checkpoint.architecture
     ends = checkpoint.end_of_generation_ids
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL_FILE,
-        "head_size": architecture.head_dim if is_portable else stored_head_dim(checkpoint),
+        "head_size": stored_head_dim(checkpoint),
         "hidden_size": architecture.hidden_size,
         "inputs": {
             "input_ids": "input_ids",
@@ -148,8 +133,7 @@ def genai_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
         "search": {
             "max_length": checkpoint.context_length,
             "do_sample": False,
-            # the attention operator of a portable file cannot write into the past in place
-            "past_present_share_buffer": not is_portable,
+            "past_present_share_buffer": True,
         },
     }
 
@@ -163,7 +147,7 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, [])}
 
 
-def browser_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
+def browser_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a config.json for transformers.js with a known family. It reads the caches' sizes from the graph."""
     architecture = checkpoint.architecture
     return {
@@ -171,7 +155,7 @@ def browser_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
         "model_type": "llama",
         "vocab_size": architecture.vocab_size,
         "hidden_size": architecture.hidden_size,
-        "head_dim": architecture.head_dim if is_portable else stored_head_dim(checkpoint),
+        "head_dim": stored_head_dim(checkpoint),
         "num_hidden_layers": len(architecture.layers),
         "num_attention_heads": architecture.widest.num_attention_heads,
         "num_key_value_heads": architecture.widest.num_key_value_heads,

@@ -180,8 +180,6 @@ def _flags(dice: random.Random, target: str, kind: str, hidden_size: int) -> dic
     if target == "gguf" and is_rounded and dice.random() < 0.3:
         name = dice.choice(("output_type", "embedding_type"))
         return {name: dice.choice(("q8_0", "q4_0", "f16", *(["q6_k"] if hidden_size == 256 else [])))}
-    if target == "onnx" and kind == "f32" and dice.random() < 0.1:
-        return {"portable": True}
     if target != "executorch":
         return {}
     flags: dict[str, Any] = {"max_context": CONTEXT, "custom_ops": dice.random() < 0.8}
