@@ -87,7 +87,7 @@ COMMANDS: dict[str, str] = {
     "export no-such-folder --target gguf": "no-such-folder: no such folder, and not a hub id",
     "export MODEL --target gguf --output out --calibrate no.txt": "--calibrate no.txt: no such file or folder",
     "export MODEL --target gguf --output out --max-kl -1": "--max-kl -1.0: must not be negative",
-    "export MODEL --target ggfu --output out": "--target ggfu: unknown; known: gguf, onnx, executorch, hf-uniform, hf",
+    "export MODEL --target ggfu --output out": "--target ggfu: unknown; known: gguf, onnx, executorch, hf-uniform, web",
     "export MODEL --target gguf --output out --quantise q4_0": "--quantise: --target gguf does not read it, no target",
     "export good.jsonl --target gguf --output out": "good.jsonl: a file, but no .gguf; give that, a folder, or a",
     "export empty --target gguf --output out": "empty: the folder has no config.json; give a run or a Hugging Face",
