@@ -14,7 +14,7 @@ from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
 from .device import DeviceOptions
-from .emulation import detect_android_layer
+from .emulation import detect_android_emulator
 from .local import request_context
 from .phone_monitor import ProgramRecord, RunnerCall, monitor_script, parse_record, summarize_calls
 from .remote import RemoteShell, require_room, run_program
@@ -95,7 +95,6 @@ class AdbDevice:
 
         board = f"{prop('ro.product.manufacturer')} {prop('ro.product.model')}".strip()
         abi = prop("ro.product.cpu.abi")
-        layer = detect_android_layer(self._shell, abi, prop)
         return DeviceInfo(
             name=f"adb:{self._serial}",
             system=f"Android {prop('ro.build.version.release')}",
@@ -104,8 +103,7 @@ class AdbDevice:
             cores=int(self._run("nproc").output.strip() or 1),
             ram_bytes=self._memory("MemTotal"),
             board=board,
-            virtual=layer.name,
-            emulated=layer.translates,
+            emulator=detect_android_emulator(self._shell, abi, prop),
         )
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:

@@ -16,7 +16,7 @@ from ..runtime.base.errors import ArtefactError
 from ..runtime.engines.artefact import Artefact
 from . import measure
 from .device import DeviceOptions
-from .emulation import EXECUTABLE_LINK, detect_layer
+from .emulation import EXECUTABLE_LINK, detect_emulator
 from .results import BenchOptions, DeviceInfo, Measurement
 from .sensors import LocalShell, temperature_celsius
 
@@ -29,7 +29,6 @@ def local_device_info(name: str) -> DeviceInfo:
     ]
     memory = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     board = (shell.read("/proc/device-tree/model") or shell.read("/sys/class/dmi/id/product_name") or [""])[0]
-    layer = detect_layer(shell, platform.machine(), executable_path())
     return DeviceInfo(
         name=name,
         system=f"{platform.system()} {platform.release()}",
@@ -38,8 +37,7 @@ def local_device_info(name: str) -> DeviceInfo:
         cores=os.cpu_count() or 1,
         ram_bytes=memory[0] if memory else 0,
         board=board,
-        virtual=layer.name,
-        emulated=layer.translates,
+        emulator=detect_emulator(shell, platform.machine(), executable_path()),
     )
 
 

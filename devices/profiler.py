@@ -131,7 +131,7 @@ def _measured_on(run: Run, options: BenchOptions, settings: ProfileOptions) -> M
         engine_settings=first.engine_settings,
         kv_cache=options.kv_cache,
         efficientllm_version=run.efficientllm_version,
-        emulated=run.device.emulated,
+        emulated=bool(run.device.emulator),
     )
 
 

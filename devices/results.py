@@ -85,10 +85,9 @@ class DeviceInfo:
     """0 if the device does not report it."""
     board: str = ""
     """Model of the board or phone."""
-    virtual: str = ""
-    """Layer between programs and hardware, such as qemu-user or virtual machine (kvm); "" if none was found."""
-    emulated: bool = False
-    """True if that layer translates instructions. No figure describes the device then."""
+    emulator: str = ""
+    """Program that translates instructions, such as qemu-user, so that no figure describes the device; "" if none was
+    found."""
 
 
 Value = TypeVar("Value")

@@ -18,9 +18,7 @@ def device_line(device: DeviceInfo, threads: int) -> str:
     parts = (device.board, device.cpu, f"{device.cores} cores", memory, device.system, device.machine)
     threads_text = {0: "all threads", 1: "1 thread"}.get(threads, f"{threads} threads")
     text = f"{device.name}: {', '.join(part for part in parts if part)}; {threads_text}"
-    if device.emulated:
-        return f"EMULATED ({device.virtual or 'unknown'}), no figure here is the device's. {text}"
-    return f"{text}; {device.virtual}" if device.virtual else text
+    return f"EMULATED ({device.emulator}), no figure here is the device's. {text}" if device.emulator else text
 
 
 def origin_lines(run: Run) -> list[str]:
@@ -52,7 +50,7 @@ def rows(run: Run) -> list[list[str]]:
             timed.append(test)
     has_energy = any(result.joules_per_token for result in results)
     has_bandwidth = any(result.memory_bytes_per_second for result in results)
-    header = ["artefact, EMULATED" if run.device.emulated else "artefact", "parameters", "quant", "on disk"]
+    header = ["artefact, EMULATED" if run.device.emulator else "artefact", "parameters", "quant", "on disk"]
     header += [f"{test} t/s" for test in tests]
     header += [f"{test} CPU ms" for test in timed]
     header += [f"{first_decode} of bandwidth"] if has_bandwidth else []

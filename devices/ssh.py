@@ -24,7 +24,7 @@ from ..runtime.engines.artefact import Artefact
 from . import measure
 from .board_environment import ENVIRONMENT_BYTES, EXTRAS, engine_wheel, make_environment, runtime_wheel
 from .device import DeviceOptions
-from .emulation import EXECUTABLE_LINK, detect_layer
+from .emulation import EXECUTABLE_LINK, detect_emulator
 from .local import parse_measurement, request_context
 from .remote import RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
@@ -123,7 +123,7 @@ class SshDevice:
     def describe(self) -> DeviceInfo:
         facts = self.facts
         machine = facts["python_machine"] or facts["machine"]
-        layer = detect_layer(RemoteShell(self.run), machine, facts["python_runs_in"])
+        emulator = detect_emulator(RemoteShell(self.run), machine, facts["python_runs_in"])
         return DeviceInfo(
             name=f"ssh://{self._host}",
             system=facts["system"],
@@ -132,8 +132,7 @@ class SshDevice:
             cores=int(facts["cores"] or 1),
             ram_bytes=1024 * int(facts["ram_kb"] or 0),
             board=facts["board"],
-            virtual=layer.name,
-            emulated=layer.translates,
+            emulator=emulator,
         )
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:

@@ -69,7 +69,7 @@ def test_a_board_without_a_compiler_measures_and_answers_as_this_machine_does(
     printed = capsys.readouterr()
     run = json.loads((tmp_path / "board.json").read_text())
     device = run["device"]
-    assert (device["machine"], device["emulated"], device["virtual"]) == ("aarch64", True, "qemu-user")
+    assert (device["machine"], device["emulator"]) == ("aarch64", "qemu-user")
     assert "EMULATED (qemu-user)" in printed.out
     for result in run["results"]:
         assert set(result["speeds"]) == {"pp8", "tg4", "tg4@d8"}

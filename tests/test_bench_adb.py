@@ -88,7 +88,7 @@ def test_a_phone_runs_the_real_runner(
     run = json.loads((tmp_path / "phone.json").read_text())
     assert run["device"]["board"] == "Google Pixel 8"
     assert run["device"]["machine"] == "arm64-v8a"
-    assert run["device"]["emulated"]
+    assert run["device"]["emulator"]
     assert "EMULATED (" in printed.out
     (result,) = run["results"]
     assert set(result["speeds"]) == {"pp16", "tg4", "tg8", "tg4@d16"}

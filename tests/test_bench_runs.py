@@ -124,12 +124,10 @@ def test_an_artefact_given_twice_keeps_its_measurements_apart(artefact: Path, tm
 
 
 def test_emulated_figures_are_marked_wherever_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
-    emulated = dataclasses.replace(LAPTOP, virtual="qemu-user", emulated=True)
+    emulated = dataclasses.replace(LAPTOP, emulator="qemu-user")
     run = run_of(result("m", "aa"), device=emulated)
     run_table.print_table(run)
     printed = capsys.readouterr().out
     assert "artefact, EMULATED" in printed
     assert "EMULATED (qemu-user), no figure here is the device's" in printed
     assert run_table.markdown(run).startswith("| artefact, EMULATED |")
-    virtual = run_table.device_line(dataclasses.replace(LAPTOP, virtual="virtual machine (kvm)"), 1)
-    assert virtual.endswith("1 thread; virtual machine (kvm)")
