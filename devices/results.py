@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Collection, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..runtime.base import flags
-from ..runtime.base.errors import UsageError
 from ..runtime.base.files import write_json_atomically
 from ..runtime.base.quantities import Figure
 from ..runtime.base.typed import check_value
@@ -181,16 +179,6 @@ class Result(Readings[Figure]):
     quantization: str = ""
     """Weight type, as its exporter calls it; "" if the artefact does not contain it."""
 
-    def check(self) -> None:
-        """Raise ValueError if a figure is impossible for a measurement."""
-        figures = [*self.speeds.values(), *self.cpu_ms_per_token.values(), *self.quiet_ms_per_token.values()]
-        if self.memory_bytes_per_second:
-            figures.append(self.memory_bytes_per_second)
-        if any(min(figure.low, figure.median, figure.high) <= 0 for figure in figures):
-            raise ValueError(f"{self.artefact}: a figure is not positive")
-        if self.file_bytes <= 0 or self.num_parameters < 0 or not all(self.clock_mhz or (1.0,)):
-            raise ValueError(f"{self.artefact}: bytes, parameters or clock are out of range")
-
     @property
     def spread_of_processes(self) -> dict[str, float]:
         """Return by test the relative gap between the fastest and the slowest process. Empty for one process."""
@@ -329,45 +317,3 @@ class Run:
 
     def write(self, path: Path) -> None:
         write_json_atomically(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> Run:
-        """Read a file of --json. Raises UsageError if it is missing or holds other content."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UsageError(f"{path} does not exist; give a file written by efficientllm-bench --json") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{path} cannot be read as JSON: {error}") from error
-        if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
-            raise UsageError(f"{path} is not a result of efficientllm-bench of schema {SCHEMA_VERSION}; measure again")
-        try:
-            check_value(values["results"], list[Any], "results")
-            run = cls(
-                DeviceInfo(**values["device"]),
-                BenchOptions.from_json(values["options"]),
-                [_read_result(entry) for entry in values["results"]],
-                values.get("measured_at", ""),
-                values.get("efficientllm_version", ""),
-                values.get("efficientllm_commit", ""),
-            )
-            check_value(run, Run, "it", {Value: Figure})
-            for result in run.results:
-                result.check()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"{path} is damaged ({error}); measure again") from error
-        return run
-
-
-def _read_result(values: dict[str, Any]) -> Result:
-    fields = _with_tuples(values, PAIRS)
-    for name in ("load_ms", "time_to_first_token_ms", "joules_per_token", "memory_bytes_per_second"):
-        fields[name] = Figure(**values[name]) if values.get(name) else None
-    # Older files lack quiet_ms_per_token, and hold the parameters and the type in the manifest only.
-    for name in ("speeds", "cpu_ms_per_token", "quiet_ms_per_token"):
-        figures = values.get(name, {}) if name == "quiet_ms_per_token" else values[name]
-        fields[name] = {test: Figure(**entry) for test, entry in figures.items()}
-    manifest = values["manifest"]
-    fields.setdefault("num_parameters", manifest.get("architecture", {}).get("num_parameters", 0))
-    fields.setdefault("quantization", manifest.get("quantization", ""))
-    return Result(**fields)

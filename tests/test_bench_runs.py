@@ -93,8 +93,7 @@ def test_engine_versions_are_not_pooled(artefact: Path, tmp_path: Path) -> None:
     old, new = (speed(value, engine_version=f"llama-cpp-python 0.3.{value}") for value in (1, 2))
     with pytest.raises(DeviceError, match="gone"):
         bench(FakeDevice(old, old, None), artefacts, OPTIONS, lambda line: None, output)
-    bench(FakeDevice(new), artefacts, OPTIONS, lambda line: None, output)
-    run = Run.read(output)
+    run = bench(FakeDevice(new), artefacts, OPTIONS, lambda line: None, output)
     assert [(entry.engine_version, entry.speeds["tg4"].n) for entry in run.results] == [
         ("llama-cpp-python 0.3.1", 6),
         ("llama-cpp-python 0.3.2", 3),
