@@ -15,17 +15,18 @@ from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
 from .device import DeviceOptions
 from .emulation import detect_android_emulator
+from .llama_bench import PROGRAM, calls_of, parse_output
 from .local import request_context
 from .phone_monitor import ProgramRecord, RunnerCall, monitor_script, parse_record, summarize_calls
 from .remote import RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
-from .runners import RUNNERS, Runner
 from .sensors import battery_celsius, temperature_celsius
 
 FOLDER = "/data/local/tmp/efficientllm"
 """Folder in which adb's shell may run programs."""
 DEFAULT_RUNNER = Path("build/android-runner/llama-bench")
 """Output of `make android-runner`."""
+RUNNER_ORIGIN = "build it with `make android-runner`"
 ELF_MACHINES = {"arm64-v8a": 183, "x86_64": 62}
 """Maps Android's name of an instruction set to e_machine of its ELF files."""
 STATE_REMEDIES = {
@@ -68,7 +69,7 @@ def elf_machine(path: Path) -> int:
     with path.open("rb") as stream:
         header = stream.read(20)
     if len(header) < 20 or header[:4] != b"\x7fELF":
-        raise UsageError(f"--runner {path} is not a Linux or Android program (ELF); {RUNNERS['llama.cpp'].origin}")
+        raise UsageError(f"--runner {path} is not a Linux or Android program (ELF); {RUNNER_ORIGIN}")
     return struct.unpack_from("<H", header, 18)[0]
 
 
@@ -107,10 +108,12 @@ class AdbDevice:
         )
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
-        engines = {artefact.engine for artefact in artefacts}
-        if len(engines) > 1:
-            raise UsageError("a phone runs one runner at a time; measure .gguf and .pte artefacts in two calls")
-        runner, path = self._runner(engines.pop())
+        for artefact in artefacts:
+            if artefact.engine != "llama.cpp":
+                raise UsageError(f"{artefact.path}: a phone measures .gguf artefacts only, not {artefact.engine}")
+        path = Path(self._options.runner) if self._options.runner else DEFAULT_RUNNER
+        if not path.is_file():
+            raise UsageError(f"--runner {path} does not exist; {RUNNER_ORIGIN}")
         machine = elf_machine(path)
         if ELF_MACHINES.get(self._info.machine) != machine:
             raise DeviceError(
@@ -120,7 +123,7 @@ class AdbDevice:
         disk = re.findall(r"^\S+\s+\d+\s+\d+\s+(\d+)", self._run("df -k /data/local/tmp").output, re.MULTILINE)
         free_disk = 1024 * int(disk[-1]) if disk else 0
         require_room(artefacts, options, free_disk, self._memory("MemAvailable"), self._serial)
-        self._runner_path = f"{FOLDER}/{runner.name}"
+        self._runner_path = f"{FOLDER}/{PROGRAM}"
         self._push(path, self._runner_path)
         self._require(f"chmod 755 {self._runner_path}")
         for artefact in artefacts:
@@ -131,29 +134,15 @@ class AdbDevice:
         return battery_celsius(self._shell) or temperature_celsius(self._shell)
 
     def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
-        runner, _ = self._runner(artefact.engine)
-        context = request_context(artefact, options)
-        commands, skipped = runner.commands(artefact, options, context)
         calls = []
-        for arguments in commands:
+        for arguments in calls_of(artefact, options):
             record = self._run_monitored(artefact, [self._runner_path, *arguments])
-            calls.append(RunnerCall(runner.parse(record.output), record))
-        return summarize_calls(calls, artefact.cache_bytes(context, 2), options, skipped)
+            calls.append(RunnerCall(parse_output(record.output), record))
+        return summarize_calls(calls, artefact.cache_bytes(request_context(artefact, options), 2), options)
 
     def close(self) -> None:
         if self._options.clean_up and self._runner_path:
             self._run(f"rm -rf {FOLDER}")
-
-    def _runner(self, engine: str) -> tuple[Runner, Path]:
-        if engine not in RUNNERS:
-            raise UsageError(f"a phone has no runner for {engine}; give .gguf or .pte artefacts")
-        runner = RUNNERS[engine]
-        path = Path(self._options.runner) if self._options.runner else DEFAULT_RUNNER
-        if not self._options.runner and engine != "llama.cpp":
-            raise UsageError(f"--runner is missing; {runner.origin} and give its path")
-        if not path.is_file():
-            raise UsageError(f"--runner {path} does not exist; {runner.origin}")
-        return runner, path
 
     def _folder(self, artefact: Artefact) -> str:
         return f"{FOLDER}/{artefact.sha256[:32]}"

@@ -44,7 +44,7 @@ class DeviceOptions:
     device: str = "local"
     """Device to measure on: local, ssh://USER@HOST[:PORT], or adb[:SERIAL]."""
     runner: str = ""
-    """Program to run on an Android phone: llama-bench (see `make android-runner`) or ExecuTorch's llama_main."""
+    """Program to run on an Android phone: llama-bench (see `make android-runner`)."""
     wheel: str = ""
     """Wheel of efficientllm for a board; default: built from this source tree, or packed from the installed package."""
     engine_wheels: str = ""

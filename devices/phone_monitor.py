@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from .llama_bench import RunnerOutput
 from .remote import MARK
 from .results import BenchOptions, Measurement
-from .runners import RunnerOutput
 from .sensors import BATTERY, CLOCKS, ZONES, battery_celsius, battery_watts, clock_mhz, pair_of, temperature_celsius
 
 SAMPLE_SECONDS = 0.2
@@ -191,25 +191,14 @@ class RunnerCall:
         )
 
 
-def summarize_calls(
-    calls: Sequence[RunnerCall], kv_cache_bytes: int, options: BenchOptions, skipped: dict[str, str]
-) -> Measurement:
-    """Return one measurement with the speeds of all calls.
+def summarize_calls(calls: Sequence[RunnerCall], kv_cache_bytes: int, options: BenchOptions) -> Measurement:
+    """Return one measurement with the speeds of all calls. Energy is that of the first call's last test.
 
-    Energy is that of the first call's last test, which is the longest decode, and of the calls that repeat it.
+    That is the longest decode.
     """
-    speeds: dict[str, list[float]] = {}
-    for call in calls:
-        for test, values in call.output.speeds.items():
-            speeds.setdefault(test, []).extend(values)
-    threads = next((call.output.threads for call in calls if call.output.threads), options.threads)
-    version = next((call.output.version for call in calls if call.output.version), "")
-    longest = [call for call in calls if call.output.last == calls[0].output.last]
-    joules: list[float] = []
-    for call in longest:
-        joules += call.joules_per_token()
-    if longest and not joules and (reason := longest[0].missing_energy_reason()):
-        skipped = skipped | {"J/token": reason}
+    speeds = {test: values for call in calls for test, values in call.output.speeds.items()}
+    threads, joules = calls[0].output.threads, calls[0].joules_per_token()
+    reason = "" if joules else calls[0].missing_energy_reason()
     clocks = [pair for call in calls if (pair := call.clocks_mhz(threads))]
     samples = [sample for call in calls for sample in call.record.samples]
     celsius = [battery_celsius(sample) or temperature_celsius(sample) for sample in samples]
@@ -217,13 +206,13 @@ def summarize_calls(
     prompt_speeds = speeds.get(f"pp{first_prompt}", [])
     return Measurement(
         speeds=speeds,
-        engine_version=version,
+        engine_version=calls[0].output.version,
         threads=threads,
         time_to_first_token_ms=[1000 * first_prompt / speed for speed in prompt_speeds],
-        peak_rss_bytes=max((call.record.peak_rss_bytes for call in calls), default=0),
+        peak_rss_bytes=max(call.record.peak_rss_bytes for call in calls),
         kv_cache_bytes=kv_cache_bytes,
         temperature_celsius=pair_of(celsius[0], celsius[-1]) if celsius else None,
         clock_mhz=(clocks[0][0], min(end for _, end in clocks)) if clocks else None,
         joules_per_token=joules,
-        skipped=skipped,
+        skipped={"J/token": reason} if reason else {},
     )

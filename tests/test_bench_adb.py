@@ -10,7 +10,6 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from adb_daemon import AdbDaemon
@@ -18,8 +17,7 @@ from phone import entry, program, sysfs
 
 from efficientllm.devices import cli
 from efficientllm.devices.adb import find_serial
-from efficientllm.devices.results import BenchOptions
-from efficientllm.devices.runners import LlamaBench, LlamaMain
+from efficientllm.devices.llama_bench import parse_output
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError
 
@@ -187,19 +185,6 @@ def test_states_of_adb_devices() -> None:
     assert find_serial(f"{head}a	device\nb	offline\n", "a") == "a"
 
 
-def test_executorch_runner_figures() -> None:
-    line = (
-        'I 00:00:01 stats.h:108]\nPyTorchObserver {"prompt_tokens":128,"generated_tokens":63,"model_load_start_ms":0,'
-        '"model_load_end_ms":100,"inference_start_ms":100,"inference_end_ms":900,"prompt_eval_end_ms":228,'
-        '"first_token_ms":230,"aggregate_sampling_time_ms":3,"SCALING_FACTOR_UNITS_PER_SECOND":1000}'
-    )
-    assert LlamaMain().parse(line).speeds == {"pp128": [1000.0], "tg63@d128": [pytest.approx(93.75)]}
-    with pytest.raises(DeviceError, match="no PyTorchObserver"):
-        LlamaMain().parse("Segmentation fault")
+def test_parser_names_output_that_is_no_result() -> None:
     with pytest.raises(DeviceError, match="llama-bench printed no result: oops"):
-        LlamaBench().parse("oops")
-    artefact = SimpleNamespace(manifest=SimpleNamespace(model_file="model.pte"), path=Path("a"))
-    calls, skipped = LlamaMain().commands(artefact, BenchOptions(repetitions=2), 512)  # type: ignore[arg-type]
-    assert len(calls) == 2
-    assert calls[0][-2:] == ["--seq_len", "256"]
-    assert skipped == {"pp512": "needs a context of 640 tokens, the artefact holds 512"}
+        parse_output("oops")

@@ -14,9 +14,9 @@ import pytest
 from phone import entry, program, sysfs
 
 from efficientllm.devices import phone_monitor
+from efficientllm.devices.llama_bench import RunnerOutput, calls_of, parse_output
 from efficientllm.devices.phone_monitor import ProgramRecord, RunnerCall, monitor_script, parse_record, summarize_calls
 from efficientllm.devices.results import BenchOptions, summarize
-from efficientllm.devices.runners import LlamaBench, RunnerOutput
 from efficientllm.runtime.engines.artefact import Artefact
 
 OPTIONS = BenchOptions(prompt_tokens=(16,), decode_tokens=(8, 24), depths=(), repetitions=2)
@@ -43,7 +43,7 @@ def test_energy_and_clock_are_those_of_the_work(tmp_path: Path, shell: str) -> N
     record = run_monitored(folder, path, root, shell)
     assert record.code == 0
     assert record.peak_rss_bytes > 100_000
-    measured = summarize_calls([RunnerCall(LlamaBench().parse(record.output), record)], 0, OPTIONS, {})
+    measured = summarize_calls([RunnerCall(parse_output(record.output), record)], 0, OPTIONS)
     assert measured.joules_per_token == [pytest.approx(8 / 27, rel=0.05)] * 2
     assert measured.clock_mhz == (2400.0, 1800.0)
     assert measured.temperature_celsius == (31.5, 31.5)
@@ -70,7 +70,7 @@ def record_of(watts: float, seconds: float, status: str = "Discharging", clock: 
 
 def test_a_steady_clock_is_no_throttling() -> None:
     call = RunnerCall(RunnerOutput({"pp16": [8.0], "tg24": [12.0]}, "llama.cpp 1", 1), record_of(8, 4))
-    measured = summarize_calls([call], 0, OPTIONS, {})
+    measured = summarize_calls([call], 0, OPTIONS)
     assert measured.clock_mhz == (1000.0, 1000.0)
     assert measured.joules_per_token == [pytest.approx(8 / 12)]
     assert measured.skipped == {}
@@ -78,11 +78,9 @@ def test_a_steady_clock_is_no_throttling() -> None:
 
 def test_energy_that_cannot_be_measured_says_why() -> None:
     def reason(record: ProgramRecord, speed: float) -> str:
-        measured = summarize_calls(
-            [RunnerCall(RunnerOutput({"tg24": [speed]}), record)], 0, OPTIONS, {"pp16": "too long"}
-        )
+        output = RunnerOutput({"tg24": [speed]}, "llama.cpp 1", 1)
+        measured = summarize_calls([RunnerCall(output, record)], 0, OPTIONS)
         assert measured.joules_per_token == []
-        assert measured.skipped.pop("pp16") == "too long"
         return measured.skipped.get("J/token", "")
 
     assert "tg24 was over in 0.2 s, the battery's meter needs 1 s" in reason(record_of(8, 4), 100.0)
@@ -90,23 +88,9 @@ def test_energy_that_cannot_be_measured_says_why() -> None:
     assert reason(ProgramRecord(0, 1, "", "", ()), 4.0) == ""  # no meter: no column, no word
 
 
-def test_every_repetition_of_a_program_that_does_one_counts() -> None:
-    """ExecuTorch's llama_main: a call per prompt and repetition; energy is that of the first prompt's answers."""
-    calls = [
-        RunnerCall(RunnerOutput({f"pp{prompt}": [100.0], f"tg24@d{prompt}": [12.0]}), record_of(watts, 4))
-        for prompt, watts in ((16, 6.0), (16, 12.0), (32, 24.0))
-    ]
-    measured = summarize_calls(calls, 0, OPTIONS, {})
-    assert measured.joules_per_token == [pytest.approx(0.5), pytest.approx(1.0)]
-    assert measured.speeds["tg24@d16"] == [12.0, 12.0]
-    assert measured.time_to_first_token_ms == [160.0, 160.0]
-    nothing = summarize_calls([], 0, OPTIONS, {"pp16": "too long"})
-    assert (nothing.speeds, nothing.joules_per_token, nothing.clock_mhz) == ({}, [], None)
-
-
 def test_the_longest_decode_is_the_last_test_of_the_first_call(artefact: Path) -> None:
     options = BenchOptions(decode_tokens=(128, 64))
-    (first, _), _ = LlamaBench().commands(Artefact.open(artefact), options, 512)
+    first, _ = calls_of(Artefact.open(artefact), options)
     assert re.search(r"-n 64,128$", " ".join(first))
 
 
