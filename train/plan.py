@@ -33,7 +33,7 @@ from .config.sections import GGUF_TYPES, STEERING_CHANGES, OptimizerConfig, Trai
 from .data.chat import set_chat_template
 from .data.documents import SELF_CHAT, DataSpec
 from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, self_chat_file
-from .memory import check_memory, device_memory, estimate_memory
+from .memory import check_memory, device_memory, training_memory
 from .model.architecture import Architecture
 from .model.file_types import tokenizer_bytes
 from .model.irregular import architecture_of
@@ -282,11 +282,10 @@ def _announce_memory(config: TrainConfig, resume: ResumePoint | None, compute: C
     parallel = compute.parallel
     keeps_bf16 = compute.stores_gradients_as_computed(config.optimizer)
     shards = parallel.world_size if parallel.mode == "fsdp" else 1
-    hardware = compute.hardware
-    estimate = estimate_memory(config, architecture, hardware.dtype, shards, keeps_bf16, hardware.device.type == "cuda")
+    needed = training_memory(config, architecture, compute.hardware.dtype, shards, keeps_bf16)
     memory = device_memory(parallel.storage_device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    warning = check_memory(estimate, memory, config) if memory is not None else ""
+    warning = check_memory(needed, memory, config) if memory is not None else ""
     if parallel.is_main:
-        _log.info(f"memory: {estimate.describe()}")
+        _log.info(f"memory: {needed.describe()}")
         if warning:
             _log.warning(f"memory: {warning}")
