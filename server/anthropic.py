@@ -18,7 +18,6 @@ from .answers.builders import ChatBuilder, with_first
 from .answers.choices import Choice
 from .body import BodyRoute
 from .endpoints import Endpoints
-from .models.metrics import AnswerClock
 from .models.worker import Piece
 from .schemas.api_error import APIError
 from .schemas.completions import MAX_MESSAGES, MAX_STOPS, ChatRequest, TranslatedRequest
@@ -192,8 +191,8 @@ class MessageBuilder(ChatBuilder):
     id_prefix = "msg_"
     ping = 'event: ping\ndata: {"type": "ping"}\n\n'
 
-    def __init__(self, request: ChatRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
-        super().__init__(request, choices, clock)
+    def __init__(self, request: ChatRequest, choices: Sequence[Choice], began: float) -> None:
+        super().__init__(request, choices, began)
         self._blocks: list[dict[str, Any]] = []
         self._arguments = ""
         """Arguments of the call in the last block."""

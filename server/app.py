@@ -13,12 +13,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ..runtime.sampling import SamplingDefaults
-from .access.guard import LOCAL_HOSTS, Guard, Refuse
+from .access.guard import LOCAL_HOSTS, Guard
 from .access.log import AccessLog
 from .anthropic import AnthropicEndpoints
 from .endpoints import Endpoints
 from .llama_server import LlamaServerEndpoints
-from .models.metrics import Metrics
 from .models.pool import ModelPool
 from .ollama import OllamaEndpoints
 from .options import AppOptions
@@ -36,7 +35,6 @@ def create_app(
     `is_local`: only this machine can reach the server. Without a key, other host names are refused then.
     """
     options = options or AppOptions()
-    metrics = Metrics(pool)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -48,7 +46,6 @@ def create_app(
     is_named = (is_local or options.allow_host) and not options.keys
     names = frozenset((*LOCAL_HOSTS, *options.allow_host) if is_named else ())
     limits = {"max_body_bytes": options.max_body_bytes, "body_timeout": options.body_timeout}
-    refuse = _refusal(metrics)
     # the last one added is the outermost: the log and the headers of CORS cover refusals of the guard, too
     app.add_middleware(Guard, api_keys=options.keys, hosts=names, refuse=refuse, **limits)
     if options.cors_origin:
@@ -56,8 +53,8 @@ def create_app(
             CORSMiddleware, allow_origins=list(options.cors_origin), allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(AccessLog, prints=options.access_log)
-    _add_error_handlers(app, refuse)
-    endpoints = Endpoints(pool, metrics, options, sampling or SamplingDefaults())
+    _add_error_handlers(app)
+    endpoints = Endpoints(pool, options, sampling or SamplingDefaults())
     app.include_router(endpoints.router)
     app.include_router(OllamaEndpoints(endpoints, pool).router)
     app.include_router(AnthropicEndpoints(endpoints).router)
@@ -84,23 +81,17 @@ def _complete_document(app: FastAPI, models: Iterable[str]) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _refusal(metrics: Metrics) -> Refuse:
-    """Return the function that answers an error in the shape of the API that the path belongs to, and counts it."""
-
-    def refuse(scope: Any, error: APIError) -> JSONResponse:
-        route = scope.get("route")  # a label is the route's pattern, not the path that the client sent
-        metrics.count_request(error.status, route.path if route else "other")
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        body = error.body
-        for dialect in (OllamaEndpoints, AnthropicEndpoints):
-            if f"{scope['path']}/".startswith(f"{dialect.prefix}/"):
-                body = dialect.error_body(error)
-        return JSONResponse(body, error.status, headers)
-
-    return refuse
+def refuse(scope: Any, error: APIError) -> JSONResponse:
+    """Return the answer to a request that fails, in the shape of the API that its path belongs to."""
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    body = error.body
+    for dialect in (OllamaEndpoints, AnthropicEndpoints):
+        if f"{scope['path']}/".startswith(f"{dialect.prefix}/"):
+            body = dialect.error_body(error)
+    return JSONResponse(body, error.status, headers)
 
 
-def _add_error_handlers(app: FastAPI, refuse: Refuse) -> None:
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(APIError)
     async def answer_api_error(request: Request, error: APIError) -> JSONResponse:
         return refuse(request.scope, error)

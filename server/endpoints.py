@@ -1,8 +1,9 @@
-"""The routes: OpenAI's endpoints, tokens, health, metrics and the chat page."""
+"""The routes: OpenAI's endpoints, tokens, health and the chat page."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from functools import partial
 from importlib import resources
@@ -22,7 +23,6 @@ from .answers.choices import Choice, make_choices, pieces_of, prompt_of, text_of
 from .answers.embeddings import embed_texts
 from .answers.responses_builder import ResponsesBuilder
 from .body import BodyRoute
-from .models.metrics import AnswerClock, Metrics
 from .models.pool import ModelPool
 from .options import AppOptions
 from .schemas.api_error import APIError
@@ -51,12 +51,12 @@ from .schemas.response_models import (
 )
 from .schemas.responses_api import ResponsesRequest
 
-MakeBuilder = Callable[[Sequence[Choice], AnswerClock], CompletionBuilder]
+MakeBuilder = Callable[[Sequence[Choice], float], CompletionBuilder]
 Responses = dict[int | str, dict[str, Any]]
 """Possible answers of an endpoint by status, for the OpenAPI document."""
 
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a request whose client is gone. Nobody reads the answer, but the metrics count it."""
+"""nginx's status for a request whose client is gone. Nobody reads the answer, but the log shows it."""
 
 ERROR_DESCRIPTIONS = {
     400: "the request is wrong",
@@ -93,8 +93,8 @@ PAGE_POLICY = (
 class Endpoints:
     """The routes of one server. POST endpoints send what `answers` builds, and FastAPI does not validate it again."""
 
-    def __init__(self, pool: ModelPool, metrics: Metrics, options: AppOptions, sampling: SamplingDefaults) -> None:
-        self._pool, self._metrics, self._options, self.sampling = pool, metrics, options, sampling
+    def __init__(self, pool: ModelPool, options: AppOptions, sampling: SamplingDefaults) -> None:
+        self._pool, self._options, self.sampling = pool, options, sampling
         self._examples = options.argument_examples
         self.router = router = APIRouter(route_class=BodyRoute)
         self.short = APIRouter(route_class=BodyRoute, include_in_schema=False)
@@ -106,7 +106,6 @@ class Endpoints:
         router.get("/health", responses={503: loading})(self.health)
         router.head("/health", include_in_schema=False)(self.health)
         router.api_route("/v1/health", methods=methods, include_in_schema=False)(self.health)
-        router.get("/metrics", response_class=Response)(self.prometheus)
         self._add_openai("GET", "/models", self.models)
         self._add_openai("GET", "/models/{name:path}", self.model, responses=ERRORS)
         # OpenAPI 3.1 has no schema for single events
@@ -141,9 +140,6 @@ class Endpoints:
         memory: dict[str, Any] = memory_bytes()
         status = "ok" if self._pool.is_ready else "loading"
         return Health(status=status, in_flight=self._pool.in_flight, loaded=loaded, **memory)
-
-    async def prometheus(self) -> Response:
-        return Response(self._metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> ModelList:
         return ModelList(data=[self._card(name) for name in self._pool.artefacts])
@@ -232,11 +228,11 @@ class Endpoints:
 
     async def _answer(self, request: CompletionRequest, make_builder: MakeBuilder) -> ResponseModel | Response:
         self._name_model(request)
-        clock, deadline = AnswerClock(self._metrics, request.model), self._pool.deadline()
+        began, deadline = time.perf_counter(), self._pool.deadline()
         worker = await self._pool.enter(request.model, deadline)
         # in a thread, because a long prompt or a large grammar takes long
         choices = await worker.prepare(partial(self.choices, worker.engine, request), deadline)
-        builder = make_builder(choices, clock)
+        builder = make_builder(choices, began)
         pieces = builder.pieces(worker.stream([choice.generation for choice in choices], deadline))
         if request.stream:
             # the first piece or ping is awaited, so that an error before it is answered with its own status
@@ -258,11 +254,8 @@ class Endpoints:
         disconnect = asyncio.ensure_future(_wait_for_disconnect(http))
         try:
             await asyncio.wait({answer, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-            # the error handlers of the app count the errors that result() raises
             result = answer.result() if answer.done() else Response(status_code=CLIENT_CLOSED_REQUEST)
-            response = JSONResponse(result.model_dump()) if isinstance(result, ResponseModel) else result
-            self._metrics.count_request(response.status_code, http.scope["route"].path)
-            return response
+            return JSONResponse(result.model_dump()) if isinstance(result, ResponseModel) else result
         finally:
             # awaited after the cancellation, so that the work has freed its place when this request ends
             for task in (answer, disconnect):

@@ -23,7 +23,6 @@ from .answers.builders import TextBuilder, with_first
 from .answers.choices import Choice, prompt_of
 from .body import BodyRoute
 from .endpoints import Endpoints
-from .models.metrics import AnswerClock
 from .models.pool import ModelPool
 from .models.worker import Piece
 from .schemas.api_error import APIError
@@ -129,8 +128,8 @@ class LlamaAnswer(ResponseModel):
 class LlamaBuilder(TextBuilder):
     """Builds the answer to a /completion request, whole or as events."""
 
-    def __init__(self, asked: LlamaCompletion, choices: Sequence[Choice], clock: AnswerClock) -> None:
-        super().__init__(asked.translation, choices, clock)
+    def __init__(self, asked: LlamaCompletion, choices: Sequence[Choice], began: float) -> None:
+        super().__init__(asked.translation, choices, began)
         self._asked = asked
         self._texts, self._num_sent = [""] * len(choices), [0] * len(choices)
         """Text so far, and tokens that events have carried, by choice."""

@@ -20,7 +20,6 @@ from .answers.builders import ChatBuilder, CollectedChoice, with_first
 from .answers.choices import Choice
 from .body import BodyRoute
 from .endpoints import Endpoints
-from .models.metrics import AnswerClock
 from .models.pool import ModelPool
 from .models.worker import Piece
 from .schemas.api_error import APIError
@@ -270,11 +269,9 @@ class OllamaBuilder(ChatBuilder):
     media_type = "application/x-ndjson"
     ping = ""  # clients parse every line, but the first ping sends the head
 
-    def __init__(
-        self, request: CompletionRequest, has_messages: bool, choices: Sequence[Choice], clock: AnswerClock
-    ) -> None:
+    def __init__(self, request: CompletionRequest, has_messages: bool, choices: Sequence[Choice], began: float) -> None:
         """Answer `request`, one of /api/chat if it `has_messages`."""
-        super().__init__(request, choices, clock)
+        super().__init__(request, choices, began)
         self._has_messages = has_messages
         self._collected = CollectedChoice("")
 
@@ -334,7 +331,7 @@ class OllamaBuilder(ChatBuilder):
             parsed or None,
             done=True,
             done_reason=self._collected.finish_reason,
-            total_duration=int(NANOSECONDS * (time.perf_counter() - self.clock.began)),
+            total_duration=int(NANOSECONDS * (time.perf_counter() - self.began)),
             load_duration=0,
             prompt_eval_count=stats.prompt_tokens,
             prompt_eval_duration=int(NANOSECONDS * first_seconds),

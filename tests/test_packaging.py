@@ -65,7 +65,7 @@ MAY_IMPORT = {
 EXTRAS = (
     *("torch", "transformers", "gguf", "llama_cpp", "onnx", "onnxruntime", "executorch", "torchao"),
     *("safetensors", "ml_dtypes", "datasets", "huggingface_hub", "accelerate", "matplotlib", "lm_eval", "scipy"),
-    *("httpx", "fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance", "xllamacpp"),
+    *("httpx", "fastapi", "starlette", "pydantic", "uvicorn", "llguidance", "xllamacpp"),
 )
 """Modules that only extras install."""
 

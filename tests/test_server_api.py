@@ -152,23 +152,6 @@ def test_json_mode_gives_json(client: openai.OpenAI) -> None:
             assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
 
 
-def test_metrics_count_what_happened(address: str) -> None:
-    def value(name: str) -> float:
-        lines = httpx.get(f"{address}/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-    before = value("efficientllm_generated_tokens_total"), value("efficientllm_time_to_first_token_seconds_count")
-    usage = post(address, messages=MESSAGES, max_tokens=20, seed=5).json()["usage"]
-    after = value("efficientllm_generated_tokens_total"), value("efficientllm_time_to_first_token_seconds_count")
-    assert after[0] - before[0] == usage["completion_tokens"]
-    assert after[1] - before[1] == 1
-    assert value("efficientllm_tokens_per_second") > 0
-    assert value("efficientllm_resident_memory_bytes") > 1e7
-    assert value("efficientllm_queue_length") == value("efficientllm_in_flight") == 0
-    post(address, messages=[])
-    assert value('efficientllm_requests_total{endpoint="/v1/chat/completions",status="400"}') >= 1
-
-
 BAD: dict[str, dict[str, Any]] = {
     "NUL": {"messages": [{"role": "user", "content": "a\0b"}]},
     "no content": {"messages": [{"role": "user"}]},
@@ -297,7 +280,7 @@ def test_schemathesis_finds_no_server_error(address: str, tmp_path: Path) -> Non
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json", "--max-examples", "10"),
         *("--checks", "not_a_server_error,response_schema_conformance,status_code_conformance"),
-        *("--exclude-path", "/metrics", "--generation-deterministic", "--phases", "examples,coverage,fuzzing"),
+        *("--generation-deterministic", "--phases", "examples,coverage,fuzzing"),
     ]
     # it keeps what it found in the current folder
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path)

@@ -428,17 +428,6 @@ def test_many_texts_are_embedded_in_one_request(address: str) -> None:
     assert [each["index"] for each in answer.json()["data"]] == list(range(40))
 
 
-def test_refusals_are_counted(artefact: Path) -> None:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
-    with serve(pool, AppOptions(api_key="secret")) as address:
-        assert httpx.get(f"{address}/v1/models").status_code == 401
-        key = {"Authorization": "Bearer secret"}
-        assert httpx.get(f"{address}/nowhere", headers=key).status_code == 404
-        metrics = httpx.get(f"{address}/metrics", headers=key).text
-    for status in (401, 404):
-        assert f'efficientllm_requests_total{{endpoint="other",status="{status}"}} 1.0' in metrics
-
-
 def test_what_a_flag_says_holds_where_a_request_says_nothing() -> None:
     defaults = SamplingDefaults(temperature=0.0, top_k=5)
     assert defaults.fill(SamplingOptions(temperature=None, top_k=None)).temperature == 0.0

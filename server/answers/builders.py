@@ -17,7 +17,6 @@ from typing import Any
 
 from ...runtime.call_reader import ArgumentsEvent, CallEvent, Event, ReasoningEvent, TextEvent
 from ...runtime.generation import TokenLogprob
-from ..models.metrics import AnswerClock
 from ..models.worker import Piece
 from ..schemas.api_error import APIError
 from ..schemas.completions import ChatRequest, CompletionRequest
@@ -89,8 +88,9 @@ class CompletionBuilder(abc.ABC):
     chunk_object: str
     response_model: type[ResponseModel]
 
-    def __init__(self, request: CompletionRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
-        self.request, self.choices, self.clock = request, choices, clock
+    def __init__(self, request: CompletionRequest, choices: Sequence[Choice], began: float) -> None:
+        """`began` is the time of the request by time.perf_counter."""
+        self.request, self.choices, self.began = request, choices, began
         self.token_bytes: dict[int, bytes] = {}
         identity = f"{self.id_prefix}{uuid.uuid4().hex}"
         self.base: dict[str, Any] = {"id": identity, "created": int(time.time()), "model": request.model}
@@ -133,20 +133,13 @@ class CompletionBuilder(abc.ABC):
         )
 
     async def pieces(self, source: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
-        """Yield the pieces of `source`, measure their times and keep the bytes of their tokens."""
-        has_begun = False
+        """Yield the pieces of `source`, and keep the bytes of their tokens."""
         try:
             async for piece in source:
-                has_begun = has_begun or not piece.is_ping
                 self.token_bytes |= piece.token_bytes
-                if piece.text:
-                    self.clock.record_piece(piece.tokens)
                 yield piece
         finally:
-            # also if the client is gone: closing the source frees the engine, and the tokens so far are counted
-            await source.aclose()
-            if has_begun:
-                self.clock.record_end(self.usage())
+            await source.aclose()  # frees the engine, also if the client is gone
 
     def read(self, piece: Piece) -> list[Event]:
         """Return the reasoning, the text and the parts of calls in a piece."""
@@ -286,8 +279,8 @@ class TextBuilder(CompletionBuilder):
 
     id_prefix, chunk_object, response_model = "cmpl-", "text_completion", TextCompletion
 
-    def __init__(self, request: CompletionRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
-        super().__init__(request, choices, clock)
+    def __init__(self, request: CompletionRequest, choices: Sequence[Choice], began: float) -> None:
+        super().__init__(request, choices, began)
         self._num_characters = [0] * len(choices)
         """Characters of the tokens so far, by choice."""
 

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from ...runtime.call_reader import ArgumentsEvent, CallEvent, Event, TextEvent
-from ..models.metrics import AnswerClock
 from ..models.worker import Piece
 from ..schemas.api_error import APIError
 from ..schemas.response_models import ItemStatus, OutputCall, OutputMessage, OutputText, ResponseAnswer, ResponseUsage
@@ -25,8 +24,8 @@ class ResponsesBuilder(ChatBuilder):
 
     id_prefix = "resp_"
 
-    def __init__(self, request: ResponsesRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
-        super().__init__(request.translation, choices, clock)
+    def __init__(self, request: ResponsesRequest, choices: Sequence[Choice], began: float) -> None:
+        super().__init__(request.translation, choices, began)
         self._repeated: dict[str, Any] = request.model_dump(by_alias=True, include=set(REPEATED))
         self._output: list[OutputMessage | OutputCall] = []
         self._reason: str | None = None

@@ -1,1 +1,1 @@
-"""Loaded models: the pool that loads and unloads them, a worker for each, and metrics."""
+"""Loaded models: the pool that loads and unloads them, and a worker for each."""
