@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import functools
 import gzip
 import importlib
 import json
@@ -39,7 +37,6 @@ from efficientllm.train.family.fit import build_parser as fit_parser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROMISES = ROOT / "tests" / "PROMISES.md"
 PLUGIN = ROOT / "tests" / "plugin"
 PARSERS = {
     "efficientllm-train": train_parser,
@@ -206,7 +203,7 @@ def test_readme_is_short_and_starts_with_a_command() -> None:
     assert [table.count("\n") - 2 <= 6 for table in tables] == [True]
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, PROMISES], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]+))?\)", document.read_text(encoding="utf-8")):
         if target.startswith("http"):
@@ -227,23 +224,6 @@ def test_files_of_ours_that_are_named_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for name in re.findall(r"\b(?:train|export|runtime|server|devices|tests)/[\w/]+\.(?:py|sh|txt|html)\b", text):
         assert (ROOT / name).is_file(), name
-
-
-def test_every_promise_has_tests_that_exist() -> None:
-    text = PROMISES.read_text(encoding="utf-8")
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| (?!promise|---)", line)]
-    assert len(rows) > 30
-    for promise, tests in rows:
-        named = re.findall(r"`(\w+)::(\w+)`", tests)
-        assert named, promise
-        for file, name in named:
-            assert name in functions_of(file), f"{file}::{name}"
-
-
-@functools.cache
-def functions_of(file: str) -> set[str]:
-    tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
-    return {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

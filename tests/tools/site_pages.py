@@ -29,7 +29,6 @@ PAGES = (
     "docs",
     "deploy",
     "research",
-    "tests/PROMISES.md",
 )
 PACKAGES = ("train", "export", "runtime", "devices")
 """Packages with names for programs."""
