@@ -60,14 +60,14 @@ def test_a_seed_repeats_an_answer_and_a_stop_string_ends_it(model: Model) -> Non
     assert model.chat("Hello", max_tokens=24, temperature=1.5, seed=3, stop=[stop]) == one.partition(stop)[0]
 
 
-def test_completion_text_is_that_of_the_generated_tokens(model: Model) -> None:
+def test_completion_text_equals_that_of_the_generated_tokens(model: Model) -> None:
     prompt = model.tokenize("A small model")
     answer = model.generate(prompt, max_tokens=8)
     assert len(answer) == 8
     assert model.detokenize(answer) == model.complete("A small model", max_tokens=8)
 
 
-def test_wrong_options_are_one_line(model: Model) -> None:
+def test_wrong_options_give_one_line(model: Model) -> None:
     with pytest.raises(EfficientLLMError, match=r"unknown option 'temprature'; known: .*temperature"):
         model.chat("Hello", temprature=1.0)
     with pytest.raises(EfficientLLMError, match="--top-p 2: must be above 0 and at most 1"):
@@ -103,11 +103,11 @@ export({str(source_folder)!r}, "gguf", {str(tmp_path / "gguf")!r}, quantize="f32
     assert done.stdout == ""
 
 
-def test_sampling_options_are_those_of_the_command_line() -> None:
+def test_sampling_options_equal_those_of_the_command_line() -> None:
     assert SamplingOptions().temperature == 0.0
 
 
-def test_a_closed_model_says_so(artefact: Path) -> None:
+def test_closed_model_refuses_requests(artefact: Path) -> None:
     model = load(artefact, EngineOptions(threads=1, context=64))
     stream = model.stream("Hello", max_tokens=8)
     next(stream)

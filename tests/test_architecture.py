@@ -29,7 +29,7 @@ def test_survives_the_config_and_json(family: str) -> None:
     assert Architecture.from_dict(architecture.to_dict()) == architecture
 
 
-def test_heads_that_are_no_multiple_of_groups_are_refused() -> None:
+def test_architecture_refuses_heads_that_groups_do_not_divide() -> None:
     with pytest.raises(ModelError, match="layer 1 has 3 query heads over 2 key/value heads"):
         tiny_architecture(layers=(LayerShape(2, 1, 32), LayerShape(3, 2, 32)))
 

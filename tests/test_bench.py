@@ -164,7 +164,7 @@ def test_waits_for_a_cool_device() -> None:
     assert said[-1] == "still at 50.0 C after 1 minutes; measuring nevertheless"
 
 
-def test_an_interrupted_run_goes_on(artefact: Path, tmp_path: Path) -> None:
+def test_interrupted_benchmark_resumes(artefact: Path, tmp_path: Path) -> None:
     output, options = tmp_path / "bench.json", BenchOptions(rounds=3)
     artefacts = [Artefact.open(artefact)]
     with pytest.raises(DeviceError, match="gone"):
@@ -200,9 +200,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "its folder does not exist" in fails(str(bad), "--json", str(tmp_path / "no/where.json"))
 
 
-def test_what_is_written_takes_the_place_of_nothing_else(
-    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_outputs_replace_no_other_file(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Said before anything is measured."""
     (tmp_path / "mine.json").write_text('{"my": "precious"}')
     (tmp_path / "folder").mkdir()

@@ -137,7 +137,7 @@ def test_a_damaged_push_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_bad_phones_are_one_line(
+def test_bad_phones_give_one_line(
     connect: Callable[..., tuple[AdbDaemon, str]],
     artefact: Path,
     tmp_path: Path,
@@ -185,6 +185,6 @@ def test_states_of_adb_devices() -> None:
     assert find_serial(f"{head}a	device\nb	offline\n", "a") == "a"
 
 
-def test_parser_names_output_that_is_no_result() -> None:
+def test_parser_refuses_output_without_a_result() -> None:
     with pytest.raises(DeviceError, match="llama-bench printed no result: oops"):
         parse_output("oops")

@@ -28,7 +28,7 @@ def run_of(*results: Result, device: DeviceInfo = LAPTOP) -> Run:
     return Run(device, OPTIONS, list(results))
 
 
-def test_every_artefact_has_a_label_of_its_own() -> None:
+def test_every_artefact_has_its_own_label() -> None:
     def labels(*results: Result) -> list[str]:
         return run_of(*results).labels
 
@@ -39,7 +39,7 @@ def test_every_artefact_has_a_label_of_its_own() -> None:
     assert labels(result("m", "1"), result("m", "1")) == ["m (1)", "m (2)"]
 
 
-def test_ratios_are_those_to_the_first_artefact() -> None:
+def test_ratios_refer_to_the_first_artefact() -> None:
     run = run_of(result("source", "1", 10, size=200), result("pruned", "2", 21, size=150))
     assert "pruned against source: 0.75 of the bytes, tg4 x2.00" in run_table.notes(run)
 
@@ -79,7 +79,7 @@ def test_a_line_that_was_cut_off_costs_its_round_alone(artefact: Path, tmp_path:
         ),
     ],
 )
-def test_a_damaged_line_is_dropped_with_a_word(tmp_path: Path, damage: bytes) -> None:
+def test_journal_drops_a_damaged_line_with_a_message(tmp_path: Path, damage: bytes) -> None:
     path, said = tmp_path / "run.partial", []
     Journal(path, "key", said.append).add(("aa", 0, 0), speed(1))
     path.write_bytes(damage + b"\n" + path.read_bytes())
@@ -101,9 +101,7 @@ def test_engine_versions_are_not_pooled(artefact: Path, tmp_path: Path) -> None:
     assert run.labels == ["gguf (llama-cpp-python 0.3.1)", "gguf (llama-cpp-python 0.3.2)"]
 
 
-def test_another_release_does_not_go_on_with_a_run(
-    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_release_starts_the_run_again(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, said = tmp_path / "bench.json", []
     artefacts = interrupted(artefact, output)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9.9")
@@ -122,7 +120,7 @@ def test_an_artefact_given_twice_keeps_its_measurements_apart(artefact: Path, tm
     assert [entry.speeds["tg4"].median for entry in run.results] == [2, 6]
 
 
-def test_emulated_figures_are_marked_wherever_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_table_marks_emulated_figures(capsys: pytest.CaptureFixture[str]) -> None:
     emulated = dataclasses.replace(LAPTOP, emulator="qemu-user")
     run = run_of(result("m", "aa"), device=emulated)
     run_table.print_table(run)

@@ -153,7 +153,7 @@ def test_a_measurement_that_the_board_thinks_is_wanted_is_ended(reached: Board, 
 
 
 @pytest.mark.slow
-def test_why_pip_failed_is_what_pip_says(
+def test_failed_installation_shows_the_message_of_pip(
     reached: Board, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(board_environment, "SOURCE_ROOT", tmp_path)  # as from an installed wheel
@@ -166,7 +166,7 @@ def test_why_pip_failed_is_what_pip_says(
     assert "board: pip install failed: No matching distribution found for efficientllm; an engine without" in line
 
 
-def test_an_emulated_board_says_so(reached: Board) -> None:
+def test_board_names_its_emulator(reached: Board) -> None:
     device = SshDevice(DeviceOptions(device="ssh://board", ssh=reached.client), lambda line: None)
     assert not device.describe().emulator
     assert Path(device._facts["python_runs_in"]).is_file()
@@ -176,7 +176,7 @@ def test_an_emulated_board_says_so(reached: Board) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_copy_resumes(reached: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh, "RETRY_SECONDS", (0.2, 0.2))
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF" + os.urandom(3_000_000))
@@ -216,7 +216,7 @@ def test_a_half_file_of_something_else_is_not_trusted(reached: Board, tmp_path: 
 
 
 @pytest.mark.slow
-def test_bad_boards_are_one_line(
+def test_bad_boards_give_one_line(
     reached: Board, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(device: str, *more: str) -> str:

@@ -73,7 +73,7 @@ def test_the_measurement_of_several_blocks_is_reported() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_is_worth_what_the_model_without_it_is_away(name: str, family: str) -> None:
+def test_price_of_a_block_is_the_loss_without_it(name: str, family: str) -> None:
     architecture = tiny_architecture(family, LAYERS)
     model = tiny_model(architecture)
     before = logits(model)
@@ -100,7 +100,7 @@ def test_a_zeroed_block_is_worth_nothing() -> None:
     assert probe(model).losses([absence_of("attention_block", 2)])[0] == pytest.approx(0, abs=1e-9)
 
 
-def test_rounded_logits_are_no_part_of_a_price() -> None:
+def test_price_excludes_rounding_of_logits() -> None:
     """Logits up to 120 in bf16 are off by up to 0.25, and these blocks cost almost nothing."""
     model = tiny_model(ARCHITECTURE)
     for layer in model.model.layers:
@@ -139,7 +139,7 @@ def measured() -> tuple[BlockScores, BlockProbe]:
     return block_scores("taylor1")
 
 
-def test_groups_share_out_what_their_block_is_worth(measured: tuple[BlockScores, BlockProbe]) -> None:
+def test_groups_share_the_price_of_their_block(measured: tuple[BlockScores, BlockProbe]) -> None:
     saliency = {kind: vectors for kind, vectors in random_scores(ARCHITECTURE).items() if kind in KINDS}
     nats = measured[0].in_nats(saliency)
     for layer in range(len(LAYERS)):

@@ -51,13 +51,15 @@ def wheels(tmp_path: Path) -> Path:
         ("gguf", PI | {"machine": "arm64", "system": "Darwin 24.1"}, False),
     ],
 )
-def test_only_what_the_index_lacks_is_sent(extra: str, facts: dict[str, str], is_sent: bool, wheels: Path) -> None:
+def test_board_gets_only_wheels_that_the_index_lacks(
+    extra: str, facts: dict[str, str], is_sent: bool, wheels: Path
+) -> None:
     sent = engine_wheel(extra, facts, str(wheels))
     assert (sent is not None) == is_sent
     assert sent is None or (sent.path.parent, sent.required_features) == (wheels, ("asimddp",))
 
 
-def test_a_named_folder_without_a_wheel_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_without_a_wheel_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="make board-wheel"):
         engine_wheel("gguf", PI, str(tmp_path))
     monkeypatch.setattr(board_environment, "DEFAULT_WHEELS", tmp_path)
@@ -65,7 +67,7 @@ def test_a_named_folder_without_a_wheel_is_one_line(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("features", "installs"), [("fp asimd", False), ("fp asimd asimddp", True)])
-def test_a_processor_that_lacks_what_the_wheel_needs_is_named(features: str, installs: bool, wheels: Path) -> None:
+def test_refusal_names_instructions_that_the_processor_lacks(features: str, installs: bool, wheels: Path) -> None:
     board = RecordingBoard(features)
     sent = engine_wheel("gguf", board.facts, str(wheels))
     arguments = ("gguf", wheels / "ours.whl", sent, "python3", "folder")

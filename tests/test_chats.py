@@ -62,7 +62,7 @@ def test_an_answer_that_was_cut_has_no_end_to_learn(tokenizer: PreTrainedTokeniz
     assert text_of(tokenizer, ids[ids >= 0]) == "Hello.<|im_end|>\nCiao"
 
 
-def test_what_is_only_read_gives_no_loss_and_no_gradient(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tokens_that_are_only_read_give_no_loss_and_no_gradient(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_model(tiny_architecture())
     ids = Encoder(tokenizer).encode([CHAT])[0].astype(np.int64)
     window = torch.from_numpy(ids)[None]
@@ -205,9 +205,7 @@ def test_a_malformed_chat_is_refused_by_field(
 
 
 @everywhere
-def test_fields_for_functions_that_are_empty_leave_a_chat_as_it_is(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_empty_fields_for_functions_change_no_chat(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables have every column in every row."""
     message = {**ANSWERED, "tool_calls": None, "function_call": None}
     rows = [{"messages": [ASKED, message], "tools": value} for value in (None, [])]
@@ -575,7 +573,7 @@ def test_a_run_mixes_chats_with_text(source_folder: Path, corpus: Path, chats: P
     assert all(np.isfinite(losses))
 
 
-def test_held_out_perplexity_is_that_of_predicted_tokens(
+def test_held_out_perplexity_equals_that_of_predicted_tokens(
     source_folder: Path, corpus: Path, chats: Path, tmp_path: Path
 ) -> None:
     """However windows come together in batches, and whatever of them is only read."""

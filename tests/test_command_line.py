@@ -79,7 +79,7 @@ main()
 
 
 @pytest.mark.parametrize("module", ["efficientllm.runtime.command_line", "argparse", "efficientllm.train.cli", "numpy"])
-def test_ctrl_c_while_a_command_is_imported_is_one_line(module: str) -> None:
+def test_ctrl_c_during_imports_gives_one_line(module: str) -> None:
     script = [sys.executable, "-c", INTERRUPTED.replace("MODULE", module)]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

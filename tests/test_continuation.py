@@ -30,7 +30,7 @@ def alone(model: Any, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_each_row_is_what_its_prompt_gives_alone(family: str) -> None:
+def test_each_row_equals_the_continuation_of_its_prompt_alone(family: str) -> None:
     """Up to its end; the first layer has no attention, and windows slide in one of the families."""
     layers = (LayerShape(0, 0, 96), LayerShape(4, 2, 128), LayerShape(2, 1, 64))
     model: Any = tiny_model(tiny_architecture(family, layers)).eval()
@@ -45,7 +45,7 @@ def test_each_row_is_what_its_prompt_gives_alone(family: str) -> None:
     assert min(lengths) <= TOKENS_PER_CALL
 
 
-def test_nothing_is_said_beyond_the_last_end() -> None:
+def test_continuation_stops_at_the_last_end() -> None:
     model: Any = tiny_model(tiny_architecture()).eval()
     first = continuations(model, PROMPTS[:1], greedy([399]), torch.device("cpu"))[0]
     assert len(first) == LENGTH

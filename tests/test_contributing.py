@@ -27,7 +27,7 @@ def scripts(workflow: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_workflows_run_what_exists(path: Path) -> None:
+def test_workflows_run_existing_targets(path: Path) -> None:
     workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert workflow.keys() >= {"name", True, "permissions", "jobs"}  # YAML reads the key `on` as true
     for job in workflow["jobs"].values():

@@ -63,7 +63,7 @@ FORMATS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_field_that_is_named(name: str, tmp_path: Path) -> None:
+def test_every_format_gives_the_named_field(name: str, tmp_path: Path) -> None:
     FORMATS[name](tmp_path / name)
     for place in (tmp_path / name, tmp_path):
         spec = DataSpec.parse(f"{place}:0.5", text_field="body")
@@ -146,7 +146,7 @@ BAD: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_no_text_is_one_line(case: str, tmp_path: Path) -> None:
+def test_records_without_text_give_one_line(case: str, tmp_path: Path) -> None:
     name, content, message = BAD[case]
     path = tmp_path / name
     path.write_bytes(content) if isinstance(content, bytes) else content(path)
@@ -157,7 +157,7 @@ def test_what_is_no_text_is_one_line(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value).strip()
 
 
-def test_lines_that_are_left_out_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_names_each_skipped_line_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.csv"
     path.write_text("id,text\n1\n2,two\n3\n4,four\n")
     spec = DataSpec(str(path), skip_bad_lines=2)
@@ -213,7 +213,7 @@ class Hub:
         *(("a/b/c", False), ("name", False), ("~/name", False), ("owner/", False)),
     ],
 )
-def test_a_hub_dataset_is_told_from_a_mistyped_path(
+def test_names_of_hub_datasets_differ_from_mistyped_paths(
     name: str, is_asked_for: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asking a hub for what lies nowhere takes half a minute; dots in its names are common."""

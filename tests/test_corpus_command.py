@@ -69,7 +69,7 @@ def test_tokens_are_stored_beside_the_corpus(
     assert "tokens: " in capsys.readouterr().err
 
 
-def test_the_same_documents_are_the_same_file_and_it_is_not_replaced_unasked(
+def test_same_documents_give_the_same_file_without_replacing_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = tmp_path / "first.jsonl.gz", tmp_path / "second.jsonl.gz"
@@ -103,7 +103,7 @@ def test_shares_of_bytes_and_the_end(tmp_path: Path) -> None:
     assert sizes["a"] / sizes["b"] == pytest.approx(3, rel=0.05)
 
 
-def test_one_that_ends_leaves_its_share_to_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ended_source_leaves_its_share_to_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "few.jsonl").write_text(json.dumps({"text": "few " * 100}))
     (tmp_path / "many.jsonl").write_text("\n".join(json.dumps({"text": f"{n} " + "many " * 100}) for n in range(50)))
     sources = ("--data", f"{tmp_path / 'few.jsonl'}:9", "--data", tmp_path / "many.jsonl")
@@ -139,7 +139,7 @@ def test_chats_stay_chats(tmp_path: Path) -> None:
         (("out.jsonl", "--data", "in.jsonl", "--data", "mistyped/name"), "no such file or folder, and no hub"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
+def test_impossible_requests_give_one_line_and_leave_no_file(
     arguments: tuple[str, ...],
     said: str,
     folder: Path,
@@ -185,7 +185,9 @@ def test_linked_folders_are_read_once_and_a_linked_file_is_written(folder: Path,
     assert sorted(texts) == ["# On", "more", "ünï "]
 
 
-def test_two_at_once_and_one_that_was_killed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_command_is_refused_and_a_killed_one_is_cleaned_up(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out.jsonl"
     with locked_output(output):
         assert corpus(output, "--data", folder) == 2
@@ -195,7 +197,7 @@ def test_two_at_once_and_one_that_was_killed(folder: Path, tmp_path: Path, capsy
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_what_only_looks_like_a_killed_one_s_stays(folder: Path, tmp_path: Path) -> None:
+def test_command_keeps_files_that_only_resemble_its_temporaries(folder: Path, tmp_path: Path) -> None:
     others = [tmp_path / name for name in (".out.jsonl.gz.4711.tmp", ".out.jsonl.notes.tmp")]
     for other in others:
         other.write_text("another command's")
@@ -204,7 +206,7 @@ def test_what_only_looks_like_a_killed_one_s_stays(folder: Path, tmp_path: Path)
     assert all(other.exists() for other in others)
 
 
-def test_an_output_that_is_none_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_output_gives_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "circle.jsonl").symlink_to("circle.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     for name, said in (
@@ -217,6 +219,6 @@ def test_an_output_that_is_none_is_one_line(folder: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="this system has no /proc")
-def test_a_place_that_keeps_nothing_is_no_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_place_differs_from_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert corpus("/proc/x.jsonl", "--data", folder) == 2
     assert "full" not in capsys.readouterr().err

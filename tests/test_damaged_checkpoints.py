@@ -75,7 +75,7 @@ def change(path: Path, **values: Any) -> None:
 
 @pytest.mark.parametrize("target", EXPORTERS)
 @pytest.mark.parametrize(("file", "how"), CASES)
-def test_a_damaged_file_is_one_line_for_every_target(
+def test_every_target_refuses_a_damaged_file_in_one_line(
     file: str, how: str, target: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (copy / file).write_bytes(DAMAGE[how]((copy / file).read_bytes()))
@@ -86,7 +86,7 @@ def test_a_damaged_file_is_one_line_for_every_target(
 
 
 @pytest.mark.parametrize(("file", "how"), [case for case in CASES if case[0] != "chat_template.jinja"])
-def test_a_damaged_file_is_one_line_in_training_and_evaluation(
+def test_training_and_evaluation_refuse_a_damaged_file_in_one_line(
     file: str, how: str, copy: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (copy / file).write_bytes(DAMAGE[how]((copy / file).read_bytes()))
@@ -115,7 +115,7 @@ def test_a_missing_file_is_named(
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"])
-def test_what_a_folder_may_lack_stops_no_export(file: str, copy: Path, tmp_path: Path) -> None:
+def test_export_needs_no_optional_file(file: str, copy: Path, tmp_path: Path) -> None:
     (copy / file).unlink()
     assert export(copy, "gguf", tmp_path / "out", "--quantize", "f32") == 0
 
@@ -231,7 +231,7 @@ def test_export_reads_links_of_the_hubs_cache_and_links_of_weights(copy: Path, t
     assert export(tmp_path / "apart", "hf-uniform", tmp_path / "out2") == 0
 
 
-def test_an_empty_vocabulary_is_one_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_vocabulary_gives_one_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     tokenizer["model"] |= {"vocab": {}, "merges": []}
@@ -240,7 +240,7 @@ def test_an_empty_vocabulary_is_one_line(copy: Path, tmp_path: Path, capsys: pyt
     assert "tokenizer.json gives no tokens for a text; its vocabulary is empty" in capsys.readouterr().err
 
 
-def test_an_index_without_metadata_is_one_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_without_metadata_gives_one_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"]}))
     assert export(copy, "onnx", tmp_path / "out") == 2
@@ -248,7 +248,7 @@ def test_an_index_without_metadata_is_one_line(copy: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("target", ["onnx", "gguf"])
-def test_an_odd_number_of_rotated_channels_is_one_line(
+def test_odd_number_of_rotated_channels_gives_one_line(
     target: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shape = tiny_architecture("gpt_neox", head_dim=20)

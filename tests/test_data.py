@@ -133,7 +133,7 @@ def test_resumes_exactly(taken: int, corpus: Path, tokenizer: Any, monkeypatch: 
 
 
 @pytest.mark.parametrize("taken", [1, 37, 400])
-def test_windows_that_are_read_ahead_are_those_of_the_stream(
+def test_windows_that_are_read_ahead_equal_those_of_the_stream(
     taken: int, corpus: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for other numbers of windows, where a run resumes, and with another tokenizer."""
@@ -307,7 +307,7 @@ def test_short_data_is_refused(tmp_path: Path, tokenizer: Any) -> None:
         held_out_windows([DataSpec(str(path))], tokenizer, 4096, 1e-9, 100)
 
 
-def test_few_documents_of_which_none_is_held_out_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+def test_few_documents_without_held_out_text_are_refused_before_loading(tmp_path: Path) -> None:
     spec = DataSpec(str(write(tmp_path / "a.jsonl")))
     check_held_out(spec, 0.999)
     with pytest.raises(

@@ -42,7 +42,7 @@ def cells(table: list[list[str]]) -> dict[str, list[str]]:
     return {name: values for name, *values in table}
 
 
-def test_the_default_sequence_is_that_of_training() -> None:
+def test_the_default_sequence_equals_that_of_training() -> None:
     assert CheckConfig().sequence_length == SourceConfig().sequence_length
 
 
@@ -54,7 +54,7 @@ def test_records_are_counted_by_form(tmp_path: Path, tokenizer: PreTrainedTokeni
     assert not report.refusals.errors
 
 
-def test_lengths_are_those_of_training_and_long_chats_are_counted(
+def test_lengths_equal_those_of_training_and_long_chats_are_counted(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     chats = [Chat.of(("user", "Hi"), ("assistant", "so " * count)) for count in (1, 5, 100)]

@@ -228,7 +228,7 @@ def test_a_rank_that_loads_holds_its_shard_and_one_layer(heavy: Path) -> None:
     assert max(ranks) < size / 2 + layer + slack
 
 
-def test_what_every_rank_refuses_is_said_once(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+def test_ranks_print_a_common_refusal_once(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     done = torchrun("efficientllm.train.cli", *command(source_folder, corpus, tmp_path / "run", "--saliency", "best"))
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert [error.partition(";")[0] for error in errors] == ["error: --saliency best: unknown"], done.stderr
@@ -288,7 +288,7 @@ def test_ranks_resume_beside_a_damaged_checkpoint_and_a_changed_corpus(
 
 
 @pytest.mark.parametrize(("mode", "kilobytes"), [("ddp", 8), ("fsdp", 1200)])
-def test_a_full_disk_ends_all_ranks_in_one_line_and_the_run_goes_on_when_there_is_room(
+def test_full_disk_ends_all_ranks_in_one_line_and_the_run_resumes_with_room(
     mode: str, kilobytes: int, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     """The main rank alone writes metrics, and all ranks a checkpoint."""

@@ -144,7 +144,7 @@ def test_python_blocks_run(
     assert done.code == 0, done.errors
 
 
-def test_the_plug_in_of_the_architecture_page_is_the_one_that_is_tested() -> None:
+def test_architecture_page_shows_the_tested_plug_in() -> None:
     sources = [*PLUGIN.glob("*.toml"), *PLUGIN.rglob("*.py")]
     lines = {line for source in sources for line in source.read_text(encoding="utf-8").splitlines()}
     page = ROOT / "docs" / "architecture.md"
@@ -220,7 +220,7 @@ def anchors_of(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_files_of_ours_that_are_named_exist(document: Path) -> None:
+def test_documents_name_existing_files(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for name in re.findall(r"\b(?:train|export|runtime|server|devices|tests)/[\w/]+\.(?:py|sh|txt|html)\b", text):
         assert (ROOT / name).is_file(), name

@@ -83,7 +83,7 @@ def test_a_missing_or_old_package_is_named_with_the_command_that_installs_it(mon
     assert doctor.needs()["chat, serve, bench of a .gguf"] == expected
 
 
-def test_a_package_that_the_operating_system_lacks_is_no_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_offers_no_package_that_the_system_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version_of", lambda name: "")
     monkeypatch.setattr(doctor.sys, "platform", "win32")
     assert doctor.requirements()["gguf-binary"] == {}
@@ -116,7 +116,7 @@ def test_features_of_a_cpu(text: str, machine: str, model: str | None, has: set[
     assert {name for name, is_there in found["features"].items() if is_there} == has
 
 
-def test_gpus_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_equal_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [{"name": "H100", "memory_bytes": 80_000_000_000}]
     monkeypatch.setattr(doctor, "GPU_PROBE", f"print('a warning'); print({json.dumps(json.dumps(cards))})")
     assert doctor.gpus() == cards

@@ -50,7 +50,7 @@ def test_opening_an_artefact_reads_no_weights(artefact: Path, monkeypatch: pytes
     assert hashed == [artefact / "model.gguf"]  # the manifest holds the hashes
 
 
-def test_an_opened_artefact_is_loaded_as_it_is(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opened_artefact_is_loaded_unchanged(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Artefact.open(artefact)
     monkeypatch.setattr(Artefact, "open", lambda path: pytest.fail("it is open already"))
     engine = load_engine(opened, EngineOptions(threads=1, context=256, kv_cache="q8_0"))  # llama.cpp rounds up to this
@@ -59,7 +59,7 @@ def test_an_opened_artefact_is_loaded_as_it_is(artefact: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": []}', '{"model": {"context_length": "x"}}'])
-def test_a_malformed_genai_config_is_one_line(text: str, tmp_path: Path) -> None:
+def test_malformed_genai_config_gives_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / GENAI_CONFIG).write_text(text)
     with pytest.raises(ArtefactError, match=r"genai_config.json is malformed: "):
         GenaiConfig.read(tmp_path)
@@ -90,7 +90,7 @@ def test_a_cache_counts_the_widths_that_layers_have() -> None:
     assert AttentionSettings("q8_0", flash=True).bytes_per_token(heads, 64) == 64 * 12 * 34 / 32
 
 
-def test_room_for_chats_is_what_was_asked_for_in_bytes(artefact: Path) -> None:
+def test_caches_fill_the_requested_bytes(artefact: Path) -> None:
     options = EngineOptions(threads=1, context=256, parallel=3, kv_cache="q8_0", cache_memory=600_000)
     engine = load_engine(artefact, options)
     per_token = engine.kv_cache_bytes / engine.cache_slots
@@ -192,7 +192,7 @@ def test_heads_without_whole_blocks_get_no_quantized_cache(save_tiny: Callable[.
         load_engine(tmp_path / "gguf", EngineOptions(threads=1, context=64, kv_cache="q8_0"))
 
 
-def test_the_type_of_a_cache_is_llama_cpp_s_to_choose(source_folder: Path, tmp_path: Path) -> None:
+def test_llama_cpp_chooses_the_type_of_a_cache(source_folder: Path, tmp_path: Path) -> None:
     assert export(source_folder, "onnx", tmp_path / "onnx", "--quantize", "f32", "--no-verify") == 0
     with pytest.raises(UsageError, match="--kv-cache q8_0: the export of onnx fixed its cache type"):
         load_engine(tmp_path / "onnx", EngineOptions(kv_cache="q8_0"))

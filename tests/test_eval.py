@@ -123,7 +123,7 @@ def score_by_lm_eval(folder: Path, task: str, data_dir: Path, limit: int) -> dic
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("task", ["arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande"])
-def test_scores_equal_those_of_lm_evals_own_model(checkpoint: Path, data_dir: Path, task: str) -> None:
+def test_scores_equal_those_of_the_model_of_lm_eval(checkpoint: Path, data_dir: Path, task: str) -> None:
     ours = run_task(task, torch_model(checkpoint), data_dir, 0, ScoreCache())
     theirs = score_by_lm_eval(checkpoint, task, data_dir, 0)
     for metric in set(ours.values) - {GOLD}:
@@ -200,7 +200,7 @@ def test_as_much_of_a_text_is_read_as_is_to_be_predicted(
     assert [len(tokens) - min_context for tokens in documents] == predicted
 
 
-def test_a_text_without_a_long_document_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+def test_text_without_a_long_document_gives_one_line(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps({"text": "short"}) + "\n")
     with pytest.raises(DataError, match="no document has more than 200 tokens"):
@@ -247,7 +247,7 @@ def test_models_that_differ_in_their_weights_alone_share_no_answers(checkpoint: 
     assert values[0].perplexity["text"].perplexity != values[1].perplexity["text"].perplexity
 
 
-def test_engine_scores_do_not_depend_on_what_was_evaluated_before(artefact: Path) -> None:
+def test_engine_scores_do_not_depend_on_earlier_evaluations(artefact: Path) -> None:
     model = EngineModel(artefact, EngineOptions())
     ids = model.tokenize(sample_text()[:800])
     requests = [
@@ -275,9 +275,7 @@ def test_wikitext_is_read_as_the_hub_serves_it(tmp_path: Path) -> None:
     assert perplexity.read_wikitext(path) == "\n\n = Title = \n\n\n\n\n Text . \n\n\n"
 
 
-def test_an_interrupted_evaluation_asks_only_what_is_not_known(
-    checkpoint: Path, data_dir: Path, tmp_path: Path
-) -> None:
+def test_interrupted_evaluation_asks_only_missing_questions(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     first = run_task("piqa", torch_model(checkpoint), data_dir, 0, ScoreCache(path))
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -334,7 +332,7 @@ def test_paired_difference_has_the_error_of_the_differences() -> None:
         (["--tasks", "none", "--compare", "no-model"], "no-model: no such folder or file"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_bad_input_gives_one_line(
     checkpoint: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "a.jsonl"
@@ -385,7 +383,7 @@ def test_a_plain_hugging_face_folder_is_measured_too(source_folder: Path, corpus
     assert evaluate(source_folder, measures, ComputeConfig()).perplexity["docs"].tokens == 200
 
 
-def test_only_what_is_asked_for_is_measured_and_one_document_has_no_error(source_folder: Path, tmp_path: Path) -> None:
+def test_evaluation_measures_only_requested_parts(source_folder: Path, tmp_path: Path) -> None:
     """WikiText-2 lies in the data folder, and is not asked for."""
     (tmp_path / perplexity.WIKITEXT_FILE).write_text(" = Title = \n A text . \n", encoding="utf-8")
     (tmp_path / "one.txt").write_text("The one document that there is.", encoding="utf-8")

@@ -54,7 +54,7 @@ def test_the_comparer_knows_that_centred_embeddings_are_rounded(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("index", "seed"), [(185, 1164307536), (196, 1954399528)])
-def test_the_limit_of_an_exact_file_follows_torch_s_own_error(index: int, seed: int, tmp_path: Path) -> None:
+def test_limit_of_an_exact_file_follows_the_error_of_torch(index: int, seed: int, tmp_path: Path) -> None:
     """Sharp attention: torch's angles in fp32 alone move its logits by 0.001 and 0.005."""
     case = replace(export_cases.generate("onnx", SEED, index), weights="codes", seed=seed)
     outcome = export_cases.run_case("onnx", case, tmp_path)

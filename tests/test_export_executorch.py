@@ -146,9 +146,7 @@ def test_calibration_brings_the_products_of_int4_closer(save_tiny: Callable[...,
     assert errors[1] < errors[0]
 
 
-def test_ropes_that_differ_in_their_factor_have_tables_of_their_own(
-    save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_ropes_of_different_factors_have_separate_tables(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     architecture = tiny_architecture("gemma3_text", UNEQUAL[:2])
     checkpoint = save_tiny(architecture, rope_parameters=TWO_FACTORS, sliding_window_pattern=2)
     assert export(checkpoint, tmp_path / "pte", "--quantize", "f32") == 0

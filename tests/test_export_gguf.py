@@ -141,7 +141,7 @@ def test_greedy_text_equals_torch(save_tiny: Callable[..., Path], tmp_path: Path
     engine.close()
 
 
-def test_padding_is_exact_and_said(
+def test_padding_is_exact_and_named(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(layers=SHAPES["odd FFN widths"], hidden_size=75))
@@ -218,7 +218,7 @@ def test_a_file_with_rows_of_one_block_is_refused(
     assert not (tmp_path / "gguf").exists()
 
 
-def test_k_quants_say_what_fell_back(
+def test_k_quants_name_the_tensors_of_another_type(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", "--quantize", "q4_k_m") == 0
@@ -289,7 +289,7 @@ def test_a_file_with_other_weights_is_refused(
 
 
 @pytest.mark.parametrize(("own_error", "code"), [(0.004, 0), (0.001, 2)])
-def test_the_limit_follows_torch_s_own_error(
+def test_limit_follows_the_error_of_torch(
     own_error: float, code: int, save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """llama.cpp may be twice as far from torch as torch is from exact numbers."""
@@ -346,7 +346,7 @@ def test_wrong_weights_are_caught(
     assert not (tmp_path / "gguf").exists()
 
 
-def test_what_llama_cpp_cannot_load_is_one_line_and_leaves_nothing(
+def test_unloadable_file_gives_one_line_and_leaves_no_folder(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan_layout = exporter.plan_layout
@@ -410,6 +410,6 @@ def test_damaged_checkpoints(
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_sample_covers_what_it_promises() -> None:
+def test_sample_covers_every_kind_of_text() -> None:
     text = verification.sample_text()
     assert {"日", "🚀", "é", "{", "\t"} <= set(text)

@@ -168,9 +168,7 @@ def test_llama3_rope_scaling(save_tiny: Callable[..., Path], tmp_path: Path) -> 
     assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
 
 
-def test_ropes_that_differ_in_their_factor_have_tables_of_their_own(
-    save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_ropes_of_different_factors_have_separate_tables(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     import onnx
 
     checkpoint = save_tiny(tiny_architecture("gemma3_text"), rope_parameters=TWO_FACTORS)
@@ -216,7 +214,7 @@ def test_both_engines_give_the_same_text(artefact: Path, exported: Callable[...,
     assert texts[0] == texts[1]
 
 
-def test_context_overflow_says_the_numbers(exported: Callable[..., Path]) -> None:
+def test_context_overflow_names_the_numbers(exported: Callable[..., Path]) -> None:
     engine = load_engine(exported("onnx", *EXACT[:2]), EngineOptions(threads=1, context=32))
     with pytest.raises(ContextOverflowError, match="33 tokens do not fit the context window of 32"):
         engine.prefill([5] * 33)

@@ -92,7 +92,7 @@ def test_help_names_every_weight_type(target: str, types: Any) -> None:
     assert all(f" {name}" in text for name in types)
 
 
-def test_python_exports_what_the_command_does(
+def test_python_exports_as_the_command_does(
     save_tiny: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = save_tiny(tiny_architecture())
@@ -153,7 +153,7 @@ def test_plug_ins_bring_their_flags(
     assert "--digits: --target onnx does not read it, shape does" in capsys.readouterr().err
 
 
-def test_a_plain_model_is_no_artefact_for_our_engines(
+def test_engines_refuse_a_plain_model(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """But it has its manifest: what it is, where it came from, how well it matches."""
@@ -174,7 +174,7 @@ EDITS = ["tokenizer_config.json", "Modelfile", "model.gguf/thesis.txt", "notes/t
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_what_somebody_has_written_into_an_artefact_stays(
+def test_overwrite_keeps_files_that_users_added_to_an_artefact(
     save_tiny: Callable[..., Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, output = save_tiny(tiny_architecture()), tmp_path / "out"
@@ -275,9 +275,7 @@ print(json.dumps(found))
 """
 
 
-def test_what_cannot_work_is_refused_before_a_library_is_imported(
-    save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_export_refuses_impossible_options_before_imports(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     wrong_commands.write_inputs(tmp_path)
     save_tiny(tiny_architecture()).rename(tmp_path / "MODEL")
     heavy = ["torch", "transformers", "llama_cpp", "onnxruntime", "executorch", "uvicorn", "fastapi"]

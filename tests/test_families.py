@@ -94,7 +94,7 @@ def test_a_stock_model_is_pruned_distilled_stopped_and_resumed(
 
 
 @pytest.mark.parametrize("family", NEW)
-def test_a_teacher_in_bfloat16_says_nearly_the_same(family: str) -> None:
+def test_teacher_in_bfloat16_gives_nearly_the_same_logits(family: str) -> None:
     model = tiny_model(tiny_architecture(family, LAYERS))
     teacher = frozen_copy(model, torch.bfloat16, torch.device("cpu"))
     with torch.inference_mode():
@@ -238,7 +238,7 @@ def test_ropes_that_read_the_number_of_heads_work_in_unequal_layers(rope: str, t
         ({"model_type": "llama", "hidden_act": "relu"}, "hidden_act='relu' is not supported; only silu is"),
     ],
 )
-def test_what_no_part_describes_is_named(config: dict[str, Any], part: str) -> None:
+def test_refusal_names_settings_that_no_part_describes(config: dict[str, Any], part: str) -> None:
     with pytest.raises(ModelError, match=part):
         Architecture.from_hf_config(config)
 
@@ -265,7 +265,7 @@ def stock_folder(family: str, tokenizer: PreTrainedTokenizerFast, folder: Path) 
 
 
 @pytest.mark.parametrize("family", NEW)
-def test_what_transformers_writes_is_read_directly(
+def test_reader_accepts_folders_of_transformers(
     family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """By the exporters, which read tensors themselves, and in training, with a config.json that has no old names."""
@@ -297,7 +297,7 @@ OLDER = {
 
 
 @pytest.mark.parametrize("family", OLDER)
-def test_a_config_of_an_older_release_means_what_transformers_says(
+def test_older_config_has_the_defaults_of_transformers(
     family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     folder = stock_folder(family, tokenizer, tmp_path / "stock")
@@ -322,7 +322,7 @@ def test_an_importance_matrix_fits_a_padded_file(irregular: Folder, corpus: Path
         ("gpt_neox", ["--target-bytes", "1000000"], "no architecture for irregular layers of gpt_neox"),
     ],
 )
-def test_what_a_familys_parts_rule_out_is_one_line(
+def test_settings_that_a_family_excludes_give_one_line(
     family: str,
     flags: list[str],
     message: str,

@@ -50,13 +50,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 @pytest.mark.parametrize(
     ("name", "head"), [*((name, "") for name in sorted(BODY) if name not in PLAIN), ("q4_0", "q4_0")]
 )
-def test_types_and_bytes_are_those_of_the_file(name: str, head: str, wide: Checkpoint, tmp_path: Path) -> None:
+def test_types_and_bytes_equal_those_of_the_file(name: str, head: str, wide: Checkpoint, tmp_path: Path) -> None:
     check_types_and_bytes(name, head, wide, tmp_path)
 
 
 @pytest.mark.parametrize("head_dim", [32, 24])
 @pytest.mark.parametrize("name", ["f16", "q8_0", "q4_0", "q4_k_m"])
-def test_types_and_bytes_of_short_rows_are_those_of_the_file(
+def test_types_and_bytes_of_short_rows_equal_those_of_the_file(
     name: str, head_dim: int, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     architecture = tiny_architecture(layers=SHORT, hidden_size=48, head_dim=head_dim)
@@ -75,7 +75,7 @@ def check_types_and_bytes(name: str, head: str, checkpoint: Checkpoint, folder: 
     assert gguf_bytes(checkpoint.architecture, name, 0, head, head) == size
 
 
-def test_a_stem_of_whole_k_blocks_is_what_a_ranking_by_bytes_looks_for() -> None:
+def test_ranking_by_bytes_prefers_a_stem_of_whole_k_blocks() -> None:
     """In a q2_k file, 64 stem channels less turn Q4_0 and Q8_0 tensors into K types: a third of the bytes."""
     source = tiny_architecture(layers=(LayerShape(4, 2, 1024),) * 4, hidden_size=576, head_dim=64)
     source = replace(source, vocab_size=4096)

@@ -50,7 +50,7 @@ WHERE = {
 @pytest.mark.filterwarnings("ignore:.*NoCloseWriter:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kilobytes", WHERE)
 @pytest.mark.usefixtures("drawn_pictures")
-def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
+def test_run_on_a_full_disk_ends_in_one_line_and_resumes_with_room(
     kilobytes: int,
     straight: Path,
     source_folder: Path,
@@ -77,7 +77,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
 @pytest.mark.parametrize(
     "more", [("gguf", "--quantize", "f32"), ("hf-uniform",), ("onnx", "--quantize", "f32")], ids=lambda more: more[0]
 )
-def test_an_export_on_a_full_disk_is_one_line(
+def test_export_on_a_full_disk_gives_one_line(
     more: tuple[str, ...], source_folder: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     with small_disk(tmp_path / "disk", 300) as folder:
@@ -114,7 +114,7 @@ def test_a_full_disk_is_recognised_behind_every_library(
 
 
 @pytest.mark.parametrize("code", [errno.EDQUOT, errno.ENOSPC])
-def test_a_quota_is_recognised_though_the_disk_has_room_and_torch_says_nothing(
+def test_full_quota_is_recognised_without_a_message_of_torch(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a network drive that accepts what is written, and refuses when it is to be kept."""
@@ -148,12 +148,12 @@ def test_a_full_disk_is_named_before_the_work(tmp_path: Path, monkeypatch: pytes
         check_place(tmp_path / "run", is_renamed=False)
 
 
-def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path: Path) -> None:
+def test_writer_refuses_files_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError, match=r"model cannot be written: the disk is full \(it takes 1000000.0 GB, "):
         disk.require_room(tmp_path / "not" / "yet" / "model", 10**15)
 
 
-def test_a_record_that_does_not_fit_leaves_the_others_whole(tmp_path: Path) -> None:
+def test_record_without_room_damages_no_other(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 8) as folder:
         writer = MetricsWriter(folder, is_main=True)
         record: dict[str, Any] = {"step": 1, "tokens": 1, "text": "x" * 1000}

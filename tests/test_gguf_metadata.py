@@ -29,7 +29,7 @@ def general_fields(path: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in fields.items() if name.startswith("general.")}
 
 
-def test_a_file_tells_what_its_card_does(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_file_repeats_the_facts_of_its_card(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture())
     (checkpoint / "README.md").write_text(CARD)
     assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "q8_0", "--no-verify") == 0

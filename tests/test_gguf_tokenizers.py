@@ -63,9 +63,7 @@ def test_names_of_pre_tokenizers_lead_both_ways(name: str) -> None:
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "dbrx"])
-def test_a_source_merges_within_words_as_its_file_says(
-    pre: str, save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_source_merges_within_words_as_its_file_does(pre: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture())
     PreTrainedTokenizerFast(tokenizer_object=BACKENDS[pre](), eos_token="</s>").save_pretrained(checkpoint)
     assert export(checkpoint, "gguf", tmp_path / "gguf", "--no-verify") == 0
@@ -73,7 +71,7 @@ def test_a_source_merges_within_words_as_its_file_says(
     assert read.backend_tokenizer.model.ignore_merges == (pre == "llama-bpe")
 
 
-def test_a_list_of_chat_templates_is_none(tmp_path: Path) -> None:
+def test_list_of_chat_templates_gives_no_template(tmp_path: Path) -> None:
     settings = {"chat_template": [{"name": "default", "template": "{{ messages }}"}]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert read_chat_template(tmp_path) is None
@@ -110,7 +108,7 @@ LOST = {
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-def test_gguf_refuses_or_names_what_it_drops_of_a_tokenizer(tmp_path: Path) -> None:
+def test_gguf_refuses_or_names_dropped_parts_of_a_tokenizer(tmp_path: Path) -> None:
     found = run_cases(LOST, tmp_path, count=100)
     assert {name: outcome for name, (outcome, _) in found.items()} == {
         name: outcome for name, (outcome, _) in LOST.items()

@@ -107,12 +107,12 @@ def test_a_template_of_turns_is_derived(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_of_others_nothing_is_said(name: str) -> None:
+def test_export_names_only_known_templates(name: str) -> None:
     assert derive_turns(OTHERS[name], BOS, EOS, adds_bos=False) is None
 
 
 @pytest.mark.skipif(shutil.which("go") is None, reason="no Go (apt install golang-go)")
-def test_go_writes_what_the_model_s_own_template_writes(tmp_path: Path) -> None:
+def test_go_template_renders_as_the_template_of_the_model(tmp_path: Path) -> None:
     (tmp_path / "main.go").write_text(GO)
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "GOFLAGS": "-mod=mod"}
     program = tmp_path / "render"

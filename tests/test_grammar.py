@@ -42,7 +42,7 @@ def test_objects_are_accepted(engine: EngineScheduler, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [*INVALID, '{"a": ' + " " * 40 + "1}"])
-def test_what_is_no_object_is_refused_and_so_is_endless_space(engine: EngineScheduler, text: str) -> None:
+def test_grammar_refuses_other_values_and_endless_space(engine: EngineScheduler, text: str) -> None:
     assert not accepts(engine, Grammar.json_schema({"type": "object"}), text)
 
 
@@ -104,7 +104,7 @@ SCHEMA: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_random_model_writes_what_the_schema_says(engine: EngineScheduler, seed: int) -> None:
+def test_random_model_writes_values_of_the_schema(engine: EngineScheduler, seed: int) -> None:
     sampling = SamplingOptions(temperature=1.5, seed=seed)
     generation = Generation(
         engine, [1, 5, 9], AnswerOptions(200, sampling), GrammarConstraint(engine, Grammar.json_schema(SCHEMA))
@@ -213,13 +213,13 @@ def test_log_probabilities_and_biases_take_a_pass_for_every_token(engine: Engine
         (lambda: Grammar.lark("start: nothing"), 'lark: .*unknown name: "nothing"'),
     ],
 )
-def test_a_malformed_grammar_is_one_line(make: Any, message: str) -> None:
+def test_malformed_grammar_gives_one_line(make: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
 
 
-def test_a_vocabulary_goes_with_its_engine(artefact: Path) -> None:
+def test_vocabulary_is_freed_with_its_engine(artefact: Path) -> None:
     from efficientllm.runtime import grammar
 
     gc.collect()  # engines of other tests

@@ -13,7 +13,7 @@ def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return codes * np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
 
 
-def test_bfloat16_rounding_is_torch_s() -> None:
+def test_bfloat16_rounding_equals_torch() -> None:
     values = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(round_to_bfloat16(values), expected)
@@ -21,7 +21,7 @@ def test_bfloat16_rounding_is_torch_s() -> None:
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_what_the_grid_holds_is_kept(bits: int, signed: bool) -> None:
+def test_rounding_keeps_values_on_the_grid(bits: int, signed: bool) -> None:
     random = np.random.default_rng(1)
     high = 2 ** (bits - 1) - 1
     codes = random.integers(-high, high + 1, size=(6, 64))
@@ -31,7 +31,7 @@ def test_what_the_grid_holds_is_kept(bits: int, signed: bool) -> None:
     np.testing.assert_allclose(dequantize(found, scales), weight, rtol=1e-5)
 
 
-def test_search_beats_the_largest_weight_s_scale() -> None:
+def test_search_beats_the_scale_of_the_largest_weight() -> None:
     weight = np.random.default_rng(2).normal(size=(64, 256)).astype(np.float32)
     groups = weight.reshape(64, 8, 32)
     plain = np.abs(groups).max(-1, keepdims=True) / 7

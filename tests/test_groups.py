@@ -14,7 +14,7 @@ from efficientllm.train.pruning.saliency import FOLDS
 LAYERS = (LayerShape(6, 2, 96), LayerShape(0, 0, 64), LayerShape(8, 4, 0))
 
 
-def test_every_kind_has_a_score_and_an_axis_of_its_own() -> None:
+def test_every_kind_has_its_own_score_and_axis() -> None:
     assert set(FOLDS) == {name for name, kind in KINDS.items() if kind.scored_axes}
     assert len(KIND_OF_AXIS) == len(KINDS)
     architecture = tiny_architecture()

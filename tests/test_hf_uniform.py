@@ -46,7 +46,7 @@ def test_plain_model_gives_the_same_logits(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("target", ["hf-uniform", "gguf", "onnx"])
-def test_weights_that_are_no_numbers_are_refused_by_name(
+def test_export_names_the_tensor_with_infinite_weights(
     target: str, value: float, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An embedding of a token that the sample lacks."""

@@ -83,7 +83,7 @@ def test_untouched_memory_stays_out() -> None:
 
 
 @needs_kernel
-def test_what_a_block_allocates_is_moved() -> None:
+def test_allocations_of_a_block_move_into_huge_pages() -> None:
     with memory.huge_pages(wanted=True):
         values = fresh_memory()
         values[:] = 1

@@ -362,13 +362,13 @@ def check_mutations(seeds: range, source: Path, tmp_path: Path) -> int:
     return len(refused)
 
 
-def test_a_damaged_foreign_folder_is_one_line(made: Callable[..., Any], tmp_path: Path) -> None:
+def test_damaged_foreign_folder_gives_one_line(made: Callable[..., Any], tmp_path: Path) -> None:
     folder, _ = made(llm_pruner)
     assert check_mutations(range(20), folder, tmp_path) > 15
 
 
 @pytest.mark.parametrize("maker", [flap, gaps, puzzletron])
-def test_damaged_folders_of_every_layout_are_one_line_each(
+def test_damaged_folders_of_every_layout_give_one_line(
     maker: Callable[[Path], torch.Tensor], made: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Safetensors, a pickle, and a file for each block with an index."""
@@ -376,7 +376,7 @@ def test_damaged_folders_of_every_layout_are_one_line_each(
     assert check_mutations(range(1000, 1050), folder, tmp_path) > 40
 
 
-def test_a_damaged_gguf_is_one_line(made: Callable[..., Any], tmp_path: Path) -> None:
+def test_damaged_gguf_gives_one_line(made: Callable[..., Any], tmp_path: Path) -> None:
     folder, _ = made(flap)
     assert export(folder, "gguf", tmp_path / "gguf" / "file", "--quantize", "f32", "--no-verify") == 0
     path = tmp_path / "gguf" / "model.gguf"
@@ -524,7 +524,7 @@ def test_reader_accepts_removed_layers_without_layer_types(family: str, made: Ca
     expect_reading(*made(cut))
 
 
-def test_export_ends_with_what_the_shapes_do_not_prove(
+def test_export_ends_with_facts_that_shapes_do_not_prove(
     made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Four of eight heads are left over four key/value heads. Two, one, one and none of a group look the same."""
@@ -546,7 +546,7 @@ def test_export_ends_with_what_the_shapes_do_not_prove(
     assert any(doubt in limit for limit in Manifest.read(tmp_path / "out").limits)
 
 
-def test_export_ends_with_what_was_not_compared(
+def test_export_ends_with_parts_that_were_not_compared(
     made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = made(TOOLS["openelm"])

@@ -142,7 +142,7 @@ def test_a_template_that_names_nothing_gets_plain_roles() -> None:
     assert "parameters" not in text
 
 
-def test_the_form_of_calls_is_that_of_the_template() -> None:
+def test_the_form_of_calls_equals_that_of_the_template() -> None:
     spaced = tool_format(JOB_MARK + TEMPLATE, "", "")
     assert (spaced.begin, spaced.middle, spaced.between, spaced.end) == (
         *(LEARNED.begin, LEARNED.middle, LEARNED.between, LEARNED.end),
@@ -336,7 +336,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_template_is_one_line(case: str, tmp_path: Path) -> None:
+def test_bad_template_gives_one_line(case: str, tmp_path: Path) -> None:
     content, reason = BAD[case]
     path = tmp_path / "bad.jinja"
     if content is not None:
@@ -378,7 +378,7 @@ def test_the_example_of_a_job_with_a_context_runs(player: Path) -> None:
     assert "after_result" in (player / "eval").joinpath("results.json").read_text(encoding="utf-8")
 
 
-def test_listed_titles_are_those_of_the_conversation(player: Path) -> None:
+def test_listed_titles_equal_those_of_the_conversation(player: Path) -> None:
     example = read_examples(player / "test.jsonl")[0]
     (title, kind), other = re.findall(r"- title: (.*)\n  kind: (.*)", str(example.chat.messages[0]["content"]))[:2]
     with contextlib.closing(load_engine(player / "gguf", EngineOptions(threads=1))) as engine:

@@ -75,7 +75,7 @@ def test_a_call_is_compared_by_name_and_arguments() -> None:
     assert (nothing["exact"], nothing["valid"], nothing["argument_f1"]) == (0, 0, 0)
 
 
-def test_no_call_has_none_of_the_arguments_of_a_call_without_any() -> None:
+def test_missing_call_scores_no_argument() -> None:
     bare = {"name": "stop", "arguments": {}}
     found = [metric_named("call")(answer, called(bare))["argument_f1"] for answer in ("Sorry.", json.dumps(bare))]
     assert found == [0, 1]
@@ -168,7 +168,7 @@ def test_the_order_of_rows_counts_where_the_expected_query_has_one() -> None:
     assert metric_named("sql")("SELECT title FROM song ORDER BY year + 1", ordered)["execution"] == 1
 
 
-def test_a_database_is_that_of_the_record_or_of_the_flag(tmp_path: Path) -> None:
+def test_a_database_equals_that_of_the_record_or_of_the_flag(tmp_path: Path) -> None:
     chat = {"prompt": "Which?", "completion": "SELECT 1"}
     rows = [chat, {**chat, "database": "own.sqlite"}, {**chat, "schema": SCHEMA}]
     path = tmp_path / "test.jsonl"
@@ -544,7 +544,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_examples_are_one_line(case: str, tmp_path: Path) -> None:
+def test_bad_examples_give_one_line(case: str, tmp_path: Path) -> None:
     content, reason = BAD[case]
     path = tmp_path / "bad.jsonl"
     if content is not None:
@@ -555,7 +555,7 @@ def test_bad_examples_are_one_line(case: str, tmp_path: Path) -> None:
     assert isinstance(caught.value, UsageError | DataError)
 
 
-def test_a_cut_archive_is_one_line(task: Path, tmp_path: Path) -> None:
+def test_cut_archive_gives_one_line(task: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(gzip.compress(task.read_bytes())[:-6])
     with pytest.raises(DataError, match=re.escape(f"--task {path}: cannot be read")):
@@ -570,7 +570,7 @@ def test_a_cut_archive_is_one_line(task: Path, tmp_path: Path) -> None:
         ("lambda answer, record: float('nan')", "no example of --task has a score"),
     ],
 )
-def test_a_metric_that_fails_is_one_line(
+def test_failing_metric_gives_one_line(
     metric: str, reason: str, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_metric.py").write_text(f"measure = {metric}\n", encoding="utf-8")

@@ -117,7 +117,7 @@ def test_another_engine_type_or_thread_count_is_refused() -> None:
         profile.decode_ms(dataclasses.replace(IRREGULAR, head_dim=128), 0)
 
 
-def test_a_file_that_is_no_profile_is_named_in_one_line(tmp_path: Path) -> None:
+def test_refusal_names_the_file_without_a_profile(tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
     with pytest.raises(UsageError, match=r"profile.json does not exist; measure one"):
         DeviceProfile.load(file)
@@ -157,7 +157,7 @@ def test_workloads_are_read_as_they_are_typed(text: str, expected: Workload) -> 
     "text",
     ["", "512", "prompt", "prompt=-1", "prompt=1,prompt=2", "tokens=3", "answer=0", "prompt=5,depth=5", "depth=x"],
 )
-def test_other_workloads_are_refused_in_one_line(text: str) -> None:
+def test_other_workloads_give_one_line(text: str) -> None:
     with pytest.raises(UsageError, match="give prompt=256,answer=128"):
         Workload.parse(text)
 

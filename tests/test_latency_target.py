@@ -39,7 +39,7 @@ ARCHITECTURE = tiny_architecture(layers=LAYERS)
 
 
 @pytest.mark.parametrize("measure", [PARAMETERS, bytes_of_file("q4_0", 0), tiny_time().measure], ids=lambda m: m.unit)
-def test_what_a_unit_frees_is_what_the_shape_loses(measure: Measure) -> None:
+def test_each_unit_frees_the_difference_of_the_shapes(measure: Measure) -> None:
     rules = SelectionRules(tuple(KINDS), 32, blocks=tuple(BLOCKS), measure=measure)
     removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE), rules, 0, stop_before=past(6))
     total = measure.of(ARCHITECTURE) - measure.of(removal.after)
@@ -70,13 +70,13 @@ def test_channels_go_by_the_step_of_the_kernel() -> None:
     assert unit.freed == pytest.approx(1.0)
 
 
-def test_what_frees_nothing_stays() -> None:
+def test_selection_keeps_groups_that_free_nothing() -> None:
     architecture = tiny_architecture(layers=(LayerShape(4, 2, 64),))
     rules = SelectionRules(("ffn",), 8, measure=tiny_time(stepped_profile(step=256)).measure)
     assert Ranking(architecture, {"ffn": [torch.ones(64)]}, rules).peek() is None
 
 
-def test_a_price_follows_what_is_left() -> None:
+def test_price_follows_the_remaining_shape() -> None:
     """Query heads of a layer with one group left free less than they did with two."""
     measure = tiny_time().measure
     rules = SelectionRules(("kv_group", "query_head"), measure=measure)
@@ -92,7 +92,7 @@ def test_a_price_follows_what_is_left() -> None:
                 assert old is None or new is None or old.freed == pytest.approx(new.freed)
 
 
-def test_bytes_are_those_of_the_padded_file() -> None:
+def test_bytes_equal_those_of_the_padded_file() -> None:
     """Two channels of 96 free no byte of a file in blocks of 32; a run to the next block does."""
     architecture = tiny_architecture(layers=(LayerShape(4, 2, 96),))
     rules = SelectionRules(("ffn",), 2, measure=bytes_of_file("q8_0", 0))
@@ -117,7 +117,7 @@ def test_a_head_of_another_type_weighs_more_in_bytes() -> None:
     assert freed[1] > 1.1 * freed[0]
 
 
-def test_the_priced_shape_is_the_one_that_is_stored() -> None:
+def test_price_is_of_the_stored_shape() -> None:
     layers = (LayerShape(4, 2, 96), LayerShape(0, 0, 0), LayerShape(2, 1, 0), LayerShape(0, 0, 64))
     shape = decoder_shape(tiny_architecture(layers=layers))
     assert [(layer.num_attention_heads, layer.intermediate_size) for layer in shape.layers] == [(4, 96), (2, 64)]
@@ -231,7 +231,7 @@ def test_a_run_reaches_its_milliseconds(
         assert len(stored.layers) < len(source.layers)
 
 
-def test_groups_may_compete_for_another_device_s_milliseconds(
+def test_groups_compete_for_milliseconds_of_another_device(
     device: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     """Where attention is cheap channels are what pays; the time is that of the target's device."""
@@ -304,7 +304,7 @@ def test_blocks_go_by_an_explicit_architecture(source_folder: Path, corpus: Path
     assert Architecture.from_folder(tmp_path / "run" / "model").layers == (shape.layers[0], shape.layers[2])
 
 
-def test_what_is_left_of_a_model_without_blocks_is_fitted_again(
+def test_fit_covers_models_without_blocks(
     device: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All at once by token-fisher, as the quickstart does it; blocks are measured anew on the way nevertheless."""

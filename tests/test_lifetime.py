@@ -57,7 +57,7 @@ def test_four_threads_on_one_model_take_turns(artefact: Path) -> None:
         assert sum(one == other for one, other in zip(alone, answers, strict=True)) >= 3
 
 
-def test_four_threads_that_stream_end_or_are_told(artefact: Path) -> None:
+def test_four_streaming_threads_end_or_get_an_error(artefact: Path) -> None:
     with load(artefact, OPTIONS) as model:
 
         def ask(index: int) -> None:
@@ -69,7 +69,7 @@ def test_four_threads_that_stream_end_or_are_told(artefact: Path) -> None:
         assert model.chat("Hello", max_tokens=4)
 
 
-def test_interleaved_answers_are_told_where_nobody_looks(artefact: Path) -> None:
+def test_interleaved_answers_raise_an_error(artefact: Path) -> None:
     engine = load_engine(artefact, OPTIONS)
     first, second = (Generation(engine, [5, 6, 7, token], AnswerOptions(64)) for token in (8, 9))
     engine.prefill([5, 6])
@@ -198,7 +198,7 @@ def test_cancelling_ends_the_pass_in_progress(artefact: Path) -> None:
     engine.close()
 
 
-def test_prefill_figures_leave_out_what_was_cached(artefact: Path) -> None:
+def test_prefill_figures_exclude_cached_tokens(artefact: Path) -> None:
     with load(artefact, OPTIONS) as model:
         for cached in (False, True):
             model.chat("word " * 50, max_tokens=2)

@@ -135,7 +135,7 @@ def test_a_function_without_a_record_names_none(engine: EngineScheduler) -> None
         assert not accepts(engine, "clean", arguments, home)
 
 
-def test_listed_needs_a_template_that_tells_how(engine: EngineScheduler) -> None:
+def test_listed_arguments_need_a_template_with_names(engine: EngineScheduler) -> None:
     tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
     prompt = tool_prompt(engine, [{"role": "user", "content": "Hi"}], ToolUse(tools, arguments="listed"))
     with pytest.raises(UsageError, match="does not say how its context lists values"):

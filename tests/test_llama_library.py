@@ -140,7 +140,7 @@ def test_a_package_without_its_library_is_refused(tmp_path: Path, monkeypatch: p
         ),
     ],
 )
-def test_what_the_wheel_needs_is_named(
+def test_error_names_the_libraries_that_the_wheel_needs(
     flags: str, error: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "xllamacpp.abi3.so").touch()

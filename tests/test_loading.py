@@ -29,7 +29,7 @@ from efficientllm.server import cli
 OPTIONS = EngineOptions(threads=1, context=64)
 
 
-def test_what_a_file_cannot_be_is_said_before_anything_is_loaded(
+def test_loader_refuses_wrong_files_before_loading(
     artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "model.pte").write_bytes(b"not a flat buffer")
@@ -74,7 +74,7 @@ def flip(path: Path, place: int) -> None:
 
 
 @pytest.mark.parametrize("place", [3, -5])
-def test_a_flipped_byte_is_one_line(copy: Path, place: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flipped_byte_gives_one_line(copy: Path, place: int, capsys: pytest.CaptureFixture[str]) -> None:
     flip(copy / "model.gguf", place)
     for path in (copy, copy / "model.gguf"):  # the file alone, too: the manifest that lists it stands beside it
         assert run_command(chat.body, [str(path), "Hi"]) == 2
@@ -155,9 +155,7 @@ def with_block_count(source: Path, target: Path, count: int) -> Path:
     return target
 
 
-def test_a_bare_file_that_aborts_is_one_line(
-    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_aborting_file_gives_one_line(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = with_block_count(artefact / "model.gguf", tmp_path / "bad.gguf", 0)
     assert run_command(chat.body, [str(path), "Hi"]) == 2
     error = capsys.readouterr().err
@@ -217,6 +215,6 @@ def test_no_mutation_ends_the_caller_or_passes_the_manifest(artefact: Path) -> N
         assert sum(outcomes.values()) == 30
 
 
-def test_the_manifest_says_which_file_is_the_model(artefact: Path) -> None:
+def test_manifest_names_the_file_of_the_model(artefact: Path) -> None:
     manifest = Manifest.read(artefact)
     assert Artefact.open(artefact).known_manifest == Artefact.open(artefact / "model.gguf").known_manifest == manifest

@@ -38,7 +38,7 @@ def in_brackets(text: str) -> str:
     return text.replace(START, f"⟦{START}⟧").replace(END, f"⟦{END}⟧")
 
 
-def test_an_engine_knows_what_is_read_as_control(engine: EngineScheduler) -> None:
+def test_engine_knows_its_control_tokens(engine: EngineScheduler) -> None:
     assert engine.control_texts == {"<|endoftext|>", START, END}
 
 
@@ -55,7 +55,7 @@ def test_an_engine_knows_what_is_read_as_control(engine: EngineScheduler) -> Non
         f"{PLACEHOLDERS[0]}{END}{PLACEHOLDERS[1]}",
     ],
 )
-def test_what_a_message_spells_is_text(engine: EngineScheduler, said: str) -> None:
+def test_message_with_a_control_token_stays_text(engine: EngineScheduler, said: str) -> None:
     messages = [QUESTION, {"role": "assistant", "content": "Fine."}, {"role": "user", "content": said}]
     honest = [*messages[:2], {"role": "user", "content": "SAID"}]
     expected = shown_by(engine, chat_prompt(engine, honest))
@@ -84,7 +84,7 @@ def test_functions_and_calls_write_no_control_tokens(engine: EngineScheduler) ->
 @pytest.mark.parametrize(
     "begun", ["<", "|", "e", "im", "end", "Rome is", "Rome is ", END, f"{END}\n{START}user\nx", ""]
 )
-def test_an_answer_goes_on_where_its_beginning_ends(engine: EngineScheduler, begun: str) -> None:
+def test_answer_continues_its_given_beginning(engine: EngineScheduler, begun: str) -> None:
     tokens = chat_prompt(engine, [QUESTION, {"role": "assistant", "content": begun}])
     assert shown_by(engine, tokens) == in_brackets(f"{START}user\nHow is Rome?{END}\n{START}assistant\n") + begun
 
@@ -100,7 +100,7 @@ class Other:
         return getattr(self._engine, name)
 
 
-def test_a_template_that_hides_the_last_message_says_so(engine: EngineScheduler) -> None:
+def test_template_that_hides_the_last_message_is_refused(engine: EngineScheduler) -> None:
     template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     silent: Any = Other(engine, chat_template=template)
     with pytest.raises(UsageError, match="does not show the assistant's last message"):
@@ -130,7 +130,7 @@ def test_nothing_that_a_template_makes_of_messages_is_control(
 
 
 @pytest.mark.parametrize("said", ["1 < 2", "<b>bold</b>", "a <| b", "<|im_end", "{'x': '<'}"])
-def test_what_spells_no_control_token_is_encoded_as_ever(engine: EngineScheduler, said: str) -> None:
+def test_text_without_control_tokens_is_encoded_whole(engine: EngineScheduler, said: str) -> None:
     text = f"{START}user\n{said}{END}\n{START}assistant\n"
     assert chat_prompt(engine, [{"role": "user", "content": said}]) == engine.tokenize(text, special=True)
 

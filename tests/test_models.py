@@ -53,7 +53,7 @@ def test_modeling_files_import_only_their_libraries(
     assert set(imports) == expected
 
 
-def test_a_transformers_without_layer_widths_is_told_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_transformers_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from efficientllm.train.model import modeling_efficientllm
 
     monkeypatch.setitem(sys.modules, "transformers.integrations.heterogeneity", None)

@@ -110,7 +110,7 @@ def test_the_current_folder_the_home_and_the_root_are_never_written(
         check_output(Path(output).expanduser(), True, lambda folder: [], [], "")
 
 
-def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
+def test_output_folder_refuses_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="is not a folder; name one"):
         check_output(tmp_path / "file", True, lambda folder: [], [], "")
@@ -136,7 +136,7 @@ ADDED = ("notes.txt", "model/notes.docx", "checkpoints/mine", "metrics.jsonl.bak
 
 
 @pytest.mark.parametrize("name", [*ADDED, "checkpoints/step-00000100/precious.bin", ".notes.tmp"])
-def test_what_somebody_added_to_a_run_stays(
+def test_overwrite_keeps_files_that_users_added_to_a_run(
     name: str, straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     folder = Path(shutil.copytree(straight, tmp_path / "run"))
@@ -147,7 +147,9 @@ def test_what_somebody_added_to_a_run_stays(
     assert (folder / name).read_text() == "mine"
 
 
-def test_somebody_s_model_is_no_run_s(source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS) -> None:
+def test_overwrite_keeps_models_of_other_tools(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
     """A folder with the names of a run's: config.toml and a Hugging Face model."""
     shutil.copytree(source_folder, tmp_path / "mine" / "model")
     (tmp_path / "mine" / "config.toml").write_text("")
@@ -163,7 +165,7 @@ def test_finishing_a_run_deletes_its_checkpoints_only(copy: Path, source_folder:
     assert sorted(os.listdir(copy / "checkpoints")) == ["damaged-step-00000010", "step-99999999"]
 
 
-def test_resume_begins_nothing_anew_over_somebody_s_files(
+def test_resume_keeps_files_of_users(
     copy: Path, straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     for checkpoint in list((copy / "checkpoints").iterdir()):
@@ -176,7 +178,7 @@ def test_resume_begins_nothing_anew_over_somebody_s_files(
     assert "is finished, and its model was moved away" in one_line(capsys)
 
 
-def test_what_cannot_be_renamed_is_not_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwrite_empties_no_folder_that_it_cannot_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a mount point: replacing it fails, and what lies in it stays."""
     folder = tmp_path / "mounted"
     folder.mkdir()
@@ -200,7 +202,7 @@ def export(checkpoint: Path, output: Path) -> int:
     return run_command(export_cli.body, [*arguments, "--overwrite"])
 
 
-def test_an_export_does_not_delete_what_it_exports(straight: Path, tmp_path: Path, capsys: ERRORS) -> None:
+def test_export_keeps_its_source(straight: Path, tmp_path: Path, capsys: ERRORS) -> None:
     folder = Path(shutil.copytree(straight, tmp_path / "run"))
     for output in (folder, folder / "model", tmp_path):
         assert export(folder / "model", output) == 2
@@ -304,9 +306,7 @@ def test_resume_falls_back_to_the_checkpoint_before(
     expect_same_run(copy, straight)
 
 
-def test_resume_without_any_sound_checkpoint_says_so(
-    copy: Path, source_folder: Path, corpus: Path, capsys: ERRORS
-) -> None:
+def test_resume_names_missing_checkpoints(copy: Path, source_folder: Path, corpus: Path, capsys: ERRORS) -> None:
     for checkpoint in (copy / "checkpoints").iterdir():
         (checkpoint / "tensors.pt").unlink()
     assert run(command(source_folder, corpus, copy, "--resume")) == 2
@@ -333,7 +333,7 @@ def test_nothing_is_removed_in_a_skipped_step(
     assert records[-1]["parameters"] < records[0]["parameters"]
 
 
-def test_a_diverged_run_goes_on_with_a_lower_learning_rate(
+def test_diverged_run_resumes_with_a_lower_learning_rate(
     source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     """Weights that give no finite loss are in no checkpoint, so --resume has a sound one to go on from."""
@@ -365,7 +365,7 @@ def test_a_run_that_ends_in_nonsense_writes_no_model(
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_damaged_config_and_odd_settings_are_one_line_or_read_back(
+def test_damaged_config_gives_one_line_and_odd_settings_come_back(
     copy: Path, source_folder: Path, corpus: Path, capsys: ERRORS
 ) -> None:
     (copy / "config.toml").write_bytes(b"\xff\xfe")
@@ -509,14 +509,16 @@ def test_a_bad_line_late_in_the_text_loses_nothing_that_was_trained(
     expect_equal_weights(tmp_path / "run", tmp_path / "whole")
 
 
-def test_text_that_is_no_utf_8_is_one_line(source_folder: Path, tmp_path: Path, capsys: ERRORS) -> None:
+def test_text_of_another_encoding_gives_one_line(source_folder: Path, tmp_path: Path, capsys: ERRORS) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes("Caf\xe9 au lait. ".encode("latin-1") * 500)
     assert run(command(source_folder, path, tmp_path / "run")) == 2
     assert "not UTF-8" in one_line(capsys)
 
 
-def test_damaged_source_weights_are_one_line(source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS) -> None:
+def test_damaged_source_weights_give_one_line(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
     folder = Path(shutil.copytree(source_folder, tmp_path / "source"))
     truncate(folder / "model.safetensors")
     assert run(command(folder, corpus, tmp_path / "run")) == 2
@@ -529,7 +531,7 @@ def test_damaged_source_weights_are_one_line(source_folder: Path, corpus: Path, 
     assert "read by shape: llama" in said.out + said.err
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once(
+def test_unreachable_hub_is_named_at_once(
     source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     """The hub's libraries ask six times, with pauses of up to 8 s, and say so each time."""
@@ -549,7 +551,7 @@ def without_network(*anything: Any, **more: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "runs/smal", "../nowhere/model", "nowhere"])
-def test_a_mistyped_folder_is_no_hub_id(
+def test_mistyped_folder_asks_no_hub(
     name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     """Asking a hub for it would take half a minute where there is none."""

@@ -141,7 +141,7 @@ def test_after_a_kill_the_old_run_comes_back_with_the_next_command(
     assert content(old) == before
 
 
-def test_after_a_kill_resuming_goes_on_replacing(
+def test_resume_after_a_kill_completes_the_replacement(
     old: Path, source_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = command(source_folder, corpus, old, "--overwrite")

@@ -126,7 +126,7 @@ def test_no_module_leads_back_to_itself(tmp_path: Path) -> None:
         import_graph.depths(import_graph.all_modules(tmp_path))
 
 
-def test_the_architecture_page_shows_the_code_as_it_is() -> None:
+def test_architecture_page_shows_the_present_code() -> None:
     stale = "run: python tests/tools/import_graph.py"
     page = import_graph.PAGE.read_text(encoding="utf-8")
     assert import_graph.with_table(page, ROOT) == page, stale

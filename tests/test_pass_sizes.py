@@ -50,7 +50,7 @@ def test_more_answers_than_were_measured() -> None:
     assert ALL.num_decodes(6) == 6
 
 
-def test_sizes_of_passes_are_said_in_short() -> None:
+def test_log_shortens_the_sizes_of_passes() -> None:
     assert str(ALL) == "1 to 4 answers a pass"
     assert str(PassTimes((1.0, 3))) == "1 answer a pass"
     assert str(ONE_OR_EIGHT) == "1 or 8 to 10 answers a pass"
@@ -60,7 +60,7 @@ def test_sizes_of_passes_are_said_in_short() -> None:
 
 
 @pytest.mark.parametrize("text", ["7", "", "[]", "null", "[1.0]", "[0.0, 1.0]", "[NaN, 1]", '["a", 1]', "[1, 2, 3]"])
-def test_what_is_no_finding_is_measured_anew(text: str, unseen: Path, tmp_path: Path) -> None:
+def test_damaged_finding_is_measured_again(text: str, unseen: Path, tmp_path: Path) -> None:
     """The cache is a file that anybody may have written."""
     options = EngineOptions(threads=1, context=64, parallel=2)
     load_engine(unseen, options).close()

@@ -108,7 +108,7 @@ def assert_engine_answers_as_checked(file: Path, check: dict[str, Any]) -> None:
         assert prompt == check["prompt_tokens"]
 
 
-def test_the_grammars_see_what_is_wrong() -> None:
+def test_parsers_find_errors_in_the_code() -> None:
     assert errors(b"fun f() = 1", ".kt") == []
     assert errors(b"fun f( = 1", ".kt")
     assert errors(b"func f( { 1", ".swift")
@@ -131,7 +131,7 @@ def test_a_kit_with_a_gguf(kit: Path) -> None:
     assert re.search(r"are at least \d\.\d\d nats \(llama\.cpp\) apart", text)
 
 
-def test_the_push_script_copies_what_the_code_reads(kit: Path, tmp_path: Path) -> None:
+def test_push_script_copies_the_files_that_the_code_reads(kit: Path, tmp_path: Path) -> None:
     adb = tmp_path / "adb"
     adb.write_text(f'#!/bin/sh\necho "$ANDROID_SERIAL: $*" >> {tmp_path / "calls"}\n')
     adb.chmod(0o755)
@@ -203,7 +203,7 @@ TEMPLATES = {
         ("none", False, False),
     ],
 )
-def test_turns_are_those_of_the_template(
+def test_turns_equal_those_of_the_template(
     template: str, has_history: bool, has_system: bool, engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "chat_template", TEMPLATES[template])
@@ -245,7 +245,7 @@ def compile_library(kit: Path, folder: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++ (apt install g++)")
-def test_native_conversations_are_safe_and_control_tokens_the_template_s(kit: Path, tmp_path: Path) -> None:
+def test_native_conversations_are_safe_and_only_the_template_writes_control_tokens(kit: Path, tmp_path: Path) -> None:
     """Under the address sanitizer: a use of a closed conversation would be reported."""
     sanitizers = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     compile_native(kit / CPP, *sanitizers, KIT_PROGRAMS / "threads.cpp", "-o", tmp_path / "threads")
@@ -432,7 +432,7 @@ def test_functions_that_cannot_be_called_are_refused(
         assert not (tmp_path / "out").exists()
 
 
-def test_the_card_says_the_profile_s_speed(
+def test_card_predicts_the_speed_by_the_profile(
     exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile = tmp_path / "phone.json"
@@ -451,7 +451,7 @@ def test_the_card_says_the_profile_s_speed(
     assert not (output / "push.sh").exists()
 
 
-def test_what_is_refused(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kit_refuses_wrong_options(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = exported("android", "--formats", "gguf", "--quantize", "f32").parent / "checkpoint"
     for flags, said in (
         (("--formats", "tflite"), "--formats tflite: "),

@@ -32,7 +32,7 @@ def run_monitored(folder: Path, path: Path, root: Path, shell: str) -> ProgramRe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shell", ["sh", "mksh"])
-def test_energy_and_clock_are_those_of_the_work(tmp_path: Path, shell: str) -> None:
+def test_energy_and_clock_equal_those_of_the_work(tmp_path: Path, shell: str) -> None:
     """8 W and 1.8 GHz in the longest decode (48 tokens at 27 per second), 12 W and 2.4 GHz before, 0.8 W at rest."""
     if shutil.which(shell) is None:
         pytest.skip(f"{shell}, Android's shell, is not installed (apt install mksh)")
@@ -68,7 +68,7 @@ def record_of(watts: float, seconds: float, status: str = "Discharging", clock: 
     )
 
 
-def test_a_steady_clock_is_no_throttling() -> None:
+def test_steady_clock_shows_no_throttling() -> None:
     call = RunnerCall(RunnerOutput({"pp16": [8.0], "tg24": [12.0]}, "llama.cpp 1", 1), record_of(8, 4))
     measured = summarize_calls([call], 0, OPTIONS)
     assert measured.clock_mhz == (1000.0, 1000.0)
@@ -76,7 +76,7 @@ def test_a_steady_clock_is_no_throttling() -> None:
     assert measured.skipped == {}
 
 
-def test_energy_that_cannot_be_measured_says_why() -> None:
+def test_missing_energy_names_its_reason() -> None:
     def reason(record: ProgramRecord, speed: float) -> str:
         output = RunnerOutput({"tg24": [speed]}, "llama.cpp 1", 1)
         measured = summarize_calls([RunnerCall(output, record)], 0, OPTIONS)

@@ -66,7 +66,7 @@ def test_the_server_pins_a_prompt_at_the_start(artefact: Path, tmp_path: Path, k
                 assert httpx.post(f"{address}/v1/completions", json=other, timeout=60).status_code == 200
 
 
-def test_what_cannot_be_pinned_is_one_line(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unpinnable_prompt_gives_one_line(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (malformed := tmp_path / "malformed.json").write_text("[")
     (wrong := tmp_path / "wrong.json").write_text('[{"role": "robot", "content": "x"}]')
     (text := tmp_path / "text").write_text("Be brief.")

@@ -36,7 +36,7 @@ def error_line(capsys: ERRORS) -> str:
 # -- links and mounted folders
 
 
-def test_an_export_into_a_link_replaces_what_it_names(source_folder: Path, tmp_path: Path) -> None:
+def test_export_into_a_link_replaces_its_target(source_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "volume").mkdir()
     (tmp_path / "link").symlink_to("volume/artefact")  # leads nowhere yet
     for more in ([], ["--overwrite"]):
@@ -55,7 +55,7 @@ def test_a_run_into_a_link_lies_where_it_leads(source_folder: Path, corpus: Path
         assert (tmp_path / "volume" / "run" / "model").is_dir()
 
 
-def test_links_in_a_circle_and_names_that_are_none_are_one_line(
+def test_circular_links_and_impossible_names_give_one_line(
     source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     (tmp_path / "circle").symlink_to("circle")
@@ -124,7 +124,7 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_done(
 # -- damaged files of a run
 
 
-def test_a_configuration_that_is_none_is_one_line(tmp_path: Path, capsys: ERRORS) -> None:
+def test_wrong_configuration_gives_one_line(tmp_path: Path, capsys: ERRORS) -> None:
     path = tmp_path / "config.toml"
     for content in (b"\xff\xfe\x00binary", b"tokens = ", b"a = " + b"[" * 100_000, b"tokens = 1\n\0"):
         path.write_bytes(content)
@@ -148,7 +148,7 @@ def test_damaged_records_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
     assert caplog.messages == [f"{tmp_path / 'metrics.jsonl'}: 6 damaged lines are skipped"]
 
 
-def test_a_run_goes_on_with_records_that_are_no_text(
+def test_run_resumes_with_damaged_records(
     source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     step = trainer.Trainer._step

@@ -42,7 +42,7 @@ UNEQUAL = DecoderShape(
 
 
 @pytest.mark.parametrize("build", [Design.full, Design.thin])
-def test_stacks_are_taken_apart_into_what_they_are_made_of(build: Callable[[DecoderShape], Design]) -> None:
+def test_fit_finds_the_costs_of_the_parts_of_stacks(build: Callable[[DecoderShape], Design]) -> None:
     design = build(replace(SMOLLM2_135M, layers=SMOLLM2_135M.layers[:12]))
     depths, prompts = (0, 512), (1, 32)
     measured = {
@@ -110,7 +110,7 @@ def test_a_step_of_a_kernel_is_in_the_table() -> None:
     assert step == pytest.approx(0.03 / 1.03 * stacks[stepped][0], rel=0.2)
 
 
-def test_what_a_layer_without_ffn_still_costs_is_in_the_table() -> None:
+def test_table_has_the_cost_of_a_layer_without_ffn() -> None:
     design = Design.full(SMOLLM2_135M)
 
     def ms(shape: DecoderShape) -> float:
@@ -141,7 +141,7 @@ def test_weights_beyond_the_cache_cost_more(tmp_path: Path) -> None:
         assert profile.prefill_ms(shape, 32) == pytest.approx(ms(shape)[1], rel=1e-3)
 
 
-def test_rows_beside_a_kernel_s_stride_cost_more() -> None:
+def test_rows_beside_the_stride_of_a_kernel_cost_more() -> None:
     """Kernels that take 64 weights at a time finish the last 32 of odd rows singly; no grid of widths says so."""
     design = Design.full(SMOLLM2_135M)
 
@@ -189,7 +189,7 @@ def test_neighbours_of_the_source_lack_much_of_one_part() -> None:
     assert neighbours(replace(SMOLLM2_135M, layers=(LayerShape(1, 1, 1536),)))[0].layers
 
 
-def test_a_table_that_predicts_badly_says_so() -> None:
+def test_poor_table_gives_a_warning() -> None:
     error = error_of(512, [1.0, 2.0, 4.0], [1.1, 2.0, 3.0])
     assert (error.depth, error.models) == (512, 3)
     assert error.median == pytest.approx(0.1)
@@ -228,7 +228,7 @@ def test_widths_of_a_source_are_read_from_its_folder(source_folder: Path, tmp_pa
     assert run_command(cli.body, options) == 2
 
 
-def test_a_bench_shows_what_a_profile_predicts(
+def test_bench_prints_the_predictions_of_a_profile(
     artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile = tiny_profile()
@@ -256,7 +256,7 @@ def test_a_bench_shows_what_a_profile_predicts(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["llama.cpp", "onnxruntime"])
-def test_a_profile_of_this_machine_prices_what_it_measured(
+def test_profile_of_this_machine_predicts_its_measurements(
     engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def few_stacks(source: DecoderShape) -> Design:

@@ -80,7 +80,7 @@ def test_much_alike_prompts_are_stored_once(artefact: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut", "header", "empty"])
-def test_a_damaged_file_is_removed_with_one_line(
+def test_damaged_prompt_file_is_removed_with_one_line(
     artefact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     engine = load(artefact)
@@ -128,7 +128,7 @@ def test_files_stay_within_their_bytes_and_the_newest_stay(tmp_path: Path, caplo
     assert len(list(store.read())) == 3
 
 
-def test_a_prompt_whose_state_llama_cpp_refuses_is_evaluated(artefact: Path, tmp_path: Path) -> None:
+def test_refused_state_of_a_prompt_is_evaluated_again(artefact: Path, tmp_path: Path) -> None:
     engine = load(artefact)
     store = store_of(engine, tmp_path)
     store.write(PROMPT, b"nonsense" * 100)

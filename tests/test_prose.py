@@ -1,4 +1,4 @@
-"""Docstrings, README and documents stay in plain English; `python tests/tools/prose.py` prints the figures."""
+"""Docstrings, names of tests and documents stay in plain English; `python tests/tools/prose.py` prints the figures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ def losses(x):
 def total(x):
     """Return the total."""
 '''
+
+
+DIALECT = re.compile(
+    r"_(s|t|what|who|whose|somebody|nobody|anew|said|told|goes_on|go_on|(is|are)_(no|none|one_line)|are_those|is_that_of"
+    r"|of_(its|their)_own|of_ours|as_ever|as_it_is)(?=_|$)"
+)
+"""Parts of names that are no subject, verb and object."""
 
 
 def check(found: prose.Prose) -> None:
@@ -32,6 +39,14 @@ def test_function_docstrings_start_with_a_verb() -> None:
 
 def test_docstrings_read_plainly() -> None:
     check(prose.Prose.of([text for text, _ in prose.docstrings(prose.ROOT)]))
+
+
+def test_names_of_tests_read_plainly() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (prose.ROOT / "tests").rglob("test_*.py")]
+    names = [name for text in texts for name in re.findall(r"^\s*(?:async )?def (test_\w+)", text, re.MULTILINE)]
+    assert len(names) > 1000
+    assert not [name for name in names if DIALECT.search(name)]
+    assert DIALECT.search("test_model_s_run_is_stored")
 
 
 def test_documents_read_plainly() -> None:

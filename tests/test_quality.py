@@ -51,9 +51,7 @@ def scored(tokenizer: PreTrainedTokenizerFast) -> TorchModel:
     return TorchModel(tiny_model(tiny_architecture()), tokenizer, torch.device("cpu"), False, 512)
 
 
-def test_figures_are_those_of_the_model_computed_directly(
-    scored: TorchModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_figures_equal_a_direct_computation(scored: TorchModel, tokenizer: PreTrainedTokenizerFast) -> None:
     quality = measure_quality(scored)
     kind, documents = next(iter(sets.texts().items()))
     ids = torch.tensor(tokenizer.encode(documents[0])[:257])
@@ -74,7 +72,7 @@ def test_figures_are_those_of_the_model_computed_directly(
     assert len(quality.answers) == len(quality.right) == 2
 
 
-def test_batched_answers_are_those_of_one_prompt_alone(scored: TorchModel) -> None:
+def test_batched_answers_equal_those_of_one_prompt_alone(scored: TorchModel) -> None:
     prompts = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15]]
     assert list(scored.answer(prompts, 8)) == [next(iter(scored.answer([prompt], 8))) for prompt in prompts]
 
@@ -107,7 +105,7 @@ def test_models_of_other_tokens_are_compared_by_bytes() -> None:
     assert all(cell.endswith(f"({bits:.4f} bits per byte)") for cell in line[1:3])
 
 
-def test_bits_per_byte_are_told_of_one_model_and_of_models_of_other_tokens() -> None:
+def test_tables_of_other_tokenizers_show_bits_per_byte() -> None:
     def told(*sizes: int) -> bool:
         qualities = [Quality({"a": [1.0]}, [], [], [], {"a": [4.0]}, size) for size in sizes]
         table = rows([Evaluation(f"m{index}", "", {}, {}, each) for index, each in enumerate(qualities)])
@@ -163,7 +161,7 @@ def test_a_run_leaves_its_contract_in_card_summary_and_manifest(
     assert json.loads(manifest)["training"]["quality"] == found
 
 
-def test_a_run_without_quality_says_nothing_of_it(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+def test_run_without_quality_prints_no_quality(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     assert run(command(source_folder, corpus, tmp_path / "run")) == 0
     model = tmp_path / "run" / "model"
     assert json.loads((model / "training.json").read_text())["quality"] is None

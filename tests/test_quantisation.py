@@ -59,7 +59,7 @@ def read_by_llama_cpp(data: np.ndarray, kind: str, shape: tuple[int, ...]) -> to
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
-def test_a_grid_is_that_of_llama_cpp_to_the_bit(kind: str) -> None:
+def test_a_grid_equals_that_of_llama_cpp_to_the_bit(kind: str) -> None:
     rounded = GRIDS[kind].round(WEIGHT)
     assert torch.equal(rounded, of_llama_cpp(WEIGHT, kind))
     by_gguf = gguf.quants.quantize(WEIGHT.numpy(), gguf.GGMLQuantizationType[kind.upper()])
@@ -91,7 +91,7 @@ def test_rows_that_blocks_do_not_divide_are_rounded_as_if_padded() -> None:
     assert torch.equal(rounded, GRIDS["q4_0"].round(padded)[:, :75])
 
 
-def test_gradients_are_those_of_the_rounded_weights() -> None:
+def test_gradients_equal_those_of_the_rounded_weights() -> None:
     model = tiny_model(tiny_architecture())
     tokens = torch.randint(3, 400, (2, 16))
     rounded = RoundedWeights(QuantisationConfig(qat="q8_0"))
@@ -108,7 +108,7 @@ def test_gradients_are_those_of_the_rounded_weights() -> None:
         assert (parameter.dim() == 2) == (not torch.equal(before[name], parameter)), name
 
 
-def test_scales_of_q4_0_heed_what_columns_are_multiplied_with() -> None:
+def test_scales_of_q4_0_follow_the_inputs_of_columns() -> None:
     """Less weighted error, on a grid that llama.cpp's quantiser finds again."""
     importance = torch.rand(WEIGHT.shape[1], generator=torch.Generator().manual_seed(1)) ** 8
     grid = GRIDS["q4_0"]
@@ -134,7 +134,7 @@ def test_every_matrix_of_every_family_has_its_inputs(family: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_embedding_heeds_what_it_is_multiplied_with_where_it_is_the_head_too(tied: bool) -> None:
+def test_scales_of_a_tied_embedding_follow_the_inputs_of_the_head(tied: bool) -> None:
     model = tiny_model(replace(tiny_architecture(), tie_word_embeddings=tied)).train()
     rounded = RoundedWeights(QuantisationConfig(qat="q4_0"))
     with rounded.applied(model):
@@ -182,7 +182,7 @@ def test_inputs_are_watched_in_training_alone() -> None:
     assert len(changed) == len(first) == 4 * model.config.num_hidden_layers + 1
 
 
-def test_what_fails_within_leaves_the_unrounded_weights() -> None:
+def test_failure_within_a_step_restores_unrounded_weights() -> None:
     model = tiny_model(tiny_architecture())
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.raises(KeyboardInterrupt), RoundedWeights(QuantisationConfig(qat="8da4w")).applied(model):
@@ -244,7 +244,7 @@ def test_the_file_is_the_trained_grid_to_the_bit(trained: Path, tmp_path: Path) 
     assert {tensor.kind for tensor in stored if len(tensor.shape) == 2} == {2}
 
 
-def test_another_type_is_said_to_be_another_grid(trained: Path, tmp_path: Path) -> None:
+def test_export_names_a_type_of_another_grid(trained: Path, tmp_path: Path) -> None:
     assert export(trained, "gguf", tmp_path / "out", "--quantize", "q5_0") == 0
     notes = Manifest.read(tmp_path / "out").notes
     assert any("trained for q4_0, q5_0 is another grid: --quantize q4_0" in note for note in notes)
@@ -266,7 +266,7 @@ def test_a_checkpoint_that_was_changed_after_training_is_refused(
     assert "blk.0.ffn_up.weight is not on that grid" in capsys.readouterr().err
 
 
-def test_errors_are_one_line(source_folder: Path, corpus: Path, tmp_path: Path, capsys: Any) -> None:
+def test_wrong_types_give_one_line(source_folder: Path, corpus: Path, tmp_path: Path, capsys: Any) -> None:
     for flags, message in (
         (("--qat", "q4_k"), "q4_k"),
         (("--qat", "q4_0", "--save-dtype", "bfloat16"), "--save-dtype bfloat16: the grid of --qat q4_0 needs float32"),
@@ -288,7 +288,7 @@ def test_onnx_keeps_the_grid_of_int4_block32(source_folder: Path, corpus: Path, 
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "olmo2"])
-def test_families_whose_file_holds_other_weights_are_refused(
+def test_training_on_a_grid_refuses_families_with_changed_weights(
     family: str, save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = save_tiny(tiny_architecture(family, (LayerShape(4, 4, 128),) * 2, head_dim=16))

@@ -114,7 +114,7 @@ def test_settings_stand_in_their_old_and_their_new_home(
 
 
 @pytest.mark.slow
-def test_a_tokenizer_needs_no_code_of_ours(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tokenizer_needs_no_code_of_this_project(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Nor a question about it, in a process that does not know efficientllm's classes."""
     save_checkpoint(tiny_model(tiny_architecture(), rope_parameters=dict(LLAMA3_ROPE)), tokenizer, tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -158,7 +158,7 @@ def in_steps(model: Any, sizes: list[int], tokens: torch.Tensor, padding: int = 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SIMILAR)
-def test_whole_chunked_padded_and_stepwise_evaluation_agree(family: str) -> None:
+def test_chunked_padded_and_stepwise_evaluation_agree(family: str) -> None:
     """Wherever attention is absent: positions come from the cache's length, which must not be that of nothing."""
     tokens = TOKENS[:, :12]
     for shape in SHAPES:

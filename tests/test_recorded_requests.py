@@ -81,6 +81,6 @@ def test_a_structured_answer_follows_the_schema_of_the_client(client: httpx.Clie
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/api/tags", "/api/version", "/api/ps", "/props", "/health"])
-def test_what_clients_ask_first_is_answered(client: httpx.Client, path: str) -> None:
+def test_server_answers_first_requests_of_clients(client: httpx.Client, path: str) -> None:
     answer = client.get(path)
     assert (answer.status_code, bool(answer.json())) == (200, True)

@@ -66,7 +66,7 @@ def test_a_fitted_model_is_closer_to_its_source_on_other_text(family: str, kinds
     assert divergence(source, model) < 0.95 * before
 
 
-def test_nothing_pruned_is_left_as_it_is() -> None:
+def test_fit_changes_no_unpruned_model() -> None:
     source = tiny_model(tiny_architecture()).eval()
     model = copy.deepcopy(source)
     LeastSquares(model, source, torch.arange(64), damping=0.1, dtype=torch.float32).fit(WINDOWS, ALONE)

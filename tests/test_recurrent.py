@@ -123,7 +123,7 @@ def answers(engine: EngineScheduler) -> list[Generation]:
     return [Generation(engine, prompt, options) for prompt in PROMPTS]
 
 
-def test_prompts_with_shared_beginnings_are_those_of_fresh_models(
+def test_prompts_with_shared_beginnings_equal_those_of_fresh_models(
     engine: EngineScheduler, fresh: list[np.ndarray]
 ) -> None:
     for _ in range(2):
@@ -139,7 +139,7 @@ def test_a_continued_prompt_is_not_evaluated_again(engine: EngineScheduler) -> N
     assert second.stats.cached_tokens == len(FIRST)
 
 
-def test_answers_of_a_batch_are_those_of_one_after_the_other(engine: EngineScheduler) -> None:
+def test_answers_of_a_batch_equal_those_of_one_after_the_other(engine: EngineScheduler) -> None:
     alone = ["".join(generation) for generation in answers(engine)]
     assert answer_together(engine, answers(engine)) == alone
 
@@ -151,7 +151,7 @@ def test_a_cancelled_answer_leaves_the_others_right(engine: EngineScheduler, fre
     np.testing.assert_allclose(engine.prefill(PROMPTS[1]), fresh[1], atol=1e-5)
 
 
-def test_no_prompt_waits_for_another_s_prefix(mamba: Path) -> None:
+def test_prompts_wait_for_no_foreign_prefix(mamba: Path) -> None:
     """A state cannot be cut to a shared prefix, so nothing could be copied afterwards."""
     engine = load_engine(mamba, EngineOptions(threads=1, context=256, parallel=4))
     batch = Batch(engine)

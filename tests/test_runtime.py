@@ -42,7 +42,7 @@ def test_prefix_reuse_gives_the_logits_of_a_fresh_prefill(engine: EngineSchedule
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
-def test_freed_memory_goes_back_to_the_system() -> None:
+def test_freed_memory_returns_to_the_system() -> None:
     blocks = [bytearray(60_000) for _ in range(2000)]  # below malloc's threshold for mappings of their own
     kept = blocks[1::40]  # memory above them cannot simply be cut off
     full = memory_bytes()["rss_anon_bytes"]
@@ -67,7 +67,7 @@ def test_tokens_equal_the_tokenizer_and_bytes_make_the_text(engine: EngineSchedu
     assert b"".join(engine.token_bytes(token) for token in tokens).decode() == text.replace("<|im_end|>", "")
 
 
-def test_context_overflow_says_the_numbers(artefact: Path) -> None:
+def test_context_overflow_names_the_numbers(artefact: Path) -> None:
     engine = load_engine(artefact, EngineOptions(threads=1, context=64))
     limit = engine.context_length
     with pytest.raises(ContextOverflowError, match=f"{limit + 1} tokens do not fit the context window of {limit}"):
@@ -126,7 +126,7 @@ def test_a_template_that_fails_is_one_error(template: str) -> None:
         render_chat(template, [])
 
 
-def test_what_a_template_marks_for_training_is_text() -> None:
+def test_training_marks_of_a_template_are_text() -> None:
     assert render_chat("a{% generation %}b{{ 1 }}{% endgeneration %}c", []) == "ab1c"
 
 
@@ -222,7 +222,7 @@ def test_conversation_survives_a_question_that_is_too_long(artefact: Path, capsy
     engine.close()
 
 
-def test_bad_artefacts_get_one_line(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_artefacts_give_one_line(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = (artefact / "model.gguf").read_bytes()
     for name, content in {"foreign": b"not a model", "truncated": data[: len(data) // 2], "empty": b""}.items():
         (tmp_path / f"{name}.gguf").write_bytes(content)

@@ -200,7 +200,7 @@ def watched(name: str, kinds: tuple[str, ...], model: Any) -> RunningScores:
     return tracker
 
 
-def test_activation_criteria_are_those_of_the_inputs_computed_directly() -> None:
+def test_activation_criteria_equal_a_direct_computation() -> None:
     model = tiny_model(tiny_architecture())
     inputs: dict[str, list[torch.Tensor]] = {"o": [], "down": []}
     layer = model.model.layers[0]
@@ -220,7 +220,7 @@ def test_activation_criteria_are_those_of_the_inputs_computed_directly() -> None
     torch.testing.assert_close(found["minitron"]["kv_group"][0], heads.view(2, 2).sum(1))
 
 
-def test_token_fisher_is_the_mean_square_of_what_closing_a_gate_changes_per_token() -> None:
+def test_token_fisher_is_the_mean_square_of_gate_derivatives() -> None:
     model = tiny_model(tiny_architecture())
     tracker = GateScores(("kv_group", "query_head", "ffn"), tiny_architecture(), decay=0.9)
     tracker.attach(model)
@@ -326,7 +326,7 @@ def test_a_criterion_of_activations_is_a_plug_in() -> None:
         del CRITERIA["mean-square"]
 
 
-def test_gates_see_no_stem_whose_norms_stand_behind_the_blocks() -> None:
+def test_gates_refuse_a_stem_with_norms_behind_blocks() -> None:
     with pytest.raises(UsageError, match="olmo2 has norms after its blocks; remove stem"):
         GateScores(("stem",), tiny_architecture("olmo2"), decay=0.9)
 

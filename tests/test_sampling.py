@@ -52,7 +52,7 @@ CUTS = [
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("size", [50, 1009])
-def test_draws_are_those_of_a_full_sort(cut: dict[str, Any], size: int) -> None:
+def test_draws_equal_those_of_a_full_sort(cut: dict[str, Any], size: int) -> None:
     logits = (3 * np.random.default_rng(size).standard_normal(size)).astype(np.float32)
     expected = reference(logits, **cut)
     sampler = Sampler(SamplingOptions(seed=1, **cut))
@@ -70,7 +70,7 @@ def test_a_tiny_temperature_is_greedy() -> None:
         assert {sampler.choose(logits.copy()) for _ in range(20)} == {1}
 
 
-def test_what_is_masked_is_never_drawn() -> None:
+def test_sampler_never_draws_masked_tokens() -> None:
     logits = np.full(500, -np.inf, dtype=np.float32)
     logits[[3, 77]] = 0.0
     cuts: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0, **ALL}, {"temperature": 1.0}]
@@ -107,7 +107,7 @@ def test_a_bias_moves_and_forbids() -> None:
     assert Sampler(SamplingOptions(), (), {0: -np.inf}).choose(logits.copy()) == 1
 
 
-def test_the_model_s_own_sampling_travels_in_the_manifest(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_manifest_has_the_sampling_settings_of_the_model(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     folder = save_tiny(tiny_architecture())
     own = '{"eos_token_id": 2, "temperature": 0.6, "top_p": 0.9, "top_k": -1, "repetition_penalty": 1.1, "min_p": null}'
     (folder / "generation_config.json").write_text(own)

@@ -64,7 +64,7 @@ def test_surviving_heads_belong_to_surviving_groups(seed: int) -> None:
         assert torch.equal(removal.kept["query_head"][layer] // before.queries_per_group, groups)
 
 
-def test_a_width_that_is_no_multiple_becomes_one() -> None:
+def test_selection_rounds_odd_widths_to_a_multiple() -> None:
     architecture = tiny_architecture(layers=(LayerShape(2, 1, 75),))
     rules = SelectionRules(("ffn",), 32)
     removal = select_removal(architecture, {"ffn": [torch.rand(75)]}, rules, 0, stop_before=past(1))

@@ -40,7 +40,7 @@ def answers(engine: EngineScheduler, prompts: Sequence[Sequence[int]], tokens: i
     return [Generation(engine, prompt, AnswerOptions(tokens)) for prompt in prompts]
 
 
-def test_answers_of_a_batch_are_those_of_one_after_the_other(engine: EngineScheduler) -> None:
+def test_answers_of_a_batch_equal_those_of_one_after_the_other(engine: EngineScheduler) -> None:
     alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
     together = answers(engine, PROMPTS)
     assert answer_together(engine, together) == alone
@@ -218,7 +218,7 @@ def test_a_long_chat_is_overtaken_by_short_ones_only(last: int, expected: list[i
     engine.close()
 
 
-def test_chats_with_a_long_prefix_in_common_are_no_crowd(artefact: Path) -> None:
+def test_chats_with_a_common_prefix_share_one_pass(artefact: Path) -> None:
     engine = load_engine(artefact, replace(EXACT, context=512, parallel=6, cache_memory=10_000_000))
     engine.traits.crowded_slots = 400
     prompts = [[*(5 + step % 290 for step in range(400)), 300 + index, 310] for index in range(5)]

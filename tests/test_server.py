@@ -37,7 +37,7 @@ def client(address: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_answer_is_the_engine_s(client: openai.OpenAI, artefact: Path) -> None:
+def test_server_gives_the_answer_of_the_engine(client: openai.OpenAI, artefact: Path) -> None:
     answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=12, temperature=0)
     engine = load_engine(artefact, EngineOptions(threads=1))
     generation = Generation(engine, chat_prompt(engine, MESSAGES), AnswerOptions(12))
@@ -84,7 +84,7 @@ def test_a_full_queue_refuses_and_every_other_request_is_answered(address: str) 
     assert httpx.get(f"{address}/health").json()["in_flight"] == 0
 
 
-def test_a_client_that_goes_away_frees_its_place(client: openai.OpenAI, address: str) -> None:
+def test_disconnected_client_frees_its_place(client: openai.OpenAI, address: str) -> None:
     stream = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=400, stream=True, seed=3)
     next(iter(stream))
     stream.close()
@@ -122,7 +122,7 @@ def test_malformed_large_and_unauthorized_requests(address: str) -> None:
     assert httpx.get(f"{address}/health").status_code == 200
 
 
-def test_bad_artefact_and_port_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_artefact_and_port_give_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(cli.body, [str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert run_command(cli.body, [str(tmp_path), "--port", "0"]) == 2

@@ -69,7 +69,7 @@ def streamed(client: httpx.Client, **body: Any) -> tuple[list[dict[str, Any]], d
     return blocks, last
 
 
-def test_an_answer_is_that_of_openai_s_api(client: httpx.Client) -> None:
+def test_messages_api_gives_the_answer_of_openai_api(client: httpx.Client) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *MESSAGES]
     headers = {"Authorization": "Bearer secret"}
     sent = {"model": "tiny", "messages": messages, **GREEDY}
@@ -118,7 +118,7 @@ def test_output_config_gives_object_and_strict_tools_refuse(client: httpx.Client
 
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "set_light"}])
-def test_calls_are_blocks_and_their_results_go_on(client: httpx.Client, choice: dict[str, str]) -> None:
+def test_calls_are_blocks_and_results_continue_the_chat(client: httpx.Client, choice: dict[str, str]) -> None:
     settings = {"tools": [TOOL], "tool_choice": {**choice, "disable_parallel_tool_use": True}, "max_tokens": 200}
     answer = ask(client, **settings, temperature=0)
     (call,) = answer["content"]
@@ -159,7 +159,7 @@ def test_reasoning_is_a_block(client: httpx.Client, pool: ModelPool, monkeypatch
         ({"mcp_servers": ["x"]}, 400, "invalid_request_error", "mcp_servers is not served here"),
     ],
 )
-def test_errors_have_anthropic_s_shape(
+def test_errors_have_the_shape_of_anthropic(
     client: httpx.Client, body: dict[str, Any], status: int, kind: str, message: str
 ) -> None:
     answer = client.post("/v1/messages", json={"model": "tiny", "messages": MESSAGES, "max_tokens": 3, **body})
@@ -167,7 +167,7 @@ def test_errors_have_anthropic_s_shape(
     assert message in answer.json()["error"]["message"]
 
 
-def test_the_key_may_be_in_anthropic_s_header(client: httpx.Client) -> None:
+def test_server_accepts_the_key_in_the_header_of_anthropic(client: httpx.Client) -> None:
     sent = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
     assert client.post("/v1/messages", json=sent, headers={"x-api-key": "wrong"}).status_code == 401
     assert client.post("/v1/messages", json=sent).status_code == 200

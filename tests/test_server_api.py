@@ -49,7 +49,7 @@ def post(address: str, path: str = "chat/completions", **body: Any) -> httpx.Res
     return httpx.post(f"{address}/v1/{path}", json={"model": "tiny", **body}, timeout=60)
 
 
-def test_text_completion_goes_on_with_the_prompt(client: openai.OpenAI, artefact: Path) -> None:
+def test_text_completion_continues_the_prompt(client: openai.OpenAI, artefact: Path) -> None:
     engine = load_engine(artefact, EngineOptions(threads=1))
     tokens = engine.tokenize("The quick brown fox", special=False)
     answers = [
@@ -211,14 +211,14 @@ def test_other_pages_may_call_only_where_allowed(address: str) -> None:
         assert answer.headers.get("access-control-allow-origin") == allowed
 
 
-def test_unknown_paths_and_models_answer_in_openai_s_shape(address: str, client: openai.OpenAI) -> None:
+def test_unknown_paths_and_models_give_openai_errors(address: str, client: openai.OpenAI) -> None:
     assert httpx.get(f"{address}/v1/nothing").json()["error"]["message"] == "Not Found"
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("../../etc/passwd")
 
 
-def test_answers_are_what_the_document_says(address: str) -> None:
+def test_answers_match_the_openapi_document(address: str) -> None:
     """The models forbid further fields, so they describe the whole answer."""
     for logprobs in (False, True):
         chat = post(address, messages=MESSAGES, max_tokens=4, n=2, logprobs=logprobs)
@@ -357,7 +357,7 @@ def test_a_chat_may_outgrow_the_window_when_asked(artefact: Path) -> None:
         assert post(address, messages=long, max_tokens=2).json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_bad_models_are_one_line(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_models_give_one_line(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"no model")
     with pytest.raises(ArtefactError, match="not a GGUF file"):

@@ -34,7 +34,7 @@ def client(artefact: Path) -> Iterator[openai.OpenAI]:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_they_are_the_model_s_last_states(
+def test_embeddings_are_the_last_states_of_the_model(
     client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast, pooling: str
 ) -> None:
     tokens = tokenizer.encode(TEXT, add_special_tokens=False)

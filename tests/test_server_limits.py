@@ -66,13 +66,13 @@ def test_a_body_that_does_not_come_is_given_up(address: str) -> None:
     assert b"the body did not arrive within 0.5 s" in answer
 
 
-def test_a_connection_that_says_nothing_is_closed(address: str) -> None:
+def test_server_closes_silent_connections(address: str) -> None:
     with connected(address, 1) as (silent,), connected(address, 1, HEAD[:30]) as (slow,):
         assert received(silent) == received(slow) == b""
 
 
 @pytest.mark.slow
-def test_connections_beyond_the_limit_are_told_so_and_the_rest_is_served(address: str) -> None:
+def test_server_refuses_connections_beyond_the_limit(address: str) -> None:
     with connected(address, MOST, HEAD) as held:
         time.sleep(0.1)  # they are in the server's books
         with connected(address, 1, HEAD) as (late,):

@@ -38,7 +38,7 @@ def events(client: httpx.Client, **body: Any) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
 
 
-def test_a_completion_is_that_of_openai_s_api(client: httpx.Client) -> None:
+def test_completion_gives_the_answer_of_openai_api(client: httpx.Client) -> None:
     asked = {"prompt": "Hello", "temperature": 0, "max_tokens": 12}
     expected = client.post("/v1/completions", json=asked).json()
     whole = complete(client, return_tokens=True)
@@ -64,7 +64,7 @@ def test_several_prompts_have_several_answers(client: httpx.Client, prompts: lis
     assert [each["content"] for each in answers] == [complete(client, prompt=one)["content"] for one in prompts]
 
 
-def test_the_reason_of_the_end_is_told(client: httpx.Client) -> None:
+def test_completion_names_the_reason_of_its_end(client: httpx.Client) -> None:
     text = complete(client)["content"]
     stop = text[3:5]
     whole = complete(client, stop=[stop])
@@ -199,7 +199,7 @@ def test_prompt_that_does_not_fit_is_measured_in_error(client: httpx.Client) -> 
     assert error["n_prompt_tokens"] > 256
 
 
-def test_what_turns_nothing_on_may_be_there(client: httpx.Client) -> None:
+def test_server_accepts_fields_that_turn_nothing_on(client: httpx.Client) -> None:
     """The fields that llama.cpp's page and other clients send with every request."""
     fields = {"cache_prompt": True, "id_slot": -1, "mirostat": 0, "mirostat_tau": 5.0, "typical_p": 1, "tfs_z": 1}
     fields |= {"samplers": ["top_k"], "dry_multiplier": 0, "dry_base": 1.75, "xtc_probability": 0, "n_probs": 0}
@@ -220,7 +220,7 @@ def test_what_turns_nothing_on_may_be_there(client: httpx.Client) -> None:
         ({"prompt": []}, "prompt: "),
     ],
 )
-def test_what_is_not_served_is_one_line(client: httpx.Client, fields: dict[str, Any], message: str) -> None:
+def test_unserved_fields_give_one_line(client: httpx.Client, fields: dict[str, Any], message: str) -> None:
     answer = client.post("/completion", json={"prompt": "Hello", **fields})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith(message)

@@ -52,7 +52,7 @@ def ask(client: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in answer.text.splitlines()]
 
 
-def test_a_chat_is_that_of_openai_s_api(client: httpx.Client) -> None:
+def test_chat_gives_the_answer_of_openai_api(client: httpx.Client) -> None:
     settings = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
     expected = client.post("/v1/chat/completions", json=settings).json()
     (whole,) = ask(client, "chat", messages=MESSAGES, options=GREEDY, stream=False, keep_alive="5m")
@@ -175,7 +175,7 @@ def test_models_are_listed_and_shown(client: httpx.Client) -> None:
     assert ask(client, "generate") == [{"model": "tiny:latest", "done": True, "done_reason": "load"}]
 
 
-def test_embeddings_are_those_of_openai_s_api(client: httpx.Client) -> None:
+def test_embeddings_equal_those_of_openai_api(client: httpx.Client) -> None:
     expected = client.post("/v1/embeddings", json={"input": ["Hello", "there"]}).json()
     (found,) = ask(client, "embed", input=["Hello", "there"], truncate=True)
     assert found["embeddings"] == [each["embedding"] for each in expected["data"]]
@@ -236,7 +236,7 @@ def test_a_flag_unloads_idle_models_and_requests_load_them_again(artefact: Path)
         ("generate", {"prompt": "a " * 2000}, 400, "context window"),
     ],
 )
-def test_errors_have_ollama_s_shape(
+def test_errors_have_the_shape_of_ollama(
     client: httpx.Client, path: str, body: dict[str, Any], status: int, message: str
 ) -> None:
     answer = client.post(f"/api/{path}", json={"model": "tiny", **body})

@@ -90,7 +90,7 @@ def test_answers_stream_and_figures_show(page: Any) -> None:
     assert page.locator(".assistant").count() == 0
 
 
-def test_page_shows_answer_whose_first_token_takes_two_seconds(page: Any, pool: ModelPool) -> None:
+def test_page_shows_an_answer_after_two_seconds_of_silence(page: Any, pool: ModelPool) -> None:
     """The server sends a comment after a second without a token."""
     with pool.loaded["tiny"].engine.caches():  # no pass of the engine can start
         ask(page, "Hello", max_tokens=4, seed=7)
@@ -186,7 +186,7 @@ def test_answers_are_regenerated_and_questions_edited(page: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["Regenerate", "Edit"])
-def test_what_was_there_is_there_again_where_no_answer_comes(page: Any, what: str) -> None:
+def test_page_restores_the_chat_after_a_failed_answer(page: Any, what: str) -> None:
     show(page, ("user", "One"), ("assistant", "First"), ("user", "Two"), ("assistant", "Second"))
     page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json={"error": {"message": "busy"}}))
     page.locator(f"text={what}").first.click()
@@ -321,7 +321,7 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everything_has_the_contrast_of_wcag_aa(browser: Any, address: str, scheme: str) -> None:
+def test_every_text_has_the_contrast_of_wcag_aa(browser: Any, address: str, scheme: str) -> None:
     context = browser.new_context(color_scheme=scheme)
     page = context.new_page()
     page.goto(address)

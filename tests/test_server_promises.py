@@ -54,7 +54,7 @@ def post(address: str, path: str = "chat/completions", **body: Any) -> httpx.Res
     return httpx.post(f"{address}/v1/{path}", json={"model": "tiny", **body}, timeout=60)
 
 
-def test_who_asks_for_one_answer_waits_for_none_of_who_asks_for_fifty(address: str) -> None:
+def test_single_request_overtakes_fifty_choices(address: str) -> None:
     order: list[str] = []
 
     def ask_for_many() -> None:
@@ -139,7 +139,7 @@ def test_nothing_is_ignored_in_silence(address: str, path: str, body: dict[str, 
     assert named in answer.json()["error"]["message"]
 
 
-def test_what_clients_keep_of_an_answer_may_come_back(address: str) -> None:
+def test_server_accepts_answers_in_the_history(address: str) -> None:
     kept = {
         "role": "assistant",
         "content": "x",
@@ -202,7 +202,7 @@ def test_a_stop_cuts_no_call_that_may_be_made(address: str) -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "json_schema.schema: is missing"),
     ],
 )
-def test_what_is_wrong_with_a_field_is_said(address: str, body: dict[str, Any], said: str) -> None:
+def test_error_names_the_wrong_field(address: str, body: dict[str, Any], said: str) -> None:
     answer = post(address, messages=MESSAGES, **body)
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
@@ -212,7 +212,7 @@ def test_what_is_wrong_with_a_field_is_said(address: str, body: dict[str, Any], 
     ("prompt", "said"),
     [([], "at least 1 item"), (["x"] * 17, "has 17 texts; the limit is 16"), (["a", None], "prompt.1: ")],
 )
-def test_what_is_wrong_with_prompts_is_said(address: str, prompt: Any, said: str) -> None:
+def test_error_names_the_wrong_prompt(address: str, prompt: Any, said: str) -> None:
     answer = post(address, "completions", prompt=prompt)
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
@@ -233,7 +233,7 @@ def test_what_is_wrong_with_prompts_is_said(address: str, prompt: Any, said: str
         ({"type": "reasoning", "summary": []}, "input.0: the type of an item must be message, function_call or"),
     ],
 )
-def test_what_is_wrong_with_an_item_is_said(address: str, item: dict[str, Any], said: str) -> None:
+def test_error_names_the_wrong_item(address: str, item: dict[str, Any], said: str) -> None:
     answer = post(address, "responses", input=[item])
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
@@ -249,7 +249,7 @@ def test_what_is_wrong_with_an_item_is_said(address: str, item: dict[str, Any], 
         (b'{"model": ', "the body is not JSON: "),
     ],
 )
-def test_what_is_wrong_with_a_body_is_said(address: str, content: bytes, said: str) -> None:
+def test_error_names_the_wrong_body(address: str, content: bytes, said: str) -> None:
     headers = {"Content-Type": "application/json"}
     answer = httpx.post(f"{address}/v1/chat/completions", content=content, headers=headers)
     assert answer.status_code == 400
@@ -263,7 +263,7 @@ def test_what_is_wrong_with_a_body_is_said(address: str, content: bytes, said: s
         ("responses", {"input": "x", "reasoning": {"effort": None}, "top_logprobs": 0, "stream_options": {}}),
     ],
 )
-def test_what_asks_for_nothing_may_be_there(address: str, path: str, body: dict[str, Any]) -> None:
+def test_server_accepts_fields_without_effect(address: str, path: str, body: dict[str, Any]) -> None:
     limit = "max_output_tokens" if path == "responses" else "max_tokens"
     assert post(address, path, **body, **{limit: 2}).status_code == 200
 
@@ -275,7 +275,7 @@ def two_models(artefact: Path, timeout: float) -> ModelPool:
     return loaded_pool(dict.fromkeys("ab", str(artefact)), options, limits)
 
 
-def test_who_stops_waiting_for_a_model_keeps_no_place_and_nothing_is_loaded(artefact: Path) -> None:
+def test_client_that_stops_waiting_loads_no_model(artefact: Path) -> None:
     pool = two_models(artefact, timeout=30)
 
     async def go() -> None:
@@ -297,7 +297,7 @@ def test_who_stops_waiting_for_a_model_keeps_no_place_and_nothing_is_loaded(arte
     asyncio.run(asyncio.wait_for(go(), 60))
 
 
-def test_a_load_that_has_begun_ends_though_nobody_waits_for_it(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_started_load_ends_without_clients(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, may_end, has_begun = two_models(artefact, timeout=30), threading.Event(), threading.Event()
     load = pool._load
 
@@ -342,7 +342,7 @@ def test_a_loaded_model_is_entered_while_another_one_loads(artefact: Path, monke
     asyncio.run(asyncio.wait_for(go(), 60))
 
 
-def test_who_waits_for_a_model_when_the_server_stops_is_told(artefact: Path) -> None:
+def test_stopping_server_answers_waiting_clients(artefact: Path) -> None:
     pool = two_models(artefact, timeout=30)
 
     async def go() -> None:
@@ -402,7 +402,7 @@ def test_a_compilation_that_takes_too_long_is_given_up_and_keeps_its_place(
         assert post(address, **body).status_code == 200
 
 
-def test_offsets_go_on_from_piece_to_piece(address: str) -> None:
+def test_offsets_continue_from_piece_to_piece(address: str) -> None:
     answer = post(address, "completions", prompt="x", logprobs=1, stream=True, **{**LONG, "max_tokens": 6})
     choices = [json.loads(line[6:])["choices"][0] for line in answer.text.splitlines() if line.startswith("data: {")]
     tokens = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["tokens"]]
@@ -411,7 +411,7 @@ def test_offsets_go_on_from_piece_to_piece(address: str) -> None:
     assert offsets == [sum(map(len, tokens[:index])) for index in range(len(tokens))]
 
 
-def test_log_probabilities_are_those_of_the_whole_softmax() -> None:
+def test_log_probabilities_equal_those_of_the_whole_softmax() -> None:
     logits = np.random.default_rng(0).normal(0, 3, 5000).astype(np.float32)
     expected = log_softmax(logits)
     best = np.argsort(-expected, kind="stable")[:20]
@@ -428,7 +428,7 @@ def test_many_texts_are_embedded_in_one_request(address: str) -> None:
     assert [each["index"] for each in answer.json()["data"]] == list(range(40))
 
 
-def test_what_a_flag_says_holds_where_a_request_says_nothing() -> None:
+def test_flags_give_the_defaults_of_requests() -> None:
     defaults = SamplingDefaults(temperature=0.0, top_k=5)
     assert defaults.fill(SamplingOptions(temperature=None, top_k=None)).temperature == 0.0
     assert defaults.fill(SamplingOptions(temperature=0.7)).temperature == 0.7
@@ -481,7 +481,7 @@ def test_a_client_that_closes_its_side_gets_its_answer(artefact: Path, stream: b
     assert b'"finish_reason"' in data
 
 
-def test_a_client_that_closes_both_sides_is_soon_known_to_be_gone(artefact: Path) -> None:
+def test_server_notices_a_closed_connection_soon(artefact: Path) -> None:
     pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=4096))
     with serve(pool, AppOptions(overflow="slide"), http=limited_protocol(4, timeout=20)) as address:
         host, port = address.removeprefix("http://").split(":")
@@ -530,7 +530,7 @@ def test_answers_that_outlast_the_grace_end_with_a_reason(artefact: Path) -> Non
         assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server stops"
 
 
-def test_a_service_of_systemd_says_when_it_is_ready_and_when_it_stops(
+def test_service_reports_start_and_stop_to_systemd(
     artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

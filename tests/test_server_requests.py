@@ -94,7 +94,7 @@ def test_the_developer_is_the_system(address: str) -> None:
     assert sizes[0] == sizes[1] != sizes[2]
 
 
-def test_several_system_messages_are_the_template_s_business(address: str) -> None:
+def test_server_passes_several_system_messages_to_the_template(address: str) -> None:
     messages = [
         *MESSAGES,
         {"role": "assistant", "content": "Hi"},
@@ -123,7 +123,7 @@ def test_nothing_that_would_change_the_answer_is_ignored(address: str, name: str
         assert answer.json()["error"]["message"] == f"{name} is not served here; {remedy}"
 
 
-def test_what_asks_for_nothing_passes(address: str) -> None:
+def test_fields_without_effect_pass(address: str) -> None:
     neutral = {"tools": [], "tool_choice": "auto", "suffix": "", "logit_bias": {}, "store": False, "user": "me"}
     plain, answer = post(address, **GREEDY).json(), post(address, **neutral, **GREEDY).json()
     assert answer["choices"] == plain["choices"]
@@ -191,14 +191,14 @@ TOOL = '"tools": [{"type": "function", "function": {"name": "f", "description": 
         (with_fields('"chat_template_kwargs": {"x": "\\ud800"}'), "chat_template_kwargs: text must not contain"),
     ],
 )
-def test_what_cannot_be_read_is_one_line_that_names_the_field(address: str, body: str | bytes, message: str) -> None:
+def test_unreadable_body_gives_one_line_with_the_field(address: str, body: str | bytes, message: str) -> None:
     answer = httpx.post(f"{address}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith(message)
     assert "\n" not in answer.json()["error"]["message"]
 
 
-def test_what_clients_say_of_the_template_anyway_is_taken(address: str) -> None:
+def test_server_accepts_template_settings_of_clients(address: str) -> None:
     said = {"add_generation_prompt": True, "continue_final_message": False, "self": 1, "enable_thinking": False}
     assert post(address, chat_template_kwargs=said, max_tokens=1).status_code == 200
 
@@ -211,7 +211,7 @@ def test_a_negative_seed_is_one_like_others(address: str) -> None:
     assert one == same != other
 
 
-def test_penalties_and_biases_change_the_answer_as_openai_s_do(address: str) -> None:
+def test_penalties_and_biases_change_the_answer(address: str) -> None:
     def content(**fields: Any) -> str:
         return post(address, temperature=0, max_tokens=12, **fields).json()["choices"][0]["message"]["content"]
 
@@ -297,7 +297,7 @@ def test_errors_name_the_fields_as_clients_wrote_them(address: str) -> None:
     assert message.startswith("messages.0.content: ")
 
 
-def test_a_prompt_counts_once_however_many_choices(address: str) -> None:
+def test_usage_counts_a_prompt_once_for_all_choices(address: str) -> None:
     text = "A sentence that no other test has asked for, so nothing of it is cached."
     one = post(address, "completions", prompt=text, max_tokens=2, temperature=0).json()["usage"]
     three = post(address, "completions", prompt=text, max_tokens=2, n=3, seed=1).json()["usage"]
@@ -318,7 +318,7 @@ LONG_OBJECT = {"type": "json_schema", "json_schema": {"name": "long", "schema": 
 
 
 @pytest.mark.parametrize("body", [{}, {"n": 4}, {"response_format": LONG_OBJECT}, {"stop": ["never said"]}])
-def test_a_client_that_waits_for_the_whole_and_goes_frees_its_place(address: str, body: dict[str, Any]) -> None:
+def test_disconnected_client_of_a_whole_answer_frees_its_place(address: str, body: dict[str, Any]) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             f"{address}/v1/chat/completions",
@@ -373,7 +373,7 @@ def test_a_request_that_leaves_while_its_model_loads_keeps_no_place(artefact: Pa
     asyncio.run(asyncio.wait_for(leave_early(), 20))
 
 
-def test_a_port_in_use_is_one_line(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_in_use_gives_one_line(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -414,7 +414,7 @@ def test_small_pieces_are_sent_at_once() -> None:
     assert asyncio.run(nodelay())
 
 
-def test_a_failure_of_ours_has_openai_s_shape(artefact: Path) -> None:
+def test_server_failure_has_the_shape_of_openai(artefact: Path) -> None:
     pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     with serve(pool, AppOptions()) as address:
         pool.loaded["tiny"].engine.close()

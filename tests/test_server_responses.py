@@ -29,7 +29,7 @@ def client(artefact: Path) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_a_response_is_the_chat_s_answer(client: openai.OpenAI) -> None:
+def test_response_equals_the_answer_of_the_chat(client: openai.OpenAI) -> None:
     common: Any = {"model": "tiny", "temperature": 0}
     messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     chat = client.chat.completions.create(**common, messages=messages, max_tokens=8)
@@ -66,7 +66,7 @@ def test_an_object_is_parsed(client: openai.OpenAI) -> None:
     assert answer.status == "completed"
 
 
-def test_a_call_and_its_result_go_on(client: openai.OpenAI) -> None:
+def test_call_and_result_continue_the_response(client: openai.OpenAI) -> None:
     common: Any = {"model": "tiny", "tools": [TOOL], "max_output_tokens": 200}
     question: Any = {"role": "user", "content": "Rome?"}
     answer = client.responses.create(**common, input=[question], tool_choice="required")
@@ -95,7 +95,7 @@ def test_a_call_and_its_result_go_on(client: openai.OpenAI) -> None:
         ({"tool_choice": "required"}, "tool_choice: required needs tools"),
     ],
 )
-def test_what_is_not_served_is_one_line(client: openai.OpenAI, fields: dict[str, Any], message: str) -> None:
+def test_unserved_fields_give_one_line(client: openai.OpenAI, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**{"model": "tiny", "input": "Hi", **fields})
     assert caught.value.body["message"].startswith(message)  # type: ignore[index]

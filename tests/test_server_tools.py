@@ -162,7 +162,7 @@ def test_a_file_of_examples_of_another_form_is_refused(content: str | None, reas
 
 
 @both
-def test_the_named_function_is_called_and_its_result_goes_on(client: openai.OpenAI, model: str) -> None:
+def test_named_function_is_called_and_its_result_continues_the_chat(client: openai.OpenAI, model: str) -> None:
     settings: Any = {"model": model, "tools": TOOLS, "max_tokens": 200, "temperature": 0}
     message = client.chat.completions.create(**settings, messages=QUESTION, tool_choice=NAMED).choices[0].message
     (call,) = message.tool_calls or []
@@ -198,7 +198,7 @@ def test_parse_gives_the_object(client: openai.OpenAI) -> None:
         assert stream.get_final_completion().choices[0].message.parsed == answer.message.parsed
 
 
-def test_the_answer_goes_on_with_what_the_assistant_has_begun(client: openai.OpenAI) -> None:
+def test_answer_continues_the_begun_message(client: openai.OpenAI) -> None:
     begun = [*QUESTION, {"role": "assistant", "content": "Rome is"}]
     settings: Any = {"model": "plain", "temperature": 0, "max_tokens": 8}
     answer = client.chat.completions.create(**settings, messages=begun).choices[0].message.content

@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused_and_the_server_goes_on(address: str, name: str) -> None:
+def test_server_refuses_the_schema_and_keeps_serving(address: str, name: str) -> None:
     body, said = REFUSED[name]
     answer = ask(address, body)
     assert answer.status_code == 400, answer.text[:300]
@@ -139,7 +139,7 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("choice", ["auto", "required"])
-def test_the_tool_whose_parameters_cannot_be_enforced_is_named(address: str, name: str, choice: str) -> None:
+def test_error_names_the_tool_with_unenforceable_parameters(address: str, name: str, choice: str) -> None:
     refused, said = NAMED[name]
     fine, wrong = ({"type": "object", "properties": {"a": value}} for value in ({"type": "integer"}, refused))
     wrong["required"] = ["a"]
@@ -173,7 +173,7 @@ def test_a_deep_grammar_is_answered_or_refused(address: str, name: str) -> None:
     assert ask(address, {}).status_code == 200
 
 
-def test_a_call_whose_arguments_are_a_hundred_thousand_brackets(address: str) -> None:
+def test_server_refuses_a_hundred_thousand_brackets(address: str) -> None:
     function = {"name": "f", "arguments": '{"a":' + "[" * 90_000}
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
     messages = [{"role": "user", "content": "Hi"}, call, {"role": "tool", "tool_call_id": "1", "content": "x"}]
@@ -182,7 +182,7 @@ def test_a_call_whose_arguments_are_a_hundred_thousand_brackets(address: str) ->
     assert "are nested too deeply" in answer.json()["error"]["message"]
 
 
-def test_a_schema_that_goes_with_nothing_is_not_ignored(address: str) -> None:
+def test_server_refuses_a_schema_without_its_type(address: str) -> None:
     format = {"type": "json_object", "schema": {"const": {"a": 1}}}
     answer = ask(address, {"input": "Hi", "text": {"format": format}}, "responses")
     assert answer.status_code == 400

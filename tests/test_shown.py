@@ -56,7 +56,7 @@ def test_losses_are_smoothed_around_steps_that_were_skipped(tmp_path: Path) -> N
     assert (tmp_path / "training.png").stat().st_size > (tmp_path / "empty.png").stat().st_size
 
 
-def test_the_speed_is_that_of_the_last_minute() -> None:
+def test_the_speed_equals_that_of_the_last_minute() -> None:
     speed = Throughput()
     assert speed.tokens_per_second == 0.0
     for seconds in [30.0] * 4 + [10.0] * 6:  # the slow steps are over a minute ago
@@ -80,9 +80,7 @@ def test_the_first_line_comes_before_anything_is_loaded(tmp_path: Path) -> None:
     assert time.monotonic() - began > 2 * first  # what follows takes longer, on a busy machine too
 
 
-def test_a_repeated_task_has_a_time_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_repeated_task_has_its_own_time(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, PROGRESS_LOGGER)
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
@@ -138,7 +136,7 @@ def card(settings: SourceConfig) -> str:
     return model_card(replace(TrainConfig(), source=settings), figures, architecture, architecture)
 
 
-def test_the_card_names_what_is_on_a_hub_and_no_local_path(
+def test_card_names_hub_sources_and_no_local_path(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -169,7 +167,7 @@ def test_a_card_of_anybody_ends_no_run(tmp_path: Path, text: str) -> None:
     assert cards.source_card(str(tmp_path)) == cards.SourceCard()
 
 
-def test_the_card_says_which_transformers_reads_it() -> None:
+def test_card_names_the_release_of_transformers() -> None:
     figures: dict[str, Any] = {"held_out_tokens": 1, "perplexity": {}, "tokens": 1, "data": ["x"], "seconds": 1.0}
     plain = tiny_architecture(layers=(LayerShape(4, 2, 64),) * 2)
     needed = "Layers of their own width need transformers 5.14 or newer."

@@ -29,7 +29,7 @@ def run(script: str, folder: Path) -> int:
     return subprocess.run(["bash", "-ec", script], cwd=folder, env=environment, check=False).returncode
 
 
-def test_a_signature_finds_what_the_manifest_of_a_changed_artefact_allows(artefact: Path, tmp_path: Path) -> None:
+def test_signature_finds_changes_of_artefact_and_manifest(artefact: Path, tmp_path: Path) -> None:
     (script,) = (block for block in blocks(ROOT / "docs" / "server.md", "bash") if "model_signing" in block)
     verify = script.splitlines()[-1]
     copy = shutil.copytree(artefact, tmp_path / "small-gguf")

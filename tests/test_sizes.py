@@ -89,7 +89,7 @@ def test_every_size_is_a_finished_run(family: Path, source_folder: Path) -> None
     assert (family / "sizes.png").stat().st_size > 1000
 
 
-def test_the_smallest_size_is_that_of_a_run_of_its_own(
+def test_smallest_size_equals_that_of_a_single_run(
     family: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     assert run([*command(source_folder, corpus, tmp_path / "own"), *RUN]) == 0
@@ -151,7 +151,7 @@ def test_a_larger_size_gets_a_share_of_the_later_steps(
     assert add_later_steps(branch, before, shape, groups, lambda: next(perplexities)) == 0
 
 
-def test_a_run_of_its_own_has_no_later_steps(tmp_path: Path) -> None:
+def test_single_run_has_no_later_steps(tmp_path: Path) -> None:
     link_later_steps(tmp_path, tmp_path / "branch")
     assert not has_later_steps(tmp_path / "branch")
 
@@ -373,7 +373,7 @@ def test_a_longer_workload_needs_more_memory(family: Path) -> None:
         (["--sizes", "1000M,0.1M"], "is larger than the source's"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_bad_input_gives_one_line(
     more: list[str],
     message: str,
     source_folder: Path,

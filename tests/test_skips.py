@@ -34,7 +34,7 @@ def test_fails(): raise ValueError
         ("test_whole.py::test_anything", "test_whole.py\n", ["-p", "xdist", "-n", "2"]),
     ],
 )
-def test_skips_are_said_and_fail_where_a_test_must_run(
+def test_skips_are_listed_and_required_tests_fail(
     must_run: str, missed: str, workers: list[str], tmp_path: Path
 ) -> None:
     for name, text in (CONTENTS | {"must_run.txt": must_run, "pytest.ini": "[pytest]\n"}).items():

@@ -48,7 +48,9 @@ def generations(engine: EngineScheduler, tokens: int = 60, **sampling: float) ->
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.7, "seed": 3, "frequency_penalty": 0.1}])
-def test_answers_are_those_without_proposals(engine: EngineScheduler, artefact: Path, sampling: dict[str, Any]) -> None:
+def test_answers_equal_those_without_proposals(
+    engine: EngineScheduler, artefact: Path, sampling: dict[str, Any]
+) -> None:
     """Alone and in a batch, with the same log-probabilities, in fewer passes."""
     plain = load(artefact, lookup=False)
     expected = generations(plain, **sampling)
@@ -156,7 +158,7 @@ def lookup_of(text: str, speculation: Speculation | None = None) -> PromptLookup
     return PromptLookup(speculation or Speculation(FREE), list(map(ord, text)))
 
 
-def test_what_followed_the_last_tokens_is_proposed() -> None:
+def test_lookup_proposes_the_tokens_of_an_earlier_place() -> None:
     assert bytes(lookup_of("the lamp in the hall. the lamp").draft(9, 1)) == b" in the h"
     assert bytes(lookup_of("abcabcabc").draft(7, 1)) == b"abcabca"  # a repetition goes on
     assert lookup_of("abcdefg").draft(9, 1) == []

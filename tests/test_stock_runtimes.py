@@ -81,7 +81,7 @@ def python_of(runtime: str) -> str:
 
 
 @pytest.mark.parametrize("runtime", TARGETS)
-def test_the_likeliest_tokens_are_those_of_torch(
+def test_the_likeliest_tokens_equal_those_of_torch(
     runtime: str, root: Path, expected: torch.Tensor, record_property: Callable[[str, object], None]
 ) -> None:
     if runtime == WEB:

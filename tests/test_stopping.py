@@ -190,7 +190,7 @@ def test_a_second_signal_interrupts_at_once(
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_signals_during_a_checkpoint_are_answered_in_one_line(
+def test_signals_during_a_checkpoint_give_one_line(
     count: int,
     source_folder: Path,
     corpus: Path,

@@ -91,7 +91,7 @@ def test_another_type_is_the_same_weights_rounded(source_folder: Path, corpus: P
         assert all(torch.equal(stored[name], tensor.to(dtype)) for name, tensor in exact.items())
 
 
-def test_what_fp16_cannot_hold_is_stored_in_fp32(caplog: pytest.LogCaptureFixture) -> None:
+def test_numbers_beyond_fp16_are_stored_in_fp32(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(tiny_architecture())
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 5] = 1e6
     with caplog.at_level("WARNING", logger="efficientllm.train"):

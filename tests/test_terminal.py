@@ -101,7 +101,7 @@ def test_a_file_that_cannot_be_leaves_the_conversation(
 
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])
-def test_bytes_that_are_no_utf_8_are_one_line(exported: Callable[..., Path], kind: str) -> None:
+def test_bytes_of_another_encoding_give_one_line(exported: Callable[..., Path], kind: str) -> None:
     artefact = exported(kind, "--quantize", "f32")
     command = [sys.executable, "-m", "efficientllm.runtime.chat", str(artefact), "--threads", "1", "--max-tokens", "2"]
     piped = subprocess.run(command, input=b"a\xffb", capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
@@ -113,7 +113,7 @@ def test_bytes_that_are_no_utf_8_are_one_line(exported: Callable[..., Path], kin
         assert line.startswith(b"error: the text has an invalid character: a byte that is not UTF-8, ")
 
 
-def test_an_interrupt_ends_the_answer_and_keeps_what_is_there(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_ends_the_answer_and_keeps_its_text(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine(artefact, EngineOptions(threads=1, context=4096))
     options = ChatOptions(max_tokens=3000)
     conversation = Conversation(engine, options, SamplingOptions(temperature=1, seed=3, top_k=0, top_p=1, min_p=0))

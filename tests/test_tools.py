@@ -70,7 +70,7 @@ XML = SHOWS + (
         (None, GENERIC),
     ],
 )
-def test_the_template_s_own_form_is_found(template: str | None, expected: ToolFormat) -> None:
+def test_reader_finds_the_form_of_the_template(template: str | None, expected: ToolFormat) -> None:
     assert tool_format(template, "<s>", "</s>") == expected
 
 
@@ -148,7 +148,7 @@ def test_calls_are_valid_where_there_are_any(engine: EngineScheduler, text: str,
     assert accepts(engine, ToolUse(TOOLS, must_call=True), text) == must
 
 
-def test_an_answer_is_a_call_or_what_the_schema_says(engine: EngineScheduler) -> None:
+def test_answer_is_a_call_or_a_value_of_the_schema(engine: EngineScheduler) -> None:
     use = ToolUse(TOOLS, otherwise={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
     assert [accepts(engine, use, text) for text in (ROME, '{"a": 1}', '{"b": 1}', "text")] == [True, True, False, False]
 
@@ -301,7 +301,7 @@ def test_a_required_argument_without_an_example_in_the_request_is_copied(engine:
 @pytest.mark.parametrize(
     "schema", [False, {"type": "integer", "minimum": 5, "maximum": 3}, {"enum": []}, {"anyOf": [False]}]
 )
-def test_an_argument_whose_schema_no_value_follows_is_left_out(engine: EngineScheduler, schema: Any) -> None:
+def test_call_omits_arguments_with_an_impossible_schema(engine: EngineScheduler, schema: Any) -> None:
     parameters = {"type": "object", "properties": {"city": {"type": "string"}, "none": schema}}
     tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
     for arguments in ("any", "copy"):
@@ -506,7 +506,7 @@ def text_of(engine: EngineScheduler, tokens: list[int]) -> str:
     return b"".join(map(engine.token_bytes, tokens)).decode()
 
 
-def test_a_template_without_functions_is_told_of_them_in_words(engine: EngineScheduler) -> None:
+def test_template_without_functions_gets_them_as_text(engine: EngineScheduler) -> None:
     calls = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
     messages = [
         {"role": "system", "content": "Be kind."},

@@ -52,7 +52,7 @@ def test_parameters_fall_step_by_step_and_loss_falls(straight: Path) -> None:
     assert len({unit[0] for record in records for unit in record.get("removed", [])}) > 1  # several group types
 
 
-def test_the_log_says_why_a_group_was_removed(straight: Path) -> None:
+def test_log_has_the_scores_of_removed_groups(straight: Path) -> None:
     events = [record for record in metrics(straight) if "removed" in record]
     assert events
     for record in events:
@@ -191,7 +191,7 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize(("more", "message"), BAD_INPUT, ids=[" ".join(more) for more, _ in BAD_INPUT])
-def test_bad_input_gets_one_line_and_writes_nothing(
+def test_bad_input_gives_one_line_and_writes_no_file(
     more: list[str], message: str, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = command(source_folder, corpus, tmp_path / "run")
@@ -223,7 +223,7 @@ def test_a_target_is_reached_whatever_the_steps_between_removals(
     assert event["step"] == 10  # --prune-end 0.5 of 20 steps
 
 
-def test_a_corpus_that_changed_meanwhile_is_said(
+def test_resume_names_a_changed_corpus(
     source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = Path(shutil.copy(corpus, tmp_path / "text.jsonl"))
@@ -259,7 +259,7 @@ def test_a_model_that_a_target_cannot_hold_is_not_trained(
     assert "--for pdf: choose from gguf, web, onnx, executorch, hf-uniform" in capsys.readouterr().err
 
 
-def test_a_logger_that_does_not_start_is_one_line(
+def test_failing_logger_gives_one_line(
     source_folder: Path,
     corpus: Path,
     tmp_path: Path,

@@ -109,7 +109,7 @@ def test_explicit_architecture_is_reached(source_folder: Path, corpus: Path, tmp
 
 
 @pytest.mark.parametrize("quantize", ["q4_0", "q8_0", "f16"])
-def test_target_bytes_are_those_of_the_exported_file(
+def test_target_bytes_equal_those_of_the_exported_file(
     quantize: str, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     """The export takes the type in which the run counted."""
@@ -131,7 +131,7 @@ def test_from_scratch_starts_at_chance(source_folder: Path, corpus: Path, tmp_pa
     assert perplexities(tmp_path / "run")["final"] < 390
 
 
-def test_distillation_changes_the_run_and_not_what_is_logged(
+def test_distillation_changes_the_run_and_keeps_the_logged_loss(
     straight: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     assert run(command(source_folder, corpus, tmp_path / "distilled", "--distill", "2.0")) == 0
@@ -186,7 +186,7 @@ def test_run_leaves_its_description(source_folder: Path, corpus: Path, tmp_path:
     assert f"| 2 | {final(tmp_path / 'run').layers[2].num_attention_heads} |" in card
 
 
-def test_the_card_s_command_repeats_the_run(
+def test_command_of_the_card_repeats_the_run(
     straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the source and the corpus lie: it names them without their folders."""

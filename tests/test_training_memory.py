@@ -257,7 +257,7 @@ def test_memory_of_a_run_names_its_parts() -> None:
     assert memory.training_memory(config, architecture, torch.float32, shards=4).weights == size
 
 
-def test_what_cannot_fit_is_refused_before_it_is_read(
+def test_run_beyond_the_memory_is_refused_before_the_source_is_read(
     source_folder: Path,
     corpus: Path,
     tmp_path: Path,
@@ -280,7 +280,7 @@ def test_run_that_may_not_fit_gets_a_warning() -> None:
         memory.check_memory(needed, memory.Memory(1599, 1500), config)
 
 
-def test_this_machine_says_what_it_has() -> None:
+def test_this_machine_reports_its_memory() -> None:
     found = memory.device_memory(torch.device("cpu"), processes=2)
     assert (found is None) == (not Path("/proc/meminfo").exists())
     assert found is None or 0 < found.free <= found.total

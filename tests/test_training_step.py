@@ -121,7 +121,7 @@ def test_a_microbatch_without_learned_tokens_counts_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["taylor1", "token-fisher"])
-def test_scores_of_unequal_microbatches_are_those_of_one_batch(name: str) -> None:
+def test_scores_of_unequal_microbatches_equal_those_of_one_batch(name: str) -> None:
     """Both are sums over tokens of a step."""
 
     def scores(microbatches: list[Tensor]) -> dict[str, list[Tensor]]:

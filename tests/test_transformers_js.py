@@ -79,7 +79,7 @@ def test_transformers_js_generates_the_tokens_of_our_engine(quantize: str, expor
     assert len(held) == len(PROMPT) + COUNT
 
 
-def test_an_onnx_folder_is_no_checkpoint_for_its_config(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_config_of_an_onnx_folder_makes_no_checkpoint(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture())
     assert export(checkpoint, "onnx", tmp_path / "onnx", "--no-verify") == 0
     assert export(checkpoint, "hf-uniform", tmp_path / "uniform", "--no-verify") == 0

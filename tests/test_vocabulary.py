@@ -151,7 +151,7 @@ def test_any_text_comes_back(name: str, seed: int, share: float, text: str) -> N
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("share", [0.3, 0.8])
-def test_every_token_that_stays_is_what_it_was(name: str, share: float) -> None:
+def test_kept_tokens_keep_their_text(name: str, share: float) -> None:
     before, (after, kept) = tokenizer_named(name), smaller(name, 0, share)
     assert after.convert_ids_to_tokens(list(range(len(kept)))) == before.convert_ids_to_tokens(list(kept))
     made = read_pieces(tokenizer_data(before), len(before)).parts
@@ -165,7 +165,7 @@ def test_every_token_that_stays_is_what_it_was(name: str, share: float) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_what_must_stay_does(name: str) -> None:
+def test_required_tokens_stay(name: str) -> None:
     tokenizer, (_, kept) = tokenizer_named(name), smaller(name, 0, 1.0)
     pieces = read_pieces(tokenizer_data(tokenizer), len(tokenizer))
     assert set(kept) == with_parts(pieces, pieces.fixed)
@@ -201,7 +201,7 @@ def test_retokenizing_gives_the_same_bytes(name: str, share: float, text: str, l
     )
 
 
-def test_a_text_is_longer_by_what_splits_say() -> None:
+def test_splits_predict_the_longer_text() -> None:
     """Exactly so for one token; what goes with others is written in parts that may join differently."""
     tokenizer = tokenizer_named("byte-level")
     pieces = read_pieces(tokenizer_data(tokenizer), len(tokenizer))
@@ -237,7 +237,7 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_are_those_of_the_rows_that_stay(family: str, tied: bool) -> None:
+def test_logits_equal_those_of_the_rows_that_stay(family: str, tied: bool) -> None:
     architecture = tiny_architecture(family, tied=tied)
     model, original = tiny_model(architecture, pad_token_id=2), tiny_model(architecture, pad_token_id=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
@@ -270,7 +270,7 @@ def test_rows_that_must_stay_are_the_floor() -> None:
 # -- distillation
 
 
-def test_the_source_says_what_is_written_first() -> None:
+def test_source_gives_the_first_tokens_of_answers() -> None:
     """By hand: the source's tokens, each rewritten on its own, their probabilities added up."""
     tokenizer, (after, kept) = tokenizer_named("byte-level"), smaller("byte-level", 0, 0.8)
     text = TokenAligner(after, tokenizer, kept, 600)(torch.tensor([after.encode("The heat of the sun")]))
@@ -296,7 +296,7 @@ def test_both_stand_at_the_same_byte_where_they_are_compared() -> None:
     assert 0.3 < float((places >= 0).float().mean()) < 1.0
 
 
-def test_the_loss_is_that_of_its_definition() -> None:
+def test_the_loss_equals_that_of_its_definition() -> None:
     tokenizer, (after, kept) = tokenizer_named("byte-level"), smaller("byte-level", 0, 0.8)
     shape = tiny_architecture()
     source = tiny_model(Architecture.from_dict({**shape.to_dict(), "vocab_size": 600}))
@@ -318,7 +318,7 @@ def test_the_loss_is_that_of_its_definition() -> None:
         assert float(loss(windows)[0]) == pytest.approx(total / windows[:, 1:].numel(), rel=1e-4)
 
 
-def test_with_all_tokens_it_is_distillation_as_ever() -> None:
+def test_distillation_with_all_tokens_equals_plain_distillation() -> None:
     tokenizer, model = tokenizer_named("byte-level"), None
     shape = Architecture.from_dict({**tiny_architecture().to_dict(), "vocab_size": 600})
     model, source = tiny_model(shape), tiny_model(shape, seed=1)
@@ -337,7 +337,7 @@ def test_with_all_tokens_it_is_distillation_as_ever() -> None:
 # -- the ranking
 
 
-def test_the_price_is_what_the_text_costs_without_the_rows() -> None:
+def test_price_of_rows_is_the_loss_of_text_without_them() -> None:
     tokenizer, (after, kept) = tokenizer_named("byte-level"), smaller("byte-level", 0, 0.8)
     model = tiny_model(Architecture.from_dict({**tiny_architecture().to_dict(), "vocab_size": 600}))
     windows = np.asarray([tokenizer.encode(sample_text())[at : at + 40] for at in (0, 40)])
@@ -394,7 +394,7 @@ def pruned(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathF
     return output
 
 
-def test_a_run_loses_rows_once_and_says_what_a_byte_costs(pruned: Path, source_folder: Path) -> None:
+def test_run_removes_rows_once_and_logs_the_price_of_a_byte(pruned: Path, source_folder: Path) -> None:
     records = metrics(pruned)
     events = [record for record in records if record.get("removed")]
     assert len(events) == 1
@@ -413,7 +413,7 @@ def test_a_run_loses_rows_once_and_says_what_a_byte_costs(pruned: Path, source_f
 
 
 @pytest.mark.parametrize("step", [5, 15])
-def test_resumed_before_or_after_it_is_the_same_run(
+def test_run_resumed_before_or_after_a_removal_is_the_same(
     step: int, pruned: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     arguments = rows_command(source_folder, corpus, tmp_path / "run", "--checkpoint-every", "0")
@@ -443,7 +443,7 @@ def test_a_number_of_rows_stays_and_nothing_competes_with_them(
     assert not any("nats_per_token_more" in record for record in records)  # no price was measured
 
 
-def test_a_stream_goes_on_with_the_documents_that_come_next(corpus: Path) -> None:
+def test_stream_continues_with_the_next_documents(corpus: Path) -> None:
     tokenizer, (after, _) = tokenizer_named("byte-level"), smaller("byte-level", 0, 0.8)
     streams = [PackedStream((DataSpec(str(corpus)),), tokenizer, 16, 0.2, seed=0) for _ in range(2)]
     for stream in streams:

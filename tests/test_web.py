@@ -96,7 +96,7 @@ def test_the_parts_are_the_gguf_and_the_manifest_knows_every_file(
 
 
 @needs_wllama
-def test_another_export_changes_what_the_browser_keeps(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_new_export_replaces_the_copy_of_the_browser(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     copy = tmp_path / "web"
     shutil.copytree(folder, copy)
     assert export(checkpoint, "web", copy, "--wllama", str(TARBALLS), "--no-verify") == 2  # not without --overwrite
@@ -112,7 +112,7 @@ def test_another_export_changes_what_the_browser_keeps(folder: Path, checkpoint:
     assert len(list(copy.glob("*.part"))) == 1
 
 
-def test_a_machine_without_npm_is_told_what_to_do(
+def test_machine_without_npm_gets_the_remedy(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
@@ -127,7 +127,7 @@ def test_a_machine_without_npm_is_told_what_to_do(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_npm_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+def test_error_shows_the_message_of_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     program = tmp_path / "npm"
     program.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\nexit 1\n")
     program.chmod(0o755)
@@ -280,7 +280,7 @@ def test_answers_stream_stop_and_outlive_the_page_which_fits_a_screen(folder: Pa
 @needs_wllama
 @needs_chromium
 @pytest.mark.slow
-def test_a_broken_download_goes_on_where_it_was_and_foreign_bytes_are_refused(folder: Path, visit: Visit) -> None:
+def test_broken_download_resumes_and_refuses_foreign_bytes(folder: Path, visit: Visit) -> None:
     with served(folder) as address:
         page = visit(address)
         asked: list[str] = []
@@ -302,7 +302,7 @@ def test_a_broken_download_goes_on_where_it_was_and_foreign_bytes_are_refused(fo
 @needs_wllama
 @needs_chromium
 @pytest.mark.slow
-def test_no_click_is_lost_while_the_page_still_asks_what_it_holds(folder: Path, visit: Visit) -> None:
+def test_page_keeps_early_clicks(folder: Path, visit: Visit) -> None:
     with served(folder) as address:
         page = visit(address, service_workers="block")  # it would answer from what it keeps
         held: list[Any] = []

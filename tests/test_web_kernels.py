@@ -61,7 +61,7 @@ def q4_0(values: np.ndarray, scale: np.float16) -> bytes:
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed (apt install nodejs npm)")
 @pytest.mark.parametrize(("name", "pack", "low", "high"), [("q8_0", q8_0, -128, 128), ("q4_0", q4_0, -8, 8)])
 @pytest.mark.parametrize("blocks", [0, 1, 3])
-def test_dot_products_are_those_of_the_blocks(
+def test_dot_products_equal_those_of_the_blocks(
     name: str, pack: object, low: int, high: int, blocks: int, tmp_path: Path
 ) -> None:
     random = np.random.default_rng(blocks)
@@ -84,7 +84,7 @@ def test_dot_products_are_those_of_the_blocks(
     assert float(done.stdout) == pytest.approx(products.sum(), rel=1e-5, abs=1e-6)
 
 
-def test_the_shipped_bodies_are_those_of_the_source() -> None:
+def test_the_shipped_bodies_equal_those_of_the_source() -> None:
     shipped = Path(kernels.__file__).with_name("kernels.txt").read_text(encoding="ascii")
     assert shipped.splitlines() == web_kernels.kernel_lines()
 

@@ -34,7 +34,7 @@ def test_compensation_is_the_least_squares_solution() -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_grams_are_those_of_the_inputs() -> None:
+def test_grams_equal_those_of_the_inputs() -> None:
     model = tiny_model(tiny_architecture())
     inputs = []
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))

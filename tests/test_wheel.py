@@ -53,7 +53,7 @@ def test_an_installed_distribution_is_packed_as_pip_takes_it(
     assert (target / "bin/small").is_file()
 
 
-def test_a_board_is_sent_what_is_installed_here_where_there_is_no_source_tree(
+def test_board_gets_the_installed_package_without_a_source_tree(
     installed: importlib.metadata.Distribution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(board_environment, "SOURCE_ROOT", tmp_path)

@@ -20,11 +20,11 @@ POINTS = ("q4_0", "q2_k/q8_0+imatrix", "q4_0/q4_0@62MB", "q4_0/q4_0@62.5MB+qat",
 
 
 @pytest.mark.parametrize("text", POINTS)
-def test_a_point_is_read_as_it_is_written(text: str) -> None:
+def test_points_survive_writing_and_reading(text: str) -> None:
     assert str(Point.parse(text)) == text
 
 
-def test_a_point_is_what_its_commands_make() -> None:
+def test_commands_make_the_point_of_a_file() -> None:
     point = Point.parse("q4_0/q4_0@62MB+qat")
     assert (point.pruning.target_bytes, point.quantisation.qat) == (62_000_000, "q4_0")
     assert point.export_flags == []  # the checkpoint knows
@@ -42,7 +42,7 @@ def test_a_point_is_what_its_commands_make() -> None:
         ("q4_0@much", "much"),
     ],
 )
-def test_what_is_no_point_is_one_line(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reader_refuses_other_points_in_one_line(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(study.body, ["--equal-bytes", "--points", text]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert f"--points {text}" in line

@@ -24,7 +24,7 @@ def in_order(tools: Any) -> Any:
     return json.loads(json.dumps(tools), object_hook=lambda each: {**each, "enum": sorted(each.get("enum", ()))})
 
 
-def test_home_assistant_sends_what_is_recorded(tmp_path: Path) -> None:
+def test_home_assistant_sends_the_recorded_requests(tmp_path: Path) -> None:
     path = tmp_path / "assist.json"
     subprocess.run([str(ENVIRONMENT), str(HOST), "record", str(path)], check=True, timeout=400)
     found = json.loads(path.read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ def test_clients_in_numbers(address: str, capsys: pytest.CaptureFixture[str]) ->
     assert [cells(row)[6:] for row in (one, three)] == [["2", "0"], ["6", "0"]]  # answers, lost
 
 
-def test_prompts_of_their_own_share_no_beginning(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_separate_prompts_share_no_beginning(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     beginnings = {load.question(number, 5) for number in range(-20, 200)}
     assert len(beginnings) == 220
     flags = ("--clients", "2", "--requests", "1", "--rounds", "1", "--words", "0,20", "--tokens", "2")

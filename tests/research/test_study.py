@@ -74,7 +74,7 @@ def test_every_arm_ends_at_the_same_size_after_the_same_tokens(page: Path, sourc
 
 
 @pytest.mark.slow
-def test_arms_differ_in_what_they_change(page: Path) -> None:
+def test_each_arm_changes_its_own_setting(page: Path) -> None:
     results = {(r["arm"], r["keep"], r["seed"]): r for r in results_of(page)}
     flops = {key: result["flops"] for key, result in results.items()}
     # per final parameter: two arms may end a unit apart
@@ -109,7 +109,7 @@ def test_page_names_commit_tokens_seeds_and_shows_its_figures(page: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_page_compares_baselines_without_an_arm_of_ours(page: Path, arguments: list[str], tmp_path: Path) -> None:
+def test_page_compares_baselines_without_the_main_arm(page: Path, arguments: list[str], tmp_path: Path) -> None:
     report = tmp_path / "criteria.md"
     only = ["--arms", "source,random", "--keep", "0.8", "--report", str(report), "--report-only"]
     assert run_command(body, [*arguments[:-2], *only]) == 0
@@ -122,7 +122,7 @@ def test_a_page_compares_baselines_without_an_arm_of_ours(page: Path, arguments:
 
 
 @pytest.mark.slow
-def test_a_second_call_repeats_only_what_is_missing(
+def test_second_call_repeats_only_missing_arms(
     page: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = Path(arguments[arguments.index("--output") + 1])
@@ -212,7 +212,7 @@ def best_of(source: Architecture, target: float) -> Architecture:
     return best_contiguous(source, CentredProbe(), PARAMETERS, target)  # type: ignore[arg-type]
 
 
-def test_the_best_contiguous_layers_are_those_without_which_least_changes() -> None:
+def test_the_best_contiguous_layers_equal_those_without_which_least_changes() -> None:
     source = tiny_architecture(layers=(LayerShape(4, 2, 96),) * 6)
     layer = source.attention_parameters(source.layers[0]) + source.ffn_parameters(source.layers[0])
     assert best_of(source, source.num_parameters - layer) == without_layers(source, range(1, 2))
@@ -298,7 +298,7 @@ def test_flops_follow_the_shrinking_model() -> None:
     ("flag", "value", "message"),
     [("--arms", "ours", "--arms ours: is not one of"), ("--keep", "1.5", "--keep 1.5"), ("--seeds", "0", "--seeds 0")],
 )
-def test_bad_settings_are_one_line(
+def test_bad_settings_give_one_line(
     flag: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(body, ["--output", str(tmp_path / "runs"), flag, value]) == 2

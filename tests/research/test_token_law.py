@@ -44,7 +44,7 @@ def test_a_law_is_found_again(runs: list[str]) -> None:
     assert law.gap(law.tokens(0.05)) == pytest.approx(0.05)
 
 
-def test_the_plan_says_tokens_and_hours(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_names_tokens_and_hours(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "law.png"
     arguments = ["--within", "1.08", "--picture", str(picture)]
     assert run_command(body, [*runs, *arguments]) == 0
@@ -69,7 +69,7 @@ def test_points_that_make_no_law(tmp_path: Path, change: dict[str, float], said:
         fit([read_point(folder) for folder in folders])
 
 
-def test_what_is_no_run_and_what_is_far_away(
+def test_law_refuses_missing_runs_and_distant_tokens(
     runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(body, [str(tmp_path)]) == 2
