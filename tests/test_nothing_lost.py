@@ -132,7 +132,7 @@ def test_overwriting_a_run_deletes_the_run(straight: Path, source_folder: Path, 
     assert not (folder / "model" / "stale.safetensors").exists()
 
 
-ADDED = ("notes.txt", "model/notes.docx", "checkpoints/mine", "metrics.jsonl.bak", "wandb/thesis.txt")
+ADDED = ("notes.txt", "model/notes.docx", "checkpoints/mine", "metrics.jsonl.bak", "tensorboard/thesis.txt")
 
 
 @pytest.mark.parametrize("name", [*ADDED, "checkpoints/step-00000100/precious.bin", ".notes.tmp"])

@@ -53,10 +53,6 @@ def with_late_bad_line(corpus: Path, folder: Path) -> Path:
     return path
 
 
-def no_wandb(arguments: list[str], corpus: Path, folder: Path) -> list[str]:
-    return [*arguments, "--wandb"]
-
-
 def bad_line(arguments: list[str], corpus: Path, folder: Path) -> list[str]:
     arguments = changed(arguments, "--data", str(with_late_bad_line(corpus, folder)))
     arguments = changed(changed(arguments, "--held-out-fraction", "0.02"), "--eval-tokens", "32")
@@ -75,7 +71,6 @@ def diverging(arguments: list[str], corpus: Path, folder: Path) -> list[str]:
 
 
 REFUSED: dict[str, tuple[Callable[[list[str], Path, Path], list[str]], str]] = {
-    "wandb": (no_wandb, "--wandb: wandb is not installed"),
     "line": (bad_line, "line 201 is not a JSON object"),
     "file": (unreadable, "b.parquet: "),
     "loss": (diverging, "steps in a row"),

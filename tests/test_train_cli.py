@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import json
 import os
 import shutil
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,23 +257,6 @@ def test_a_model_that_a_target_cannot_hold_is_not_trained(
     assert "--for pdf: choose from gguf, web, onnx, executorch, hf-uniform" in capsys.readouterr().err
 
 
-def test_failing_logger_gives_one_line(
-    source_folder: Path,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "wandb.py").write_text(
-        "def init(**settings):\n    raise RuntimeError('api_key not configured\\n(no-tty). call wandb.login')\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    assert run(command(source_folder, corpus, tmp_path / "run", "--wandb")) == 2
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert error.startswith("error: --wandb: wandb does not start: api_key not configured (no-tty). call wandb.login; ")
-    del sys.modules["wandb"]
-
-
 @pytest.mark.parametrize(("busy", "policy"), [(5, None), (60, "passive")])
 def test_threads_sleep_while_they_wait_beside_other_programs(
     busy: int, policy: str | None, monkeypatch: pytest.MonkeyPatch
@@ -297,33 +278,6 @@ def test_threads_sleep_while_they_wait_beside_other_programs(
         cli.set_environment()
     assert os.environ.get("OMP_WAIT_POLICY") == policy
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-
-
-def test_weights_and_biases_get_the_settings_and_a_resumed_run_keeps_its_id(
-    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[dict[str, Any]] = []
-
-    class Run:
-        id = "abc"
-
-        def log(self, numbers: dict[str, float], step: int) -> None:
-            assert {"loss", "tokens_per_second", "data_seconds"} <= numbers.keys() or "loss" not in numbers
-            if step == 6:
-                raise KeyboardInterrupt
-
-        def finish(self) -> None: ...
-
-    library = types.ModuleType("wandb")
-    library.init = lambda **settings: started.append(settings) or Run()  # type: ignore[attr-defined]
-    library.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    monkeypatch.setitem(sys.modules, "wandb", library)
-    arguments = command(source_folder, corpus, tmp_path / "run", "--wandb", "--tokens", "896")
-    assert run(arguments) == 130
-    monkeypatch.setattr(Run, "log", lambda *_, **__: None)
-    assert run([*arguments, "--resume"]) == 0
-    assert [(each["id"], each["resume"]) for each in started] == [(None, "allow"), ("abc", "allow")]
-    assert started[0]["config"]["optimizer"]["tokens"] == 896
 
 
 def test_output_in_use_is_kept(

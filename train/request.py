@@ -17,7 +17,7 @@ from .config.sections import TrainConfig
 from .data.documents import SELF_CHAT, DataSpec, check_documents, check_held_out, require_readers
 from .evaluation.jobs import check_examples, read_examples
 from .pruning.criteria import uses_gradient
-from .reporting.metrics import check_loggers
+from .reporting.metrics import check_tensorboard
 
 
 def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
@@ -81,7 +81,7 @@ def check_request(config: TrainConfig) -> None:
         engine, quantization = config.quantisation.export_format
         DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
     uses_gradient(config.pruning.saliency)  # UsageError where it is unknown
-    check_loggers(config.run.tensorboard, config.run.wandb)
+    check_tensorboard(config.run.tensorboard)
     folder = Path(config.run.output)
     replaceable = config.run.overwrite or config.run.resume or holds_only_killed_writes(folder)
     inputs = [config.source.source, *(spec.path for spec in data_specs(config))]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..runtime.base.flags import flatten
 from ..runtime.base.progress import ProgressDisplay
 from .checkpoint import state as training_state
 from .checkpoint.milestone import Milestone
@@ -85,8 +84,6 @@ class RunState:
         if self.config.quantisation.is_on:
             self.rounding = RoundedWeights(self.config.quantisation, self.parallel.mean_tensors)
         self.metrics = MetricsWriter(plan.folder, self.parallel.is_main, run.tensorboard)
-        if run.wandb:
-            self.metrics.use_wandb(self.progress, flatten(self.config))
         self.display, self.throughput = ProgressDisplay(silent=not self.parallel.is_main), Throughput()
         self.stop_signal = signal = StopSignal(self.parallel.any if self.parallel.world_size > 1 else None)
         self.measuring = Measuring(

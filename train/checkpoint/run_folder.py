@@ -57,7 +57,7 @@ TEACHER_FOLDER = "teacher"
 """Folder of the model that --teacher self distils from."""
 RUN_FOLDERS = (
     *("checkpoints", "model", TEACHER_FOLDER, SIZES_FOLDER, LATER_STEPS_FOLDER),
-    *("tensorboard", "wandb"),
+    "tensorboard",
 )
 MODEL_FILES = (
     *("config.json", "generation_config.json", "training.json", "quality.json", "README.md", "architecture.png"),
@@ -79,8 +79,8 @@ CHECKPOINT_ENTRIES = ("config.json", "tensors.pt", "trainer.json", "state")
 ASIDE, MOVING, DELETED = (f".efficientllm-{name}" for name in ("replaced", "moving", "deleted"))
 """Folders of the replaced run: whole, while it is moved, and while it is deleted."""
 
-LOG_FILES = ("events.out.tfevents.*", "run-*", "offline-run-*", "latest-run", "debug*.log", "settings")
-"""Patterns of files that TensorBoard and Weights & Biases write."""
+LOG_FILES = ("events.out.tfevents.*",)
+"""Patterns of files that TensorBoard writes."""
 
 
 def saved_config(folder: Path) -> TrainConfig:
@@ -165,7 +165,7 @@ def foreign_files(folder: Path) -> list[str]:
             others += [f"{SIZES_FOLDER}/{entry.name}/{name}" for name in foreign_files(entry)]
         elif not UNFINISHED.fullmatch(entry.name) and not entry.name.endswith(LOCK_NAME):
             others.append(f"{SIZES_FOLDER}/{entry.name}")
-    patterns = {"tensorboard": LOG_FILES, "wandb": LOG_FILES, LATER_STEPS_FOLDER: LATER_STEPS_FILES}
+    patterns = {"tensorboard": LOG_FILES, LATER_STEPS_FOLDER: LATER_STEPS_FILES}
     for name, known in patterns.items():
         others += [f"{name}/{entry.name}" for entry in _entries(folder / name) if not _matches(entry, known)]
     return sorted(others)

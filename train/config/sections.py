@@ -158,8 +158,6 @@ class RunConfig:
     hf-uniform. A model that one of them cannot hold is refused before it is trained."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
-    wandb: bool = False
-    """Log to Weights & Biases, if it is installed and configured."""
     seed: int = flags.number(0, at_least=0, below=2**63)
     """Seed of the data order and of random initialisation."""
 
@@ -279,7 +277,7 @@ def _toml(value: object) -> str:
 
 RESUMABLE_CHANGES = frozenset(
     {
-        *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"),
+        *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard"),
         *("skip_bad_lines", "eval_every", "save_dtype", "for_", "resume_or_start", "branch_of"),
     }
 )

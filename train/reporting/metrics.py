@@ -1,4 +1,4 @@
-"""Progress of a run, and its metrics: metrics.jsonl always, TensorBoard and Weights & Biases on request.
+"""Progress of a run, and its metrics: metrics.jsonl always, TensorBoard on request.
 
 Imports no torch unless TensorBoard is used.
 """
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...runtime.base.errors import MissingExtraError, UsageError
+from ...runtime.base.errors import MissingExtraError
 from ...runtime.base.files import write_text_atomically, writing
 
 FILE_NAME = "metrics.jsonl"
@@ -42,8 +42,6 @@ class RunProgress:
     """Quality (see evaluation.quality) of source and final, as JSON values."""
     seconds: float = 0.0
     """Wall time spent training, over all resumed parts."""
-    wandb_id: str = ""
-    """Id of the run in Weights & Biases, so that a resumed run continues it."""
 
 
 class Throughput:
@@ -66,12 +64,10 @@ class Throughput:
         return sum(tokens for tokens, _ in self._steps) / seconds if seconds else 0.0
 
 
-def check_loggers(tensorboard: bool, wandb: bool) -> None:
-    """Raise UsageError if a library that --tensorboard or --wandb needs is not installed."""
-    if tensorboard and find_spec("tensorboard") is None:
+def check_tensorboard(is_used: bool) -> None:
+    """Raise MissingExtraError if --tensorboard is used and not installed."""
+    if is_used and find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "tensorboard")
-    if wandb and find_spec("wandb") is None:
-        raise UsageError("--wandb: wandb is not installed; run: pip install wandb")
 
 
 class MetricsWriter:
@@ -79,14 +75,7 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, is_main: bool, tensorboard: bool = False) -> None:
         self.path, self.is_main, self.uses_tensorboard = folder / FILE_NAME, is_main, tensorboard
-        self._progress: RunProgress | None = None
-        self._settings: dict[str, Any] = {}
         self._tensorboard: Any = None
-        self._wandb: Any = None
-
-    def use_wandb(self, progress: RunProgress, settings: dict[str, Any]) -> None:
-        """Log to Weights & Biases, too: to the run of `progress`, which gets an id if it has none, with `settings`."""
-        self._progress, self._settings = progress, settings
 
     def write(self, record: dict[str, Any]) -> None:
         """Log one record. A DiskFullError leaves the file unchanged."""
@@ -94,8 +83,8 @@ class MetricsWriter:
             return
         with writing(self.path):
             self._append(json.dumps(record) + "\n")
-            self._open()
-            self._send(record)
+            if self.uses_tensorboard:
+                self._send(record)
 
     def _append(self, line: str) -> None:
         rest = line.encode()
@@ -109,34 +98,15 @@ class MetricsWriter:
                 stream.truncate(size)
                 raise
 
-    def _open(self) -> None:
-        if self.uses_tensorboard and self._tensorboard is None:
+    def _send(self, record: dict[str, Any]) -> None:
+        if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"))
-        if self._progress is not None and self._wandb is None:
-            import wandb  # type: ignore[import-not-found]
-
-            folder = self.path.parent
-            try:
-                run_id = self._progress.wandb_id or None
-                options: dict[str, Any] = {"id": run_id, "resume": "allow", "config": self._settings}
-                self._wandb = wandb.init(project="efficientllm", dir=str(folder), name=folder.name, **options)
-                self._progress.wandb_id = str(self._wandb.id)
-            except OSError:  # of the disk
-                raise
-            except Exception as error:  # no login, no network, a full account: wandb raises various types
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise UsageError(f"--wandb: wandb does not start: {reason}; WANDB_MODE=offline logs here") from error
-
-    def _send(self, record: dict[str, Any]) -> None:
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
         numbers |= {f"next_saliency/{kind}": value for kind, value in record.get("next_saliency", {}).items()}
-        if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, record["tokens"])
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=record["step"])
+        for key, value in numbers.items():
+            self._tensorboard.add_scalar(key, value, record["tokens"])
 
     def truncate(self, progress: RunProgress, is_logged: bool = True) -> None:
         """Remove damaged lines, and records that a killed run wrote after the checkpoint that is resumed.
@@ -158,8 +128,6 @@ class MetricsWriter:
         with writing(self.path.parent):
             if self._tensorboard is not None:
                 self._tensorboard.close()
-            if self._wandb is not None:
-                self._wandb.finish()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
