@@ -198,11 +198,6 @@ def gguf_bytes(
     return total
 
 
-def has_known_size(quantize: str) -> bool:
-    """Tell whether `gguf_bytes` supports a type."""
-    return quantize in BODY
-
-
 def tokenizer_bytes(tokenizer: Any) -> int:
     """Return the bytes of a transformers tokenizer's vocabulary and chat template in an exported file."""
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])

@@ -14,7 +14,6 @@ import numpy as np
 from ...runtime.base.errors import ModelError
 from ...runtime.base.extras import extra
 from ...runtime.base.gguf_header import READ_ERRORS, GgufHeader, read_header
-from .architecture import Architecture
 from .families import FAMILIES, Family, Place
 from .rotary import frequency_factors, unpermute_rope
 from .target_rules import NO_ROPE_EVERY
@@ -97,20 +96,6 @@ def header_of(path: Path) -> GgufHeader:
         return read_header(path)
     except READ_ERRORS as error:
         raise ModelError(f"{path} is damaged: {error}; copy or download it again") from error
-
-
-def shape_in_header(path: Path) -> Architecture | None:
-    """Return the shape of a file that is not foreign; None for Gemma and for an untied head, whose weights are needed.
-
-    Whether a head repeats the embedding is known from the weights.
-    """
-    header = header_of(path)
-    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
-    family = FAMILY_OF_GGUF.get(arch := header.values["general.architecture"])
-    if family is None or "output.weight" in shapes:
-        return None
-    vocabulary = {"vocab_size": shapes["token_embd.weight"][0], "tie_word_embeddings": True}
-    return Architecture.from_hf_config(_settings(arch, header.values, FAMILIES[family]) | vocabulary)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:

@@ -39,7 +39,7 @@ from .architecture import Architecture
 from .file_types import build_pre_tokenizer
 from .folder_files import check_folder, check_token_ids, locate_tensors, read_json, refuse_quantized
 from .foreign_configs import DEFAULTS, ImportOptions, is_foreign
-from .gguf_source import header_of, shape_in_header
+from .gguf_source import header_of
 from .importing import Imported, import_folder
 from .irregular import architecture_of, build, to_irregular
 from .tensors import BUFFERS
@@ -92,14 +92,6 @@ def shape_of_folder(source: str) -> Architecture | None:
         return Architecture.from_folder(path) if (path / "config.json").is_file() and not is_foreign(path) else None
     except (EfficientLLMError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def shape_of_gguf(source: str) -> Architecture | None:
-    """Return the shape of a GGUF source by its metadata; None for other sources and where the weights must be read."""
-    path = check_source(source, source)
-    if path.suffix != ".gguf" or is_foreign(path):
-        return None
-    return shape_in_header(path)
 
 
 def stored_dtype(source: str) -> torch.dtype:
