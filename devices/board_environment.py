@@ -1,19 +1,12 @@
-"""The Python environments of a board: this release and one engine, from wheels that are copied or that pip finds.
-
-The wheel of this release is built from the source tree, or packed from the installed package.
-"""
+"""The Python environments of a board: this release and one engine, from wheels that are copied or that pip finds."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.metadata
 import os
 import shlex
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -70,16 +63,16 @@ class Board(Protocol):
 
 
 def runtime_wheel(wheel: str, scratch: Path, log: Callable[[str], None]) -> Path:
-    """Return the wheel that the user named, or make one in `scratch` from the source tree or the installed package."""
+    """Return the wheel that the user named, or build one in `scratch` from the source tree."""
     if wheel:
         path = Path(wheel)
         if not path.is_file() or path.suffix != ".whl":
             raise UsageError(f"--wheel {wheel} is not a wheel file; give a .whl file of efficientllm")
         return path
-    if (SOURCE_ROOT / "pyproject.toml").is_file():
-        log("building the wheel of this source tree")
-        return build_wheel(SOURCE_ROOT, scratch)
-    return pack_installed(importlib.metadata.distribution("efficientllm"), scratch)
+    if not (SOURCE_ROOT / "pyproject.toml").is_file():
+        raise UsageError("--wheel is missing; run `pip wheel --no-deps .` in a clone of efficientllm and give its file")
+    log("building the wheel of this source tree")
+    return build_wheel(SOURCE_ROOT, scratch)
 
 
 def build_wheel(source: Path, output: Path) -> Path:
@@ -94,34 +87,6 @@ def build_wheel(source: Path, output: Path) -> Path:
     if finished.code != 0 or not wheels:
         raise DeviceError(f"the wheel could not be built: {finished.last_error}; give one with --wheel")
     return wheels[0]
-
-
-def pack_installed(distribution: importlib.metadata.Distribution, output: Path) -> Path:
-    """Pack an installed distribution of pure Python into a wheel in the folder `output`.
-
-    Files that the installation added (commands, bytecode, pip's records) are excluded. Equal files give an equal
-    wheel.
-    """
-    name, records = f"{distribution.name}-{distribution.version}", []
-    added = {f"{name}.dist-info/{file}" for file in ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json")}
-    wheel = output / f"{name}-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for file in sorted(distribution.files or [], key=str):
-            is_command = file.parts[0] == ".."  # installed outside of the folder of packages
-            if is_command or "__pycache__" in file.parts or file.as_posix() in added:
-                continue
-            content = Path(str(distribution.locate_file(file))).read_bytes()
-            archive.writestr(_archive_entry(file.as_posix()), content)
-            # as the format of wheels prescribes: URL-safe, without padding
-            digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-            records.append(f"{file.as_posix()},sha256={digest},{len(content)}\n")
-        record = f"{name}.dist-info/RECORD"
-        archive.writestr(_archive_entry(record), "".join([*records, f"{record},,\n"]))
-    return wheel
-
-
-def _archive_entry(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(name, (2000, 1, 1, 0, 0, 0))  # a fixed date, so that equal files give an equal wheel
 
 
 def engine_wheel(extra: str, facts: Mapping[str, str], folder: str) -> EngineWheel | None:

@@ -46,7 +46,7 @@ class DeviceOptions:
     runner: str = ""
     """Program to run on an Android phone: llama-bench (see `make android-runner`)."""
     wheel: str = ""
-    """Wheel of efficientllm for a board; default: built from this source tree, or packed from the installed package."""
+    """Wheel of efficientllm for a board; default: built from this source tree."""
     engine_wheels: str = ""
     """Folder with a llama-cpp-python wheel for 64-bit ARM boards, which PyPI does not offer (see `make board-wheel`);
     default: build/board-wheel if it exists."""
