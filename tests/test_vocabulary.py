@@ -102,13 +102,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     return _with_space(Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)))
 
 
-def unigram() -> PreTrainedTokenizerFast:
-    pieces = _pieces()
-    vocab = [(piece, -1.0 - 0.02 * index if not piece.startswith("<") else -20.0) for index, piece in enumerate(pieces)]
-    return _with_space(Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True)))
-
-
-TOKENIZERS = {"byte-level": byte_level, "SentencePiece": sentencepiece, "Unigram": unigram}
+TOKENIZERS = {"byte-level": byte_level, "SentencePiece": sentencepiece}
 
 
 @cache
@@ -228,7 +222,7 @@ def test_rows_without_a_token_go_first() -> None:
 
 def test_a_tokenizer_of_another_kind_is_refused() -> None:
     data = json.loads(Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1})).to_str())
-    with pytest.raises(ModelError, match="a tokenizer of type WordPiece is not supported; BPE and Unigram are"):
+    with pytest.raises(ModelError, match="a tokenizer of type WordPiece is not supported; only BPE is"):
         read_pieces(data, 2)
 
 

@@ -40,8 +40,7 @@ class Pieces:
     texts: dict[int, str]
     """Texts as tokenizer.json writes them."""
     parts: dict[int, tuple[int, ...]]
-    """Tokens that replace a removed token: the two that its last merge joins, or its bytes. Longer pieces of Unigram
-    have none, since the likeliest segmentation replaces them."""
+    """Tokens that replace a removed token: the two that its last merge joins, or its bytes."""
     fixed: frozenset[int]
     """Tokens that must stay at any cost."""
     prior: np.ndarray
@@ -85,12 +84,11 @@ def read_pieces(data: Mapping[str, Any], num_rows: int) -> Pieces:
     """
     model = data["model"]
     _check(model)
-    is_unigram = model["type"] == "Unigram"
-    vocab = {text: index for index, text in _texts_of(model).items()}
+    vocab: dict[str, int] = model["vocab"]
     added = {each["id"]: each["content"] for each in data.get("added_tokens", [])}
     texts = {index: text for text, index in vocab.items()} | added
     fixed = {*added, *_unknown(model, vocab)}
-    parts = {} if is_unigram else _parts_of_merges(merges_of(model), vocab)
+    parts = _parts_of_merges(merges_of(model), vocab)
     for text, index in vocab.items():
         if is_byte(text):
             fixed.add(index)
@@ -100,7 +98,7 @@ def read_pieces(data: Mapping[str, Any], num_rows: int) -> Pieces:
                 fixed.add(index)
             else:
                 parts[index] = spelling
-    prior = _unigram_prior(model, num_rows) if is_unigram else _merge_order_prior(parts, texts, num_rows)
+    prior = _merge_order_prior(parts, texts, num_rows)
     return Pieces(num_rows, texts, parts, frozenset(fixed), prior / prior.sum())
 
 
@@ -111,29 +109,20 @@ def bytes_of_tokens(data: Mapping[str, Any]) -> dict[int, bytes]:
     steps = [decoder, *decoder.get("decoders", ())]
     is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
     alphabet = byte_alphabet() if is_byte_level else None
-    texts = _texts_of(data["model"])
-    return {index: text_bytes(text, alphabet) for index, text in texts.items() if index not in added}
-
-
-def _texts_of(model: Mapping[str, Any]) -> dict[int, str]:
-    """Return {id: text} of the vocabulary of BPE or Unigram."""
-    if model["type"] == "Unigram":
-        return {index: text for index, (text, _) in enumerate(model["vocab"])}
-    return {index: text for text, index in model["vocab"].items()}
+    texts = data["model"]["vocab"].items()
+    return {index: text_bytes(text, alphabet) for text, index in texts if index not in added}
 
 
 def _check(model: Mapping[str, Any]) -> None:
     kind = model["type"]
-    if kind not in ("BPE", "Unigram"):
-        raise ModelError(f"--prune vocabulary: a tokenizer of type {kind} is not supported; BPE and Unigram are")
+    if kind != "BPE":
+        raise ModelError(f"--prune vocabulary: a tokenizer of type {kind} is not supported; only BPE is")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise ModelError(f"--prune vocabulary: a BPE tokenizer with {name} {model[name]!r} is not supported")
 
 
 def _unknown(model: Mapping[str, Any], vocab: Mapping[str, int]) -> list[int]:
-    if model["type"] == "Unigram":
-        return [model["unk_id"]] if model.get("unk_id") is not None else []
     return [vocab[model["unk_token"]]] if model.get("unk_token") in vocab else []
 
 
@@ -183,12 +172,4 @@ def _merge_order_prior(parts: Mapping[int, tuple[int, ...]], texts: Mapping[int,
     prior = np.zeros(num_rows)
     prior[list(texts)] = 1e-3 / num_rows
     prior[merged] = 1.0 / np.arange(1, len(merged) + 1)
-    return prior
-
-
-def _unigram_prior(model: Mapping[str, Any], num_rows: int) -> np.ndarray:
-    """Return Unigram's own probabilities, fp64 [num_rows]."""
-    prior = np.zeros(num_rows)
-    scores = np.asarray([score for _, score in model["vocab"]])
-    prior[: len(scores)] = np.exp(np.maximum(scores, -50.0))
     return prior

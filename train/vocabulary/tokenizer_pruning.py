@@ -76,15 +76,10 @@ def _renumbered(value: Any, new_ids: Mapping[int, int]) -> Any:
 def _prune_data(data: dict[str, Any], new_ids: Mapping[int, int]) -> dict[str, Any]:
     """Remove tokens, and merges that make or use them, from the contents of a tokenizer.json. Returns `data`."""
     model = data["model"]
-    if model["type"] == "Unigram":
-        model["vocab"] = [piece for index, piece in enumerate(model["vocab"]) if index in new_ids]
-        model["unk_id"] = _renumbered(model.get("unk_id"), new_ids)
-    else:
-        vocab = {text: new_ids[index] for text, index in model["vocab"].items() if index in new_ids}
-        model["vocab"] = vocab
-        # tokenizers refuses a merge whose parts or result are not in the vocabulary
-        pairs = merges_of(model)
-        model["merges"] = [(a, b) for a, b in pairs if a in vocab and b in vocab and a + b in vocab]
+    vocab = {text: new_ids[index] for text, index in model["vocab"].items() if index in new_ids}
+    # tokenizers refuses a merge whose parts or result are not in the vocabulary
+    merges = [(a, b) for a, b in merges_of(model) if a in vocab and b in vocab and a + b in vocab]
+    model["vocab"], model["merges"] = vocab, merges
     for token in data.get("added_tokens", []):
         token["id"] = new_ids[token["id"]]
     if data.get("padding"):
