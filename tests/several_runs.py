@@ -60,7 +60,7 @@ STEPS = {"stopped": stopping_step, "unreadable": unreadable_step}
 
 def main() -> None:
     run.make_plan, run.write_result = noting, counting
-    for name in ("plot_architecture", "plot_pruning", "plot_training"):  # they take as long as the run
+    for name in ("plot_architecture", "plot_pruning"):  # they take as long as the run
         setattr(run, name, lambda *arguments: arguments[-1].write_bytes(b""))
     Parallel.close = lambda self: None  # type: ignore[method-assign]  # the next run has the same ranks
     for name, arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")).items():

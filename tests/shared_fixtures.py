@@ -58,7 +58,7 @@ def forked_probes() -> Iterator[None]:
         yield
 
 
-PICTURES = ("plot_architecture", "plot_pruning", "plot_training")
+PICTURES = ("plot_architecture", "plot_pruning")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -177,7 +177,7 @@ def test_compilation_leaves_the_mask_to_the_kernel_of_attention() -> None:
 @pytest.mark.usefixtures("drawn_pictures")
 def test_run_leaves_its_description(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     assert run(command(source_folder, corpus, tmp_path / "run", "--tensorboard")) == 0
-    for name in ("architecture.png", "training.png", "pruning.png", "model/architecture.png"):
+    for name in ("architecture.png", "pruning.png", "model/architecture.png"):
         assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     card = (tmp_path / "run" / "model" / "README.md").read_text()

@@ -51,7 +51,7 @@ from .plan import ResumePoint, RunPlan, allowed_changes, choose_compute, find_re
 from .pruning.pruner import kept_to_json
 from .reporting.metrics import read_metrics
 from .reporting.model_card import model_card, source_card
-from .reporting.plots import plot_architecture, plot_pruning, plot_training
+from .reporting.plots import plot_architecture, plot_pruning
 from .request import check_request, check_text, with_resume
 from .run_text import RunText
 from .shards import is_without_memory, load_for_ranks, read_shards, sharded_teacher
@@ -271,12 +271,10 @@ def write_result(trainer: Trainer) -> None:
     """Add the measurements and the plots to the written model, then delete the checkpoints (a collective call)."""
     source, folder = trainer.plan.architecture, trainer.plan.folder
     if trainer.parallel.is_main:
-        records = read_metrics(folder)
-        plot_training(records, folder / "training.png")
         description: dict[str, Any] = {"source": source.to_dict(), "final": trainer.architecture.to_dict()}
         if trainer.pruner is not None:
             description["survivors"] = kept_to_json(trainer.pruner.survivors, source)
-            plot_pruning(records, source, folder / "pruning.png")
+            plot_pruning(read_metrics(folder), source, folder / "pruning.png")
         _describe(trainer, folder / "model")
         write_json_atomically(folder / FINISHED_FILE, description)  # last: it says that the run is finished
         drop_checkpoints(folder / "checkpoints")

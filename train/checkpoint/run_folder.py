@@ -50,7 +50,6 @@ RUN_FILES = (
     "sizes.md",
     "sizes.png",
     "architecture.png",
-    "training.png",
     "pruning.png",
 )
 TEACHER_FOLDER = "teacher"

@@ -1,9 +1,8 @@
-"""Plots of a run: widths per layer, training and pruning."""
+"""Plots of a run: widths per layer, pruning, and sizes."""
 
 from __future__ import annotations
 
 import io
-import math
 from pathlib import Path
 from typing import Any
 
@@ -61,31 +60,6 @@ def save_figure(figure: Any, path: Path) -> None:
     write_bytes_atomically(path, picture.getvalue())
 
 
-def plot_training(records: list[dict[str, Any]], path: Path) -> None:
-    """Plot the loss and the parameters against tokens, and predicted milliseconds if the run prunes for a device.
-
-    The loss has three series: every step, the running mean, and held-out text.
-    """
-    steps = [record for record in records if "loss" in record]
-    tokens = [record["tokens"] for record in steps]
-    losses = [record["loss"] for record in steps]
-    is_timed = bool(steps) and "ms" in steps[0]
-    figure, (loss, parameters, *rest) = _new_figure(3 if is_timed else 2, "tokens")
-    loss.plot(tokens, losses, color=SOURCE_COLOR, linewidth=1, label="each step")
-    loss.plot(tokens, smoothed(losses), color=KEPT_COLOR, label="smoothed")
-    measured = held_out_losses(records)
-    if measured:
-        loss.plot(*zip(*measured, strict=True), "o", color=GROUP_COLOR, markersize=4, label="held-out")
-    loss.set_ylabel("loss (nats per token)")
-    _add_legend(loss)
-    parameters.plot(tokens, [record["parameters"] / 1e6 for record in steps], color=GROUP_COLOR)
-    parameters.set_ylabel("parameters (millions)")
-    for axes in rest:
-        axes.plot(tokens, [record["ms"] for record in steps], color=KEPT_COLOR)
-        axes.set_ylabel("predicted ms")
-    save_figure(figure, path)
-
-
 def plot_sizes(sizes: list[dict[str, Any]], path: Path) -> None:
     """Plot the score of the job, or else the held-out loss, of each size of a run against its bytes or parameters."""
     if all(size["bytes"] is not None for size in sizes):
@@ -109,28 +83,6 @@ def plot_sizes(sizes: list[dict[str, Any]], path: Path) -> None:
     for place, value, size in zip(places, values, sizes, strict=True):
         axes.annotate(size["size"], (place, value), xytext=(6, 4), textcoords="offset points", fontsize=8)
     save_figure(figure, path)
-
-
-def smoothed(losses: list[float]) -> list[float]:
-    """Return the mean of the losses around each step, over a fiftieth of all steps. Skipped steps have no loss."""
-    reach = max(1, len(losses) // 100)
-    means = []
-    for index in range(len(losses)):
-        around = losses[max(0, index - reach) : index + reach + 1]
-        near = [loss for loss in around if math.isfinite(loss)]
-        means.append(sum(near) / len(near) if near else math.nan)
-    return means
-
-
-def held_out_losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Return (tokens, nats per token) of each measurement of held-out text."""
-    points = []
-    for record in records:
-        perplexity = next((value for name, value in record.items() if name.startswith("perplexity_")), None)
-        value = record.get("held_out_loss") if perplexity is None else math.log(perplexity)
-        if value is not None and math.isfinite(value):
-            points.append((record["tokens"], value))
-    return points
 
 
 def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path) -> None:
