@@ -1,4 +1,4 @@
-"""The interactive chat of `efficientllm-chat`: a conversation, its commands, and the history of questions."""
+"""The interactive chat of `efficientllm-chat`: a conversation and its commands."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .base import flags
 from .base.errors import EfficientLLMError, UsageError
 from .base.quantities import format_bytes
-from .base.user_cache import cache_folder
 from .engines.memory import memory_bytes
 from .engines.scheduler import EngineScheduler
 from .generation import AnswerOptions, Generation, GenerationStats, Overflow
@@ -36,8 +34,6 @@ class ChatOptions:
     """Print token counts and speeds of each answer to stderr."""
     overflow: Overflow = "error"
     """At the end of the context window: error, or slide (drop the oldest tokens)."""
-    history: bool = True
-    """Store questions in the cache folder for the next session (arrow up)."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -96,11 +92,6 @@ class Conversation:
         self.messages = self.messages[:-2]
         return question
 
-    def save(self, path: Path) -> None:
-        """Write the conversation as Markdown."""
-        parts = [f"**{message['role']}**\n\n{message['content']}\n" for message in self.messages]
-        path.write_text("\n".join(parts), encoding="utf-8")
-
     def describe_stats(self) -> str:
         """Return load time, token counts, speeds and memory of the last answer in one line."""
         stats = self.last_stats
@@ -145,7 +136,6 @@ def _cancelled_by_interrupt(generation: Generation) -> Iterator[None]:
 QUOTES = '"""'
 """Line that begins and ends a question of several lines."""
 
-HISTORY_LENGTH = 1000
 PASTE_SECONDS = 0.02
 """Input that follows a line within this time belongs to the same paste."""
 
@@ -154,7 +144,6 @@ HELP = f"""/again      answer the last question again
 /reset      start a new conversation
 /system X   set the system prompt to X (empty: that of the chat template)
 /stats      token counts and speeds of the last answer
-/save FILE  write the conversation as Markdown
 /quit       quit (or exit, quit, Ctrl-D)
 A line that ends with \\ continues in the next. {QUOTES} begins and ends a question of several lines.
 Pasted lines are one question. Ctrl-C ends an answer, or clears the line."""
@@ -173,27 +162,25 @@ class Terminal:
             "reset": lambda rest: conversation.messages.clear(),
             "system": lambda rest: setattr(conversation, "system", rest),
             "stats": lambda rest: print(conversation.describe_stats()),
-            "save": self._save,
         }
 
     def run(self) -> None:
         """Answer until /quit or the end of the input."""
         print("/help lists commands; Ctrl-C ends an answer, Ctrl-D quits", file=sys.stderr)
-        with self._history():
-            while True:
-                try:
-                    text = self._read()
-                    if text in ("/quit", "/exit", "quit", "exit"):
-                        return
-                    if text:
-                        self._run_line(text)
-                except EOFError:
-                    print()
+        while True:
+            try:
+                text = self._read()
+                if text in ("/quit", "/exit", "quit", "exit"):
                     return
-                except KeyboardInterrupt:
-                    print()
-                except EfficientLLMError as error:  # the session continues after a bad question
-                    print(f"error: {error}", file=sys.stderr)
+                if text:
+                    self._run_line(text)
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+            except EfficientLLMError as error:  # the session continues after a bad question
+                print(f"error: {error}", file=sys.stderr)
 
     def _run_line(self, text: str) -> None:
         name, _, rest = text[1:].partition(" ")
@@ -203,18 +190,6 @@ class Terminal:
             self._commands[name](rest.strip())
         else:
             raise UsageError(f"there is no command /{name}; /help lists them")
-
-    def _save(self, rest: str) -> None:
-        if not rest:
-            raise UsageError("/save needs a file")
-        try:
-            path = Path(rest).expanduser()
-            if path.exists():
-                raise UsageError(f"{rest} exists already; give another name")
-            self.conversation.save(path)
-        except (OSError, RuntimeError, ValueError) as error:  # no such user's home, a zero byte
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"{rest} cannot be written: {reason}") from error
 
     def _read(self) -> str:
         """Return one question, which may have several lines."""
@@ -236,25 +211,6 @@ class Terminal:
         if self._readline is not None or os.name != "posix":
             return False
         return bool(select.select([sys.stdin], [], [], PASTE_SECONDS)[0])
-
-    @contextlib.contextmanager
-    def _history(self) -> Iterator[None]:
-        """Load the questions of earlier sessions, and store those of this one, readable for this user only."""
-        editor = self._readline
-        if editor is None or not self.conversation.options.history:
-            yield
-            return
-        file = cache_folder() / "history"
-        with contextlib.suppress(OSError):
-            editor.read_history_file(file)
-        try:
-            yield
-        finally:
-            editor.set_history_length(HISTORY_LENGTH)
-            with contextlib.suppress(OSError):  # the cache folder cannot be written
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.touch(mode=0o600)  # first: readline would create it readable for everybody
-                editor.write_history_file(file)
 
 
 def _readline() -> Any:

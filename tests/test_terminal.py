@@ -8,7 +8,6 @@ import os
 import re
 import select
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
 @pytest.fixture(scope="module")
 def conversation(artefact: Path) -> Iterator[Conversation]:
     engine = load_engine(artefact, EngineOptions(threads=1))
-    yield Conversation(engine, ChatOptions(max_tokens=6, history=False), SamplingOptions(temperature=1, seed=1))
+    yield Conversation(engine, ChatOptions(max_tokens=6), SamplingOptions(temperature=1, seed=1))
     engine.close()
 
 
@@ -65,20 +64,17 @@ def test_a_word_ends_the_chat(conversation: Conversation, monkeypatch: pytest.Mo
 
 
 def test_commands(
-    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "chat.md"
-    talk(conversation, monkeypatch, "/system Be brief.", "one", "two", "/undo", "/again", f"/save {file}", "/help")
+    talk(conversation, monkeypatch, "/system Be brief.", "one", "two", "/undo", "/again", "/help")
     assert questions(conversation) == ["one"]
     assert conversation.system == "Be brief."
-    assert file.read_text().startswith("**user**\n\none\n\n**assistant**\n\n")
     output = capsys.readouterr().out
     assert all(f"/{name}" in output for name in Terminal(conversation)._commands if name != "help")
-    talk(conversation, monkeypatch, "/undo", "/nonsense", "/save", "/etc/passwd is a file", "/reset")
+    talk(conversation, monkeypatch, "/undo", "/nonsense", "/etc/passwd is a file", "/reset")
     printed = capsys.readouterr().err
     assert "error: there is no question yet" in printed
     assert "error: there is no command /nonsense; /help lists them" in printed
-    assert "error: /save needs a file" in printed
     assert conversation.messages == []
 
 
@@ -89,15 +85,6 @@ class InterruptedOutput(io.StringIO):
         if not self.getvalue():
             os.kill(os.getpid(), signal.SIGINT)
         return super().write(text)
-
-
-@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 300, "a\0b"])
-def test_a_file_that_cannot_be_leaves_the_conversation(
-    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    talk(conversation, monkeypatch, "one", f"/save {name}", "two")
-    assert questions(conversation) == ["one", "two"]
-    assert "cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])
@@ -192,6 +179,3 @@ def test_pasted_lines_are_one_question_and_ctrl_c_leaves_the_conversation(artefa
     screen.type("/quit\r")
     assert os.waitpid(screen.pid, 0)[1] == 0
     os.close(screen.file)
-    history = tmp_path / "history"
-    assert "third" in history.read_text()
-    assert stat.S_IMODE(history.stat().st_mode) == 0o600
