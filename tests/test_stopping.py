@@ -32,9 +32,9 @@ RUNS: dict[str, list[str]] = {
         *("--target-ratio", "0.7", "--removals", "2", "--prune-start", "0.3", "--distill", "1"),
         *("--recover", "least-squares", "--recover-tokens", "512"),
     ],
-    "own-teacher": [
+    "kept rows": [
         *("--prune", "attention,ffn,vocabulary", "--vocabulary-rows", "380", "--vocabulary-tokens", "20000"),
-        *("--target-ratio", "0.7", "--removals", "2", "--prune-start", "0.3", "--distill", "1", "--teacher", "self"),
+        *("--target-ratio", "0.7", "--removals", "2", "--prune-start", "0.3", "--distill", "1"),
         *("--recover", "least-squares", "--recover-tokens", "512"),
     ],
 }
@@ -53,9 +53,9 @@ STOPS = [
     ("rows", "_nats", -1),
     ("rows", "_of_batch", -1),
     ("rows", "_forward", -1),
-    ("own-teacher", "count_tokens", 1),
-    ("own-teacher", "_forward", 3),
-    ("own-teacher", "_loop", -4),
+    ("kept rows", "count_tokens", 1),
+    ("kept rows", "_forward", 3),
+    ("kept rows", "_loop", -4),
 ]
 """(run, function that asks whether to stop, which of the times that it asks; from the end where negative)."""
 

@@ -170,8 +170,6 @@ def choose_compute(config: TrainConfig) -> Compute:
 
 def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute) -> tuple[RunPlan, Any]:
     """Return (the plan, the loaded source model). Raises UsageError or ModelError if it cannot be trained."""
-    if compute.parallel.mode == "fsdp" and config.optimizer.teacher == "self":
-        raise UsageError("--teacher self works with --data-parallel ddp only: it copies a whole model on every rank")
     if compute.parallel.world_size > 1 and config.score.task:
         raise UsageError("--task works on one process: the others would wait for the answers; omit it")
     if compute.parallel.world_size > 1 and config.pruning.sizes:

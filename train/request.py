@@ -53,7 +53,7 @@ def check_request(config: TrainConfig) -> None:
     if not config.run.output:
         raise UsageError("--output is missing; name a folder for the run")
     check_source(config.source.source, f"--source {config.source.source}")
-    teacher = config.optimizer.teacher if config.optimizer.teacher not in ("source", "self") else ""
+    teacher = config.optimizer.teacher if config.optimizer.teacher != "source" else ""
     if teacher:
         check_source(teacher, f"--teacher {teacher}")
     if config.source.chat_template:
@@ -63,8 +63,6 @@ def check_request(config: TrainConfig) -> None:
     adapter = config.foreign.adapter
     if adapter:
         check_adapter(adapter)
-    if config.optimizer.teacher == "self" and not config.pruning.prunes:
-        raise UsageError("--teacher self: the teacher is the model before pruning, and nothing is pruned; omit it")
     if config.score.task and not Path(config.score.task).is_file():
         raise UsageError(f"--task {config.score.task}: no such file; give a .jsonl file of chats")
     if config.score.task and not config.pruning.prunes:

@@ -202,9 +202,8 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     text = RunText(plan.data, plan.tokenizer, plan.config.source, run.seed, parallel.world_size, is_on_gpu)
     if parallel.is_main and text.stream.encoder.chat_format is not None and not text.stream.has_chats:
         _log.warning(NO_CHATS)
-    distills = plan.config.optimizer.distill > 0 and plan.config.optimizer.teacher != "self"
     teacher = None
-    if distills:
+    if plan.config.optimizer.distill > 0:
         original, folder = _teacher(plan, source)
         if parallel.mode == "fsdp":
             teacher = sharded_teacher(original, folder, dtype, parallel)

@@ -28,7 +28,6 @@ from .family.sizes import Branches
 from .measuring import Measuring, evaluated
 from .model.architecture import Architecture
 from .model.irregular import architecture_of
-from .own_teacher import OwnTeacher
 from .plan import RunPlan
 from .pruning.plan import DroppingSchedule
 from .pruning.pruner import Pruner
@@ -112,12 +111,9 @@ class RunState:
 
     def _add_parts(self) -> None:
         """Add the milestones of the run, and the parts of its checkpoints in the order in which they are loaded."""
-        parts, folder, trained = self.checkpoints.parts, self.plan.folder, self.trained
+        parts = self.checkpoints.parts
         corpora = {spec.path: corpus_fingerprint(spec.path) for spec in self.plan.data}
         parts["corpora"] = Part(lambda: PartState(corpora), partial(_warn_of_changes, corpora))
-        teacher = OwnTeacher(folder, trained, self.text) if self.config.optimizer.teacher == "self" else None
-        if teacher is not None:
-            parts["teacher"] = Part(teacher.state, teacher.load)
         if self.pruner is not None:
             parts["pruner"] = Part(self.pruner.state, self._load_pruner)
             if self.config.pruning.sizes:
@@ -125,8 +121,6 @@ class RunState:
             if self.score_keeper is not None:
                 check = ScoreCheck(self.score_keeper, self.pruner, self.checkpoints, self._evaluated)
                 self.milestones.append(check)
-        if teacher is not None:
-            self.milestones.append(teacher)
         if self.rounding is not None:
             inputs = self.rounding.inputs
             parts["rounding"] = Part(

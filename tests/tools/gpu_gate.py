@@ -38,7 +38,7 @@ RUNS: dict[str, str] = {
     "token-fisher": "--saliency token-fisher --recover least-squares --recover-tokens 256 --distill 1 "
     "--prune attention,ffn,vocabulary,blocks --block-tokens 128 --vocabulary-tokens 2000 --activation-checkpointing",
     "rounded": "--saliency token-fisher --prune attention,ffn,vocabulary --vocabulary-rows 384 --distill 1 --qat 8da4w "
-    "--vocabulary-tokens 2000 --teacher self --recover least-squares --recover-tokens 256 --dtype bfloat16",
+    "--vocabulary-tokens 2000 --recover least-squares --recover-tokens 256 --dtype bfloat16",
 }
 """Arguments of each run. Together they have every saliency, kind of group and QAT grid. The last is not as on the CPU,
 because both devices round other sums to bf16."""

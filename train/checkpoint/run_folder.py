@@ -52,12 +52,7 @@ RUN_FILES = (
     "architecture.png",
     "pruning.png",
 )
-TEACHER_FOLDER = "teacher"
-"""Folder of the model that --teacher self distils from."""
-RUN_FOLDERS = (
-    *("checkpoints", "model", TEACHER_FOLDER, SIZES_FOLDER, LATER_STEPS_FOLDER),
-    "tensorboard",
-)
+RUN_FOLDERS = ("checkpoints", "model", SIZES_FOLDER, LATER_STEPS_FOLDER, "tensorboard")
 MODEL_FILES = (
     *("config.json", "generation_config.json", "training.json", "quality.json", "README.md", "architecture.png"),
     JOB_FILE,
@@ -67,7 +62,7 @@ MODEL_FILES = (
 """Patterns of files that `save_checkpoint` and transformers' tokenizers write."""
 
 UNFINISHED = re.compile(
-    r"\.(model|teacher|later-steps|step-\d{8})\.efficientllm-(new|old)|"
+    r"\.(model|later-steps|step-\d{8})\.efficientllm-(new|old)|"
     r"\.(config\.toml|metrics\.jsonl|\w+\.json|\w+\.png|README\.md)\.\d+\.tmp"
 )
 """Files of a killed write."""

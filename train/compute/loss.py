@@ -255,11 +255,6 @@ class TrainingLoss(nn.Module):
     def teacher(self) -> Any | None:
         return self._teacher[0]
 
-    def set_teacher(self, model: Any) -> None:
-        """Distil from `model` from now on."""
-        # no setter of a property: nn.Module would register the value as a submodule before it
-        self._teacher = (model,)
-
     def around(self, model: Any) -> TrainingLoss:
         """Return the same loss of another model."""
         loss = TrainingLoss(model, self.dtype, self.weights, self._teacher[0])

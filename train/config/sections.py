@@ -89,9 +89,7 @@ class OptimizerConfig:
     distill: float = flags.number(0.0, at_least=0, below=math.inf)
     """Weight of the KL divergence from the teacher's predictions, added to the loss. 0: off."""
     teacher: str = "source"
-    """Teacher of --distill: source (before pruning), self, or a model with the same tokenizer, named like a --source.
-    self: this run's model before its first removal of heads, channels or blocks, fine-tuned so far and kept in the
-    folder `teacher` of the run."""
+    """Teacher of --distill: source (before pruning), or a model with the same tokenizer, named like a --source."""
     cross_entropy: float = flags.number(1.0, at_least=0, below=math.inf)
     """Weight of the next-token cross-entropy; 0 for distillation only. At least 1 counts while groups are ranked by
     gradients."""
@@ -107,8 +105,6 @@ class OptimizerConfig:
         flags.require(self, "cross_entropy", has_loss, "nothing is trained; raise it or --distill")
         if self.teacher != "source":
             flags.require(self, "teacher", self.distill > 0, "needs distillation; add --distill 1")
-        if self.teacher == "self":
-            flags.require(self, "cross_entropy", self.cross_entropy > 0, "trains nothing before the teacher exists")
 
 
 @dataclass(frozen=True)

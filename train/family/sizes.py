@@ -24,7 +24,6 @@ from ..checkpoint.run_folder import (
     SCORES_FILE,
     SETTINGS_FILE,
     SIZES_FOLDER,
-    TEACHER_FOLDER,
     is_finished,
     newest_sound_checkpoint,
     saved_config,
@@ -101,8 +100,6 @@ def write_branch(config: TrainConfig, size: str, checkpoint: Path, tokens: int) 
     folder = Path(config.run.output)
     with folder_written_atomically(branch_folder(folder, size)) as temporary:
         shutil.copytree(checkpoint, temporary / "checkpoints" / checkpoint.name, copy_function=link_or_copy)
-        if (folder / TEACHER_FOLDER).is_dir():
-            shutil.copytree(folder / TEACHER_FOLDER, temporary / TEACHER_FOLDER, copy_function=link_or_copy)
         for name in ("metrics.jsonl", SCORES_FILE):  # copied, not linked: both runs append to their own
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
