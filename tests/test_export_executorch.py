@@ -104,7 +104,7 @@ def expect_close(program: Path, largest_kl: float) -> None:
 
 
 def test_other_formats(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No LLM operators, no backend at all, fp16, and a 4-bit embedding beside a matrix that int4 cannot hold.
+    """No LLM operators, fp16, and a 4-bit embedding beside a matrix that int4 cannot hold.
 
     The context of the last one is shorter than the first chunk of the verification.
     """
@@ -112,7 +112,6 @@ def test_other_formats(save_tiny: Callable[..., Path], tmp_path: Path, capsys: p
     found = {}
     for name, flags in {
         "f32": ["--quantize", "f32", "--no-custom-ops"],
-        "portable": ["--recipe", "portable"],
         "f16": ["--quantize", "f16"],
         "small": [*SMALL, "--allow-fp32", "--pad", "none", "--max-context", "32"],
     }.items():
@@ -122,7 +121,6 @@ def test_other_formats(save_tiny: Callable[..., Path], tmp_path: Path, capsys: p
     assert sizes["f32"] > sizes["f16"] > sizes["small"]
     assert "matrices stay in fp32" in capsys.readouterr().out
     assert "llama::" not in " ".join(found["f32"].notes)
-    assert "0 delegated parts" in " ".join(found["portable"].notes)
 
 
 def test_calibration_brings_the_products_of_int4_closer(save_tiny: Callable[..., Path], corpus: Path) -> None:
@@ -232,10 +230,7 @@ def test_engine_keeps_to_its_context(exported: Callable[..., Path], artefact: Pa
 def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = save_tiny(tiny_architecture(layers=ODD_HEADS, head_dim=16))
     for flags, message in {
-        ("--quantize", "q8_0"): "--quantize q8_0: unknown for executorch; known: f32, f16, 8da4w, int8",
-        ("--recipe", "tpu"): "--recipe tpu: unknown; known: xnnpack, portable",
-        ("--recipe", "portable", "--quantize", "8da4w"): "--recipe portable takes --quantize f32, not 8da4w",
-        ("--recipe", "qnn"): "--recipe qnn: unknown",
+        ("--quantize", "q8_0"): "--quantize q8_0: unknown for executorch; known: 8da4w, int8, f32, f16",
         ("--group-size", "48"): "--group-size 48: XNNPACK takes 32, 64, 128",
         ("--embedding-type", "q4_0"): "--embedding-type q4_0: executorch takes int8 or int4",
         ("--quantize", "f32", "--output-type", "int4"): "goes with --quantize 8da4w or int8, not f32",

@@ -35,7 +35,6 @@ from efficientllm.runtime.base.output import locked_output
 from efficientllm.runtime.engines.manifest import Manifest
 
 FOREIGN = [
-    ("onnx", ["--recipe", "portable"], "--recipe: --target onnx does not read it, executorch does (see "),
     (
         "onnx",
         ["--output-type=int8"],
@@ -69,7 +68,7 @@ def help_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_help_shows_the_flags_of_the_named_target(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--logits" in help_of("--target", "onnx", capsys=capsys)
-    assert "--recipe" not in help_of("--target", "onnx", capsys=capsys)
+    assert "--group-size" not in help_of("--target", "onnx", capsys=capsys)
     assert "--group-size" in help_of("--target=executorch", capsys=capsys)
     uniform = help_of("--target", "hf-uniform", capsys=capsys)
     assert "--target hf-uniform:" in uniform
@@ -110,8 +109,8 @@ def test_python_exports_as_the_command_does(
     with pytest.raises(UsageError, match="is not empty"):
         export(checkpoint, "gguf", folder)
     assert export(str(checkpoint), "gguf", str(folder), overwrite=True, verify=False) == folder
-    with pytest.raises(UsageError, match="--recipe: --target gguf does not read it, executorch does"):
-        export(checkpoint, "gguf", tmp_path / "other", recipe="xnnpack")
+    with pytest.raises(UsageError, match="--custom-ops: --target gguf does not read it, executorch does"):
+        export(checkpoint, "gguf", tmp_path / "other", custom_ops=False)
     with pytest.raises(UsageError, match="--pad: 'some' is not one of auto, none"):
         export(checkpoint, "gguf", tmp_path / "other", pad="some")
 

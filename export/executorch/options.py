@@ -1,10 +1,8 @@
-"""Flags of `--target executorch` and its backends, without the torch code that writes the program."""
+"""Flags of `--target executorch`, without the torch code that writes the program."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
@@ -12,40 +10,8 @@ from ...runtime.base.quantities import unknown_name
 from ..request import PaddingOptions
 
 GROUP_SIZES = (32, 64, 128)
-TYPES = ("f32", "f16", "8da4w", "int8")
-"""`--quantize` values of all recipes."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Lowering of a program to one backend."""
-
-    partitioners: Callable[[], list[Any]]
-    """Return ExecuTorch partitioners."""
-    formats: tuple[str, ...]
-    """Supported `--quantize` values; the first is the default."""
-
-
-def _xnnpack() -> list[Any]:
-    """Return one greedy partitioner, which makes 123 delegates of 30 layers instead of 304."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-
-    return [XnnpackPartitioner()]
-
-
-RECIPES = {
-    # ARM and x86 CPUs: the backend of ExecuTorch's phone apps
-    "xnnpack": Recipe(_xnnpack, formats=("8da4w", "int8", "f32", "f16")),
-    # ExecuTorch's own kernels without a backend, for any processor and for checking the others
-    "portable": Recipe(list, formats=("f32",)),
-}
-
-
-def find_recipe(name: str) -> Recipe:
-    """Return the recipe of `--recipe name`. Raises UsageError with the known names."""
-    if name not in RECIPES:
-        raise unknown_name("--recipe", name, RECIPES)
-    return RECIPES[name]
+TYPES = ("8da4w", "int8", "f32", "f16")
+"""`--quantize` values; the first is the default."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +19,13 @@ class ExecutorchOptions(PaddingOptions):
     """--target executorch."""
 
     quantize: str = flags.type_name()
-    """Weight type: f32, f16, 8da4w, int8; default: the recipe's, 8da4w for xnnpack, f32 for portable."""
+    """Weight type: f32, f16, 8da4w, int8; default: 8da4w."""
     output_type: str = flags.type_name()
     """Type of the LM head: int8, int4."""
     embedding_type: str = flags.type_name()
     """Type of the token embedding: int8, int4."""
     group_size: int = 32
     """Weights per scale of 8da4w: 32, 64 or 128."""
-    recipe: str = flags.type_name("xnnpack")
-    """Backend, xnnpack or portable."""
     custom_ops: bool = True
     """Use ExecuTorch's LLM operators; turn off for runtimes without them (decoding is several times slower)."""
     max_context: int = flags.count(2048, at_least=2)
@@ -73,7 +37,7 @@ class ExecutorchOptions(PaddingOptions):
         flags.check_fields(self)
         sizes = ", ".join(map(str, GROUP_SIZES))
         flags.require(self, "group_size", self.group_size in GROUP_SIZES, f"XNNPACK takes {sizes}")
-        formats, name = find_recipe(self.recipe).formats, self.weight_type
+        name = self.weight_type
         if name not in TYPES:
             raise unknown_name("--quantize", name, TYPES, of=" for executorch")
         for flag, value in (("--output-type", self.output_type), ("--embedding-type", self.embedding_type)):
@@ -81,10 +45,8 @@ class ExecutorchOptions(PaddingOptions):
                 raise UsageError(f"{flag} {value}: executorch takes int8 or int4")
             if value and name not in ("8da4w", "int8"):
                 raise UsageError(f"{flag} {value} goes with --quantize 8da4w or int8, not {name}")
-        if name not in formats:
-            raise UsageError(f"--recipe {self.recipe} takes --quantize {', '.join(formats)}, not {name}")
 
     @property
     def weight_type(self) -> str:
-        """Return the weight type, by default the recipe's."""
-        return self.quantize or find_recipe(self.recipe).formats[0]
+        """Return the weight type."""
+        return self.quantize or TYPES[0]

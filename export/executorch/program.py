@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
@@ -27,7 +28,7 @@ from ..padding import pad_rows, padding_notes
 from ..parity import check_written
 from ..request import ExportRequest
 from ..verification import StoredWeights, Written, run_chunks, step_through, torch_sample
-from .options import ExecutorchOptions, find_recipe
+from .options import ExecutorchOptions
 from .quantize import ALIGNMENT, given_weights, quantize_decoder, weight_format
 from .reader import read_weights
 from .static_decoder import StaticDecoder
@@ -102,7 +103,7 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
         files=files,
         quantization=options.weight_type,
         weight_bytes=len(program),
-        layout=f"executorch, {options.recipe}, context {context}",
+        layout=f"executorch, xnnpack, context {context}",
         verification=verification,
     )
 
@@ -122,10 +123,11 @@ def _build(
     for note in quantize_decoder(model, weights, options, grams):
         request.say(note)
     stored = given_weights(model, weights)
-    partitioners = find_recipe(options.recipe).partitioners()
+    # one greedy partitioner makes 123 delegates of 30 layers instead of 304
+    partitioners = [XnnpackPartitioner()]
     constants = _constant_methods(checkpoint, context, options.custom_ops)
     lowered = lower(model, partitioners, constants, request.clock.begin)
-    request.say(f"{options.recipe}: {lowered.describe()}")
+    request.say(f"xnnpack: {lowered.describe()}")
     return lowered.buffer, stored
 
 

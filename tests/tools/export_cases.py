@@ -183,8 +183,6 @@ def _flags(dice: random.Random, target: str, kind: str, hidden_size: int) -> dic
     if target != "executorch":
         return {}
     flags: dict[str, Any] = {"max_context": CONTEXT, "custom_ops": dice.random() < 0.8}
-    if kind == "f32" and dice.random() < 0.3:
-        flags["recipe"] = "portable"
     if kind == "8da4w":
         flags["group_size"] = dice.choice((32, 64, 128))
     if is_rounded and dice.random() < 0.3:

@@ -82,7 +82,6 @@ COMMANDS: dict[str, str] = {
     "export MODEL --target gguf --quantize q4": "--quantize q4: unknown for gguf; known: f32, ",
     "export MODEL --target onnx --quantize q4": "--quantize q4: unknown for onnx; known: f32, ",
     "export MODEL --target executorch --quantize q4": "--quantize q4: unknown for executorch; known: f32, ",
-    "export MODEL --target executorch --recipe portable --quantize int8": "--recipe portable takes --quantize f32",
     "fit no-such-folder --max-bytes 60MB": "no-such-folder is no run with --sizes; give the --output of ",
     "export no-such-folder --target gguf": "no-such-folder: no such folder, and not a hub id",
     "export MODEL --target gguf --output out --calibrate no.txt": "--calibrate no.txt: no such file or folder",
