@@ -35,7 +35,6 @@ def build_parser() -> flags.Parser:
     parser.add_argument("artefacts", nargs="*", metavar="ARTEFACT", help=ARTEFACT_HELP)
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write all figures as JSON; an interrupted run resumes from it")
-    output.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     output.add_argument(
         "--predict", metavar="PROFILE", help="also print the predictions of a device profile, written by --profile"
     )
@@ -50,7 +49,7 @@ def build_parser() -> flags.Parser:
 
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
-    paths, as_markdown = arguments.pop("artefacts"), arguments.pop("markdown")
+    paths = arguments.pop("artefacts")
     predict_path = arguments.pop("predict")
     inputs = [*paths, *([predict_path] if predict_path else [])]
     outputs = {name: _output_path(arguments, name, inputs) for name in OWN_FILE_CHECKS}
@@ -66,10 +65,7 @@ def body(argv: Sequence[str]) -> int:
     if artefacts:
         measured = options if prediction is None else as_profiled(options, prediction, artefacts)
         run = benchmark(artefacts, measured, device_options, json_path)
-        if as_markdown:
-            print(run_table.markdown(run), end="")
-        else:
-            run_table.print_table(run)
+        run_table.print_table(run)
         if prediction is not None:
             print_rows(run_table.prediction_rows(run, prediction), left=(0, 1))
     if profile_path:

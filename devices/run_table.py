@@ -1,4 +1,4 @@
-"""The table of one run, for the terminal, for Markdown and for the results page."""
+"""The table of one run in the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..runtime.base.errors import UsageError
-from ..runtime.base.quantities import Figure, format_bytes, format_count, markdown_table, print_rows
+from ..runtime.base.quantities import Figure, format_bytes, format_count, print_rows
 from ..runtime.latency.profile import DeviceProfile
 from ..runtime.latency.shape import DecoderShape
 from .results import DeviceInfo, Result, Run, mean_context
@@ -136,11 +136,6 @@ def print_table(run: Run) -> None:
     print_rows(list(zip(*rows(run), strict=True)))
     for line in notes(run):
         print(line)
-
-
-def markdown(run: Run) -> str:
-    """Return the table and the notes as Markdown."""
-    return f"{markdown_table(rows(run))}\n\n" + "\n".join(f"- {line}" for line in notes(run)) + "\n"
 
 
 def prediction_rows(run: Run, profile: DeviceProfile) -> list[list[str]]:

@@ -97,10 +97,6 @@ def test_measures_artefacts_and_bare_files(
     assert results[0]["sha256"] != results[1]["sha256"]
     assert results[1]["manifest"] == {}
     assert json.loads(saved.read_text())["results"][0]["speeds"]["tg8"]["n"] == 4
-    assert run_command(cli.body, [str(output), *QUICK, "--markdown"]) == 0
-    assert capsys.readouterr().out.startswith(
-        "| artefact | parameters | quant | on disk | pp16 t/s | pp24 t/s | tg4 t/s"
-    )
 
 
 def test_benchmark_is_quiet_in_python(artefact: Path) -> None:
@@ -129,7 +125,7 @@ def test_tests_that_do_not_fit_are_left_out(artefact: Path, tmp_path: Path, caps
     for name in manifest.files:
         (short / name).symlink_to(artefact / name)
     dataclasses.replace(manifest, context_length=18).write(short)
-    assert run_command(cli.body, [str(short), *QUICK, "--markdown"]) == 0
+    assert run_command(cli.body, [str(short), *QUICK]) == 0
     printed = capsys.readouterr().out
     assert "pp16 t/s" in printed
     assert "short: pp24 skipped: needs a context of 24 tokens, the artefact holds 18" in printed
