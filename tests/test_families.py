@@ -38,7 +38,10 @@ NEW = [family for family in FAMILIES if family not in SIMILAR]
 
 LAYERS = (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 1, 75), LayerShape(4, 4, 0))
 
-IRREGULAR_IN_GGUF = {"llama_bias": "deci", "olmo": "deci"}
+IRREGULAR_IN_GGUF = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "llama_bias", "olmo"), "deci"),
+    "qwen3": "openelm",
+}
 """Family -> architecture that holds it as it is; the others are zero-padded to their own."""
 
 Folder = Callable[..., Path]
@@ -161,7 +164,7 @@ def test_folders_load_without_efficientllm(irregular: Folder, tmp_path: Path) ->
             )
 
 
-@pytest.mark.parametrize("family", NEW)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gguf_equals_torch_in_the_layout_that_holds_it(
     family: str, irregular: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,7 +179,7 @@ def test_gguf_equals_torch_in_the_layout_that_holds_it(
     assert ("--layout uniform" in said) == (family not in IRREGULAR_IN_GGUF)
 
 
-@pytest.mark.parametrize("family", NEW)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_onnx_equals_torch(family: str, irregular: Folder, tmp_path: Path) -> None:
     assert export(irregular(family), "onnx", tmp_path / "onnx", "--quantize", "f32", "--no-verify") == 0
     expect_engine_equals_torch(irregular(family), tmp_path / "onnx")
@@ -200,7 +203,7 @@ def expect_engine_equals_torch(checkpoint: Path, artefact: Path) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("family", NEW)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_hf_uniform_equals_torch(family: str, tied: bool, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     """A hidden size that must be padded."""
@@ -208,6 +211,8 @@ def test_hf_uniform_equals_torch(family: str, tied: bool, save_tiny: Callable[..
     assert export(checkpoint, "hf-uniform", tmp_path / "uniform", "--no-verify") == 0
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "uniform")
     assert type(stock).__name__ == FAMILIES[family].stock_class
+    assert not list((tmp_path / "uniform").glob("*.py"))
+    assert not {"per_layer_config", "model_file"} & json.loads((tmp_path / "uniform/config.json").read_text()).keys()
     assert np.abs(torch_logits(tmp_path / "uniform", TOKENS) - torch_logits(checkpoint, TOKENS)).max() < 1e-4
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from accepting import is_accepted
+from exporting import EXACT
 
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
@@ -175,6 +177,20 @@ def check_forced_tokens(engine: EngineScheduler, name: str, prompts: int) -> Non
 @pytest.mark.parametrize("name", FORCING)
 def test_forced_tokens_of_one_pass_change_no_greedy_answer(engine: EngineScheduler, name: str) -> None:
     check_forced_tokens(engine, name, prompts=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["gguf", "onnx", "executorch"])
+def test_forced_tokens_change_no_greedy_answer_of_an_engine(target: str, exported: Callable[..., Path]) -> None:
+    if target == "executorch":
+        pytest.importorskip("executorch.runtime", reason="executorch is not installed")
+    artefact = exported(target, *(EXACT if target == "executorch" else EXACT[:2]))
+    # `auto` may take a cache of 8 bits
+    options = EngineOptions(threads=1, context=128, kv_cache="f32" if target == "gguf" else "auto")
+    engine = load_engine(artefact, options)
+    for name in FORCING:
+        check_forced_tokens(engine, name, prompts=42)
+    engine.close()
 
 
 @pytest.mark.parametrize("max_tokens", [3, 200])
