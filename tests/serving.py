@@ -9,8 +9,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import uvicorn
 
 from efficientllm.runtime.engines.engine import EngineOptions
@@ -52,3 +55,26 @@ def serve(pool: ModelPool, options: AppOptions, **config: Any) -> Iterator[str]:
         server.should_exit = True
         thread.join(timeout=20)
     assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def served(
+    artefact: Path, app: AppOptions | None = None, limits: PoolOptions | None = None, **engine: Any
+) -> Iterator[str]:
+    """Serve an artefact as the model "tiny" with one thread and `engine` options; yields the address."""
+    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, **engine), limits)
+    with serve(pool, app or AppOptions()) as address:
+        yield address
+
+
+def openai_client(address: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
+
+
+def http_client(address: str) -> httpx.Client:
+    return httpx.Client(base_url=address, timeout=60)
+
+
+def post(address: str, path: str = "chat/completions", **body: Any) -> httpx.Response:
+    """Ask the model "tiny", by OpenAI's API."""
+    return httpx.post(f"{address}/v1/{path}", json={"model": "tiny", **body}, timeout=60)

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 from python_clients import CLIENTS
-from serving import loaded_pool, serve
+from serving import served
 
-from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.options import AppOptions
 
 ROOT = Path(__file__).parents[1]
@@ -28,8 +27,7 @@ pytestmark = pytest.mark.xdist_group("clients")
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=2048))
-    with serve(pool, AppOptions(api_key="secret")) as address:
+    with served(artefact, AppOptions(api_key="secret"), context=2048) as address:
         yield address
 
 

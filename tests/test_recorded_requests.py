@@ -10,10 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from recorded_requests import RECORDED
-from serving import loaded_pool, serve
-
-from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.options import AppOptions
+from serving import served
 
 SLOW = ("aider, Ollama",)
 """Answers that only end with the context window."""
@@ -21,8 +18,7 @@ SLOW = ("aider, Ollama",)
 
 @pytest.fixture(scope="module")
 def client(artefact: Path) -> Iterator[httpx.Client]:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=2048, parallel=4))
-    with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=120) as client:
+    with served(artefact, context=2048, parallel=4) as address, httpx.Client(base_url=address, timeout=120) as client:
         yield client
 
 

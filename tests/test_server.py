@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import loaded_pool, serve
+from serving import openai_client, served
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
@@ -26,14 +26,13 @@ MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1), PoolOptions(waiting=3))
-    with serve(pool, AppOptions(api_key="secret")) as address:
+    with served(artefact, AppOptions(api_key="secret"), PoolOptions(waiting=3)) as address:
         yield address
 
 
 @pytest.fixture
 def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0) as client:
+    with openai_client(address, "secret") as client:
         yield client
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import loaded_pool, serve
+from serving import loaded_pool, openai_client, post, serve, served
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, UsageError
@@ -34,19 +34,14 @@ MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1), PoolOptions(waiting=40))
-    with serve(pool, AppOptions(cors_origin=("http://page.example",))) as address:
+    with served(artefact, AppOptions(cors_origin=("http://page.example",)), PoolOptions(waiting=40)) as address:
         yield address
 
 
 @pytest.fixture
 def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+    with openai_client(address) as client:
         yield client
-
-
-def post(address: str, path: str = "chat/completions", **body: Any) -> httpx.Response:
-    return httpx.post(f"{address}/v1/{path}", json={"model": "tiny", **body}, timeout=60)
 
 
 def test_text_completion_continues_the_prompt(client: openai.OpenAI, artefact: Path) -> None:
@@ -326,8 +321,7 @@ def test_vanished_model_is_unavailable_until_it_returns(artefact: Path, tmp_path
 
 
 def test_an_answer_has_its_time(artefact: Path) -> None:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=4096), PoolOptions(timeout=0.05))
-    with serve(pool, AppOptions(overflow="slide")) as address:
+    with served(artefact, AppOptions(overflow="slide"), PoolOptions(timeout=0.05), context=4096) as address:
         answer = post(address, messages=MESSAGES, max_tokens=100_000, temperature=0)
         assert answer.status_code == 408
         assert "longer than 0.05 s" in answer.json()["error"]["message"]
@@ -352,8 +346,7 @@ def test_a_chat_may_outgrow_the_window_when_asked(artefact: Path) -> None:
             assert answer.json()["usage"]["completion_tokens"] == 150
         long = [{"role": "user", "content": "word " * 200}]
         assert post(address, messages=long, max_tokens=2).status_code == 200
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
-    with serve(pool, AppOptions()) as address:
+    with served(artefact, context=64) as address:
         assert post(address, messages=long, max_tokens=2).json()["error"]["code"] == "context_length_exceeded"
 
 

@@ -11,12 +11,10 @@ import numpy as np
 import openai
 import pytest
 import torch
-from serving import loaded_pool, serve
+from serving import openai_client, served
 from tiny import tiny_architecture, tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.options import AppOptions
 from efficientllm.server.schemas import response_models
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
@@ -25,11 +23,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 
 @pytest.fixture(scope="module")
 def client(artefact: Path) -> Iterator[openai.OpenAI]:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1))
-    with (
-        serve(pool, AppOptions()) as address,
-        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
-    ):
+    with served(artefact) as address, openai_client(address) as client:
         yield client
 
 

@@ -9,18 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import loaded_pool, serve
-
-from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.options import AppOptions
+from serving import http_client, served
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
 
 
 @pytest.fixture(scope="module")
 def client(artefact: Path) -> Iterator[httpx.Client]:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256, parallel=4))
-    with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
+    with served(artefact, context=256, parallel=4) as address, http_client(address) as client:
         yield client
 
 

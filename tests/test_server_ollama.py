@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import loaded_pool, serve
+from serving import http_client, loaded_pool, serve, served
 
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.runtime.engines.scheduler import EngineScheduler
@@ -40,8 +40,7 @@ TOOL = {
 
 @pytest.fixture(scope="module")
 def client(artefact: Path) -> Iterator[httpx.Client]:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=1024))
-    with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
+    with served(artefact, context=1024) as address, http_client(address) as client:
         yield client
 
 
@@ -194,7 +193,7 @@ def until_loaded(client: httpx.Client, names: list[str]) -> None:
 
 def test_a_model_is_unloaded_after_keep_alive(artefact: Path) -> None:
     pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256))
-    with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
+    with serve(pool, AppOptions()) as address, http_client(address) as client:
         (running,) = client.get("/api/ps").json()["models"]
         assert running["size"] > client.get("/api/tags").json()["models"][0]["size"]
         assert running["expires_at"] > "2050"
@@ -212,8 +211,10 @@ def test_a_model_is_unloaded_after_keep_alive(artefact: Path) -> None:
 
 
 def test_a_flag_unloads_idle_models_and_requests_load_them_again(artefact: Path) -> None:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256), PoolOptions(idle_unload=0.05))
-    with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
+    with (
+        served(artefact, limits=PoolOptions(idle_unload=0.05), context=256) as address,
+        http_client(address) as client,
+    ):
         texts = set[str]()
         for _ in range(3):
             texts.add(ask(client, "generate", prompt="Hello", options=GREEDY)[0]["response"])

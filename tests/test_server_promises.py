@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving import free_port, loaded_pool, serve
+from serving import free_port, loaded_pool, post, serve, served
 
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions
@@ -45,13 +45,8 @@ LONG: dict[str, Any] = {"max_tokens": 100_000, "temperature": 0, "logit_bias": {
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, parallel=2, context=4096))
-    with serve(pool, AppOptions(overflow="slide")) as address:
+    with served(artefact, AppOptions(overflow="slide"), parallel=2, context=4096) as address:
         yield address
-
-
-def post(address: str, path: str = "chat/completions", **body: Any) -> httpx.Response:
-    return httpx.post(f"{address}/v1/{path}", json={"model": "tiny", **body}, timeout=60)
 
 
 def test_single_request_overtakes_fifty_choices(address: str) -> None:

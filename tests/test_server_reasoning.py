@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import loaded_pool, serve
+from serving import http_client, loaded_pool, serve
 
 from efficientllm.runtime.call_reader import (
     ArgumentsEvent,
@@ -49,7 +49,7 @@ def pool(artefact: Path) -> ModelPool:
 def client(pool: ModelPool) -> Iterator[httpx.Client]:
     engine = pool.loaded["tiny"].engine
     plain, engine.chat_template = engine.chat_template, TEMPLATE
-    with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
+    with serve(pool, AppOptions()) as address, http_client(address) as client:
         yield client
     engine.chat_template = plain
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from serving import loaded_pool, serve
+from serving import loaded_pool, serve, served
 from starlette.responses import PlainTextResponse
 
 from efficientllm.runtime.base.command import run_command
@@ -36,8 +36,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=2048), PoolOptions(waiting=40))
-    with serve(pool, AppOptions()) as address:
+    with served(artefact, limits=PoolOptions(waiting=40), context=2048) as address:
         yield address
 
 
@@ -457,16 +456,14 @@ def test_the_key_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeyp
 def test_each_of_several_keys_opens_the_server(artefact: Path, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("kitchen-1\n\n  hall-2  \n")
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
-    with serve(pool, AppOptions(api_key_file=str(file))) as address:
+    with served(artefact, AppOptions(api_key_file=str(file)), context=64) as address:
         for key, status in (("kitchen-1", 200), ("hall-2", 200), ("kitchen-1\nhall-2", 401), ("hall", 401)):
             headers = {"Authorization": "Bearer " + key.replace("\n", " ")}
             assert httpx.get(f"{address}/v1/models", headers=headers).status_code == status, key
 
 
 def test_every_request_has_an_id_and_a_line(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
-    with serve(pool, AppOptions(access_log=True, api_key="secret")) as address:
+    with served(artefact, AppOptions(access_log=True, api_key="secret"), context=64) as address:
         chosen = httpx.get(f"{address}/health", headers={"X-Request-Id": "mine-1"})
         foreign = httpx.get(f"{address}/v1/a%0Ab c", headers={"X-Request-Id": 'a" 200 forged'})
         plain = httpx.get(f"{address}/health")

@@ -10,10 +10,8 @@ from typing import Any
 import openai
 import pytest
 from python_clients import Weather
-from serving import loaded_pool, serve
+from serving import openai_client, served
 
-from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.options import AppOptions
 from efficientllm.server.schemas import response_models
 
 TOOL: Any = {"type": "function", "name": "weather", "parameters": Weather.model_json_schema(), "strict": True}
@@ -21,11 +19,7 @@ TOOL: Any = {"type": "function", "name": "weather", "parameters": Weather.model_
 
 @pytest.fixture(scope="module")
 def client(artefact: Path) -> Iterator[openai.OpenAI]:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, context=1024))
-    with (
-        serve(pool, AppOptions()) as address,
-        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
-    ):
+    with served(artefact, context=1024) as address, openai_client(address) as client:
         yield client
 
 

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pydantic
 import pytest
-from serving import loaded_pool, serve
+from serving import loaded_pool, openai_client, serve
 from test_tools import QWEN
 from tiny import tiny_architecture, tiny_model
 from transformers import PreTrainedTokenizerFast
@@ -52,7 +52,7 @@ def client(
     pool = loaded_pool({"plain": str(artefact), "calls": str(folder / "gguf")}, EngineOptions(threads=1, context=1024))
     with (
         serve(pool, AppOptions()) as address,
-        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+        openai_client(address) as client,
     ):
         yield client
 

@@ -10,16 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import loaded_pool, serve
-
-from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.options import AppOptions
+from serving import served
 
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    pool = loaded_pool({"tiny": str(artefact)}, EngineOptions(threads=1, parallel=2, context=512))
-    with serve(pool, AppOptions()) as address:
+    with served(artefact, parallel=2, context=512) as address:
         yield address
 
 
