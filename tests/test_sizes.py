@@ -11,14 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from made_up import LAPTOP
 from pruning import LAYERS, some_removal
 from tiny import tiny_architecture, tiny_model
 from training import command, expect_equal_weights, expect_same_run, metrics, run, without
 
 import efficientllm.train.run as training_run
-from efficientllm.devices.results import BenchOptions, Measurement, Run, summarize
-from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.latency.shape import Workload
 from efficientllm.train.family import fit
@@ -43,17 +40,6 @@ def folders(run_folder: Path) -> list[Path]:
 
 
 pytestmark = pytest.mark.xdist_group("sizes")  # one worker trains the family
-
-
-@pytest.fixture(scope="module")
-def files(family: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The GGUF of each size."""
-    folder = tmp_path_factory.mktemp("files")
-    paths = [folder / size for size in SIZES]
-    for run_folder, path in zip(folders(family), paths, strict=True):
-        arguments = ["--target", "gguf", "--no-verify", "--output", str(path)]
-        assert run_command(export_cli.body, [str(run_folder), *arguments]) == 0
-    return paths
 
 
 @pytest.fixture(scope="module")
@@ -313,50 +299,21 @@ def test_a_device_gets_the_best_size_within_its_limits(
     assert "score 0.500" in second
 
 
-def write_bench(files: list[Path], peaks: list[int], path: Path) -> None:
-    """Write a file of efficientllm-bench with these peaks of memory."""
-    results = []
-    for file, peak in zip(files, peaks, strict=True):
-        manifest = json.loads((file / "manifest.json").read_text())
-        measured = Measurement({"tg4": [1.0]}, peak_rss_bytes=peak, kv_cache_bytes=peak // 4)
-        size = (file / "model.gguf").stat().st_size
-        results.append(summarize(str(file), "0" * 64, "llama.cpp", size, manifest, [measured]))
-    Run(LAPTOP, BenchOptions(), results).write(path)
-
-
-def test_memory_is_the_measured_one_or_an_estimate(
-    ordered: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bench = tmp_path / "bench.json"
-    write_bench(files[1:], [40_000_000, 20_000_000], bench)
-    arguments = [str(ordered), "--bench", str(bench), "--max-memory"]
-    expected = {
-        "1GB": ("0.8", "of memory (estimated, not measured, with a cache of "),
-        "50MB": ("0.7", "40.0 MB of memory (measured, with a cache of 10.0 MB)"),
-        "30MB": ("0.6", "20.0 MB of memory (measured, with a cache of 5.0 MB)"),
-    }
-    for limit, (size, described) in expected.items():
-        assert run_command(fit.body, [*arguments, limit]) == 0
-        first = capsys.readouterr().out.splitlines()[0]
-        assert first.startswith(f"size {size}: ")
-        assert described in first
-    assert run_command(fit.body, [*arguments, "10MB"]) == 2
-    assert run_command(fit.body, [str(ordered), "--max-memory", "50MB"]) == 2  # the estimates are larger
-    values = json.loads(bench.read_text())
-    del values["results"][0]["peak_rss_bytes"]
-    bench.write_text(json.dumps(values))
-    for other in (bench, ordered / "sizes.json"):
-        assert run_command(fit.body, [str(ordered), "--max-memory", "1GB", "--bench", str(other)]) == 2
-        assert "not a file of efficientllm-bench --json" in capsys.readouterr().err
+def test_memory_limits_the_sizes_by_an_estimate(ordered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(fit.body, [str(ordered), "--max-memory", "1GB"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("size 0.8: ")
+    assert "MB of memory (estimated)" in first
+    assert run_command(fit.body, [str(ordered), "--max-memory", "50MB"]) == 2
     assert run_command(fit.body, ["demo", "--max-bytes", "1GB", "--max-memory", "1GB"]) == 2
     assert "demo is no run with --sizes; give the --output" in capsys.readouterr().err
 
 
 def test_a_longer_workload_needs_more_memory(family: Path) -> None:
     shape = Architecture.from_folder(family / "model")
-    short, long = (fit.serving_memory(shape, 1e6, Workload.at_depth(depth), []) for depth in (99, 1099))
+    short, long = (fit.serving_memory(shape, 1e6, Workload.at_depth(depth)) for depth in (99, 1099))
     heads = sum(layer.num_key_value_heads for layer in shape.layers)
-    assert long.num_bytes - short.num_bytes == 1000 * heads * shape.head_dim * 2 * 2
+    assert long - short == 1000 * heads * shape.head_dim * 2 * 2
 
 
 @pytest.mark.parametrize(

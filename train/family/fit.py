@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ PROCESS_BYTES = 115_000_000
 """Python with the libraries of the engine, and the engine's buffers for passes of up to 512 tokens."""
 TOKEN_BYTES = 280
 """Tables and buffers of the engine for each token of the vocabulary."""
-SAME_FILE = 0.03
-"""Largest relative difference of bytes between a planned file and an exported one of the same type."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +35,8 @@ class FitConfig:
     max_ms: float | None = flags.number(None, above=0)
     """Longest time of --workload on the device of --device-profile, in milliseconds."""
     max_memory: int | None = flags.byte_count(None)
-    """Largest peak memory of a process that serves the file, such as 120MB."""
-    bench: str = ""
-    """File of efficientllm-bench --json with measured memory. Without it, or for sizes that it lacks, memory is
-    estimated with a cache for the tokens of --workload."""
+    """Largest memory of a process that serves the file, such as 120MB, estimated with a cache for the tokens of
+    --workload."""
     device_profile: str = ""
     """Latency profile of the device of --max-ms, written by efficientllm-bench --profile."""
     workload: str = "depth=512"
@@ -53,73 +48,17 @@ class FitConfig:
         flags.check_fields(self)
         is_pair = (self.max_ms is None) == (not self.device_profile)
         flags.require(self, "max_ms", is_pair, "--max-ms and --device-profile FILE go together")
-        is_used = not self.bench or self.max_memory is not None
-        flags.require(self, "bench", is_used, "applies only to --max-memory; set it")
         _ = Workload.parse(self.workload)
 
 
-@dataclass(frozen=True)
-class ServingMemory:
-    """Peak memory of a process that serves one file."""
-
-    num_bytes: float
-    cache: float
-    """Part of `num_bytes` in the KV cache."""
-    is_measured: bool
-
-    def describe(self) -> str:
-        """Return the bytes in words, with their origin and the cache that they include."""
-        origin = "measured" if self.is_measured else "estimated, not measured"
-        return f"{format_bytes(self.num_bytes)} of memory ({origin}, with a cache of {format_bytes(self.cache)})"
-
-
-def estimate_memory(shape: Architecture, file_bytes: float, tokens: int) -> ServingMemory:
-    """Return the memory for one context of `tokens`: file, fp16 cache, and the rest of the process.
+def serving_memory(shape: Architecture, file_bytes: float, workload: Workload) -> float:
+    """Estimate the bytes of a process for one context of the workload: file, fp16 cache, and the rest of the process.
 
     PROCESS_BYTES and TOKEN_BYTES cover the largest of four measured files (docs/training.md).
     """
     heads = sum(layer.num_key_value_heads for layer in shape.layers)
-    cache = cache_bytes(tokens, heads, shape.head_dim, 2)
-    return ServingMemory(file_bytes + cache + PROCESS_BYTES + TOKEN_BYTES * shape.vocab_size, cache, False)
-
-
-@dataclass(frozen=True)
-class MeasuredFile:
-    """A file that efficientllm-bench measured."""
-
-    shape: Architecture
-    num_bytes: float
-    memory: ServingMemory
-
-
-def read_bench(path: str) -> list[MeasuredFile]:
-    """Return the GGUF files in a file of efficientllm-bench --json. Raises UsageError if it is none."""
-    try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
-        return [
-            MeasuredFile(
-                Architecture.from_dict(result["manifest"]["architecture"]),
-                float(result["file_bytes"]),
-                ServingMemory(float(result["peak_rss_bytes"]), float(result["kv_cache_bytes"]), True),
-            )
-            for result in results
-            if result["engine"] == "llama.cpp" and result["manifest"]
-        ]
-    except OSError as error:
-        raise UsageError(f"--bench {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--bench {path}: not a file of efficientllm-bench --json") from error
-
-
-def serving_memory(
-    shape: Architecture, file_bytes: float, workload: Workload, measured: Iterable[MeasuredFile]
-) -> ServingMemory:
-    """Return the largest memory measured of a file, or an estimate with a cache for the tokens of a workload."""
-    found = [
-        each.memory for each in measured if each.shape == shape and abs(each.num_bytes / file_bytes - 1) <= SAME_FILE
-    ]
-    tokens = workload.first_depth + workload.answer_tokens
-    return max(found, key=lambda memory: memory.num_bytes, default=estimate_memory(shape, file_bytes, tokens))
+    cache = cache_bytes(workload.first_depth + workload.answer_tokens, heads, shape.head_dim, 2)
+    return file_bytes + cache + PROCESS_BYTES + TOKEN_BYTES * shape.vocab_size
 
 
 def build_parser() -> flags.Parser:
@@ -154,20 +93,18 @@ def body(argv: Sequence[str]) -> int:
         profile, (kind, _) = DeviceProfile.load(Path(config.device_profile)), members_of(run)[0].file_types
         profile.check(engine="llama.cpp", quantization=kind)
         time = DeviceTime(profile, workload).measure
-    measured = read_bench(config.bench) if config.bench else []
     rows = read_json(run / SIZES_FILE)["sizes"]
     found: list[tuple[float, dict[str, Any], str]] = []
     for row in reversed(rows):  # smallest first
         shape, size = Architecture.from_folder(run / row["folder"] / "model"), row["bytes"]
         ms = time.of(shape) if time is not None else None
-        memory = serving_memory(shape, size, workload, measured) if config.max_memory and size is not None else None
-        memory_bytes = memory.num_bytes if memory else None
-        is_small = _is_within(size, config.max_bytes) and _is_within(memory_bytes, config.max_memory)
+        memory = serving_memory(shape, size, workload) if config.max_memory and size is not None else None
+        is_small = _is_within(size, config.max_bytes) and _is_within(memory, config.max_memory)
         if not (is_small and _is_within(ms, config.max_ms)):
             continue
         shown = [format_bytes(size)] if size is not None else []
         shown += [f"{ms:.2f} ms predicted"] if ms is not None else []
-        shown += [memory.describe()] if memory is not None else []
+        shown += [f"{format_bytes(memory)} of memory (estimated)"] if memory is not None else []
         shown += [f"score {row['score']:.3f}"] if row["score"] is not None else []
         shown += [f"perplexity {row['perplexity']:.2f}"]
         quality = row["score"] if row["score"] is not None else -row["perplexity"]
