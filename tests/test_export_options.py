@@ -254,7 +254,6 @@ def test_a_broken_plug_in_harms_only_its_own_target(
 REFUSED = wrong_commands.COMMANDS | {
     "export MODEL --target gguf": "llama-cpp-python is not installed; run: " + install_command("gguf"),
     "export MODEL --target web": "llama-cpp-python is not installed; run: " + install_command("gguf"),
-    "export MODEL --target ios --formats pte": "executorch is not installed; run: pip install ",
     "export MODEL --target onnx": "onnxruntime is not installed; run: " + install_command("onnx"),
     "export MODEL --target hf-uniform": "torch is not installed; run: " + install_command("export"),
 }

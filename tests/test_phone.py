@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import re
@@ -24,12 +23,11 @@ from accepting import is_accepted
 from exporting import export
 from priced import tiny_profile
 from shared_fixtures import Exported
-from tiny import CHAT_TEMPLATE, UNEQUAL, tiny_architecture
+from tiny import CHAT_TEMPLATE
 
 from efficientllm.export.checkpoint import open_checkpoint
-from efficientllm.export.greedy import GreedyCheck
 from efficientllm.export.phone.conversation import chat_calls, chat_turns
-from efficientllm.export.phone.exporter import SNIPPETS, Kit, Platform, write_snippets
+from efficientllm.export.phone.exporter import SNIPPETS, Platform
 from efficientllm.runtime.base.errors import ModelError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
@@ -53,8 +51,7 @@ GRAMMARS = {
 
 @pytest.fixture(scope="module")
 def kit(exported: Exported) -> Path:
-    """For Android, with the GGUF alone, which takes a second."""
-    return exported("android", "--formats", "gguf", "--quantize", "f32")
+    return exported("android", "--quantize", "f32")
 
 
 def errors(code: bytes, suffix: str) -> list[str]:
@@ -69,8 +66,8 @@ def errors(code: bytes, suffix: str) -> list[str]:
     return found
 
 
-def assert_code_parses(kit: Path, platform: Platform, formats: tuple[str, ...]) -> None:
-    for name in (name for key in (*formats, "") for name in SNIPPETS[platform][key]):
+def assert_code_parses(kit: Path, platform: Platform) -> None:
+    for name in SNIPPETS[platform]:
         text = (kit / name).read_bytes()
         assert not re.search(rb"@[A-Z_]+@", text), name
         if name.endswith(".sh"):
@@ -120,7 +117,7 @@ def test_a_kit_with_a_gguf(kit: Path) -> None:
     written = {path.relative_to(kit).as_posix() for path in kit.rglob("*") if path.is_file()}
     assert written == {*manifest.files, *manifest.editable, "manifest.json"}
     assert "build.gradle.kts" in manifest.editable
-    assert_code_parses(kit, "android", ("gguf",))
+    assert_code_parses(kit, "android")
     assert_engine_answers_as_checked(kit / "model.gguf", json.loads((kit / "check.json").read_text())["llama.cpp"])
     with contextlib.closing(load_engine(kit, EngineOptions(threads=1))) as engine:  # a kit is an artefact, too
         assert engine.context_length == manifest.context_length
@@ -128,7 +125,7 @@ def test_a_kit_with_a_gguf(kit: Path) -> None:
     assert "| model.gguf | llama.cpp | f32 |" in text
     assert "The expected speed is unknown" in text
     assert "\n\nBuild the app with Android Studio, or with Gradle 8.9 or later: `gradle assembleDebug`. " in text
-    assert re.search(r"are at least \d\.\d\d nats \(llama\.cpp\) apart", text)
+    assert re.search(r"are at least \d\.\d\d nats apart", text)
 
 
 def test_push_script_copies_the_files_that_the_code_reads(kit: Path, tmp_path: Path) -> None:
@@ -145,21 +142,6 @@ def test_push_script_copies_the_files_that_the_code_reads(kit: Path, tmp_path: P
     failed = subprocess.run([kit / "push.sh"], env=environment, capture_output=True, check=False)
     assert failed.returncode == 2
     assert b"no phone answers" in failed.stderr
-
-
-def test_constants_of_a_template_with_dollars(tmp_path: Path, kit: Path) -> None:
-    check = GreedyCheck("Why?", '<$x user>\n"Why?\\"<$y>', [], [], "", 1.0)
-    code: dict[str, Platform] = {"Chat.kt": "android", "Chat.swift": "ios"}
-    with open_checkpoint(str(kit.parent / "checkpoint")) as opened:
-        for name, platform in code.items():
-            assert any(name in names for names in SNIPPETS[platform].values())
-            write_snippets(Kit(platform, opened, [], {"executorch": check}, 128, [name], [], "1.5.1"), tmp_path)
-            text = (tmp_path / name).read_text()
-            assert errors(text.encode(), Path(name).suffix) == []
-            if platform == "android":
-                assert r'BEFORE = "<\$x user>\n\""' in text
-            else:
-                assert r'before = "<$x user>\n\""' in text
 
 
 CPP = "src/main/cpp"
@@ -314,7 +296,7 @@ def kit_with_functions(exported: Exported, tmp_path: Path) -> Callable[[Platform
             shutil.copytree(opened.folder, checkpoint)
         (checkpoint / "chat_template.jinja").write_text(LEARNED_MARK + CHAT_TEMPLATE)
         (tmp_path / "functions.json").write_text(json.dumps(FUNCTIONS))
-        flags = ("--formats", "gguf", "--quantize", "f32", "--functions", str(tmp_path / "functions.json"))
+        flags = ("--quantize", "f32", "--functions", str(tmp_path / "functions.json"))
         assert export(checkpoint, platform, tmp_path / "kit", *flags, "--max-context", "4096") == 0
         return tmp_path / "kit"
 
@@ -427,7 +409,7 @@ def test_functions_that_cannot_be_called_are_refused(
         (json.dumps([{"type": "function", "function": {"name": "f", "parameters": pattern}}]), "the schema of 'f'"),
     ):
         file.write_text(content)
-        assert export(checkpoint, "android", tmp_path / "out", "--formats", "gguf", "--functions", str(file)) == 2
+        assert export(checkpoint, "android", tmp_path / "out", "--functions", str(file)) == 2
         assert said in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
@@ -437,9 +419,9 @@ def test_card_predicts_the_speed_by_the_profile(
 ) -> None:
     profile = tmp_path / "phone.json"
     tiny_profile().save(profile)
-    kit = exported("android", "--formats", "gguf", "--quantize", "f32")
+    kit = exported("android", "--quantize", "f32")
     output = tmp_path / "kit"
-    flags = ("--formats", "gguf", "--no-verify", "--device-profile", str(profile))
+    flags = ("--no-verify", "--device-profile", str(profile))
     assert export(kit.parent / "checkpoint", "ios", output, *flags) == 2  # the kit's default is q8_0
     assert "measured with quantization q4_0, not q8_0" in capsys.readouterr().err
     flags = (*flags, "--quantize", "q4_0")
@@ -452,28 +434,11 @@ def test_card_predicts_the_speed_by_the_profile(
 
 
 def test_kit_refuses_wrong_options(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = exported("android", "--formats", "gguf", "--quantize", "f32").parent / "checkpoint"
+    checkpoint = exported("android", "--quantize", "f32").parent / "checkpoint"
     for flags, said in (
-        (("--formats", "tflite"), "--formats tflite: "),
         (("--max-context", "1"), "--max-context 1: must be at least 2"),
         (("--device-profile", str(tmp_path / "none.json")), "none.json"),
     ):
         assert export(checkpoint, "android", tmp_path / "out", *flags) == 2
         assert said in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_a_kit_in_both_formats(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint, kit = (
-        save_tiny(tiny_architecture(layers=UNEQUAL[:1])),
-        tmp_path / "kit",
-    )  # ExecuTorch takes long a layer
-    assert export(checkpoint, "android", kit, "--max-context", "128", "--no-verify") == 0
-    assert_code_parses(kit, "android", ("gguf", "pte"))
-    checks = json.loads((kit / "check.json").read_text())
-    assert checks.keys() == {"llama.cpp", "executorch"}
-    assert_engine_answers_as_checked(kit / "model.gguf", checks["llama.cpp"])
-    assert_engine_answers_as_checked(kit / "model.pte", checks["executorch"])
-    release = importlib.metadata.version("executorch").partition("+")[0]
-    assert f'executorch-android:{release}"' in (kit / "Chat.kt").read_text()

@@ -8,7 +8,7 @@ from ...runtime.base.extras import extra, require_extra
 from ...runtime.engines.executorch import import_executorch, quiet_executorch
 from ...train.model.target_rules import check_target
 from ..checkpoint import Checkpoint
-from ..manifest import Contents, write_manifest
+from ..manifest import write_manifest
 from ..request import ExportRequest
 from ..targets import Exporter
 from .options import ExecutorchOptions
@@ -16,17 +16,13 @@ from .options import ExecutorchOptions
 
 def export_executorch(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> None:
     """Write the program, tokenizer files and manifest."""
-    write_manifest(checkpoint, request, folder, write_program(checkpoint, request, folder))
-
-
-def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> Contents:
-    """Write FOLDER/model.pte and the tokenizer's files, for this target and others that ship the program."""
     check_target("executorch", checkpoint.config, checkpoint.architecture)
     import_executorch()
     with quiet_executorch():
         with extra("executorch"):  # which brings torchao, too
-            from .program import write_program as write
-        return write(checkpoint, request, folder)
+            from .program import write_program
+        contents = write_program(checkpoint, request, folder)
+    write_manifest(checkpoint, request, folder, contents)
 
 
 MODULES = ("executorch", "torchao")
