@@ -128,24 +128,78 @@ def test_fields_without_effect_pass(address: str) -> None:
     assert answer["choices"] == plain["choices"]
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
+REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "chat/completions": [
         ({"tool_choice": "required"}, "tool_choice: required needs tools"),
+        ({"tool_choice": {}, "tools": []}, "tool_choice.type: Field required"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "params": {"a": 1}}}]}, "params is not served"),
         ({"top_logprobs": 2}, "top_logprobs: needs logprobs"),
         ({"response_format": {"type": "regex"}}, "response_format: regex: is missing"),
         ({"response_format": {"type": "regex", "regex": "(a"}}, "regex: "),
+        ({"response_format": {"type": "text", "regex": "z"}}, "response_format: regex: needs type regex"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "json_schema.schema: is missing"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "json_schema: "),
+        ({"response_format": {"type": "json_schema", "json_schema": {"scheme": {"a": 1}}}}, "scheme is not served"),
         ({"logit_bias": {"400": 1}}, "logit_bias: token 400 is outside the vocabulary of 400"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"٣": 1}}, "logit_bias.٣"),
+        ({"logit_bias": {"01": 1}}, "must be the number of a token"),
         ({"frequency_penalty": 3}, "frequency_penalty: "),
+        ({"messages": [{**MESSAGES[0], "contents": "x"}]}, "messages.0: contents is not served here"),
+        ({"messages": [{"role": "user", "content": "a\0b"}]}, ""),
+        ({"messages": [{"role": "user"}]}, ""),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}]}, ""),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, ""),
+        ({"messages": [{"role": "user", "content": "word " * 3000}]}, "context window"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+        ({"messages": []}, "messages"),
+        ({"max_tokens": 10**9}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": 9}, "temperature"),
+        ({"n": 0}, "n: "),
+        ({"stream_options": {"usage": True}}, "stream_options: usage is not served here"),
+        ({"stream_options": {"include_usage": True}}, "stream_options.include_usage: needs stream"),
+        ({"max_tokens": True}, "max_tokens: Input should be a valid integer"),
+        ({"max_tokens": "3"}, "max_tokens: Input should be a valid integer"),
+        ({"max_tokens": 1.5}, "max_tokens: Input should be a valid integer"),
+        ({"temperature": "0.5"}, "temperature: Input should be a valid number"),
+        ({"stream": "yes"}, "stream: Input should be a valid boolean"),
+        ({"seed": 1e300}, "seed: Input should be less than 9223372036854776000"),
+        ({"seed": 10**30}, "seed: Input should be less than 9223372036854776000"),
+        ({"best_of": True}, "best_of is not served here"),
+        ({"stop": ["x"] * 17}, "stop: List should have at most 16 items"),
+        ({"stop": ["x", 1]}, "stop.1: Input should be a valid string"),
     ],
-)
-def test_contradictions_are_one_clear_line(address: str, fields: dict[str, Any], message: str) -> None:
-    answer = post(address, **fields)
+    "completions": [
+        ({"prompt": []}, "at least 1 item"),
+        ({"prompt": ["x"] * 17}, "has 17 texts; the limit is 16"),
+        ({"prompt": ["a", None]}, "prompt.1: "),
+    ],
+    "responses": [
+        ({"input": [item]}, said)
+        for item, said in (
+            ({"role": "user", "content": "x", "cache": 1}, "cache is not served here"),
+            ({"role": "user", "content": 5}, "content"),
+            ({"role": "user"}, "content: Field required"),
+            ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "type: Input should be 'input_text'"),
+            ({"type": "function_call", "call_id": "1", "name": "a b", "arguments": "{}"}, "name: String should match"),
+            ({"type": "function_call", "call_id": "1", "name": "a", "arguments": "[]"}, "input: arguments of the call"),
+            ({"type": "function_call_output", "call_id": "1", "output": 5}, "output: Input should be a valid string"),
+            ({"type": "reasoning", "summary": []}, "input.0: the type of an item must be message, function_call or"),
+        )
+    ],
+}
+"""Path -> bodies that are refused, and parts of the messages."""
+
+
+@pytest.mark.parametrize(("path", "body", "said"), [(path, *case) for path, cases in REFUSED.items() for case in cases])
+def test_error_names_the_wrong_field(address: str, path: str, body: dict[str, Any], said: str) -> None:
+    chat = {"messages": MESSAGES} if path == "chat/completions" else {}
+    answer = post_path(address, f"/v1/{path}", **{"model": "tiny", **chat, **body})
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"].startswith(message)
-    assert "\n" not in answer.json()["error"]["message"]
+    message = answer.json()["error"]["message"]
+    assert said in message
+    assert "\n" not in message
 
 
 def called(arguments: str) -> str:
@@ -174,6 +228,12 @@ TOOL = '"tools": [{"type": "function", "function": {"name": "f", "description": 
             "the body cannot be read as JSON: it is nested too deeply",
         ),
         (b'{"model": "\xff"}', "the body cannot be read as JSON: it is not UTF-8"),
+        (b"", "the body is not a JSON object"),
+        (b"[" * 100_000, "the body cannot be read as JSON: it is nested too deeply"),
+        (with_fields('"temperature": NaN'), ""),
+        ('{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', ""),
+        (b"[]", "the body is not a JSON object"),
+        (b'{"model": ', "the body is not JSON: "),
         (with_fields('"a\\nb": 1'), "a\\nb is not served here"),
         (
             with_fields(SCHEMA % '{"const": Infinity}'),
