@@ -93,23 +93,6 @@ def test_records_with_messages_are_chats(chats: Path, suffix: str, tmp_path: Pat
     assert 20 < sum(is_held_out(document, 0.2) for document in documents) < 60
 
 
-@pytest.mark.parametrize(
-    ("messages", "reason"),
-    [
-        ("hello", "must be a list of"),
-        ([{"role": "user"}], r'message 1 of line 1 must be \{"role": ..., "content": ...\}'),
-        ([{"role": "user", "content": "Hi"}], "no message has the role assistant"),
-        ([{"role": "assistant", "content": "Hi", "weight": 0}], "no message has the role assistant and a weight of 1"),
-        ([{"role": "assistant", "content": "\ud800"}], "not Unicode"),
-    ],
-)
-def test_a_malformed_chat_is_named(tmp_path: Path, messages: object, reason: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps({"messages": messages}), encoding="utf-8")
-    with pytest.raises(DataError, match=reason):
-        list(open_documents(DataSpec(str(path))))
-
-
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 CALLS = [{"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]
 TOOL = {"type": "function", "function": {"name": "now", "description": "The time."}}
@@ -463,6 +446,11 @@ def test_two_jobs_are_mixed_by_their_weights(tokenizer: PreTrainedTokenizerFast,
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
+        ({"messages": "hello"}, "must be a list of"),
+        ({"messages": [{"role": "user"}]}, 'message 1 of line 1 must be {"role": ..., "content": ...}'),
+        ({"messages": [ASKED]}, "no message has the role assistant"),
+        ({"messages": [{**ANSWERED, "weight": 0}]}, "no message has the role assistant and a weight of 1"),
+        ({"messages": [{**ANSWERED, "content": "\ud800"}]}, "not Unicode"),
         ({"prompt": "Hi"}, 'has a "prompt" without a "completion"'),
         ({"instruction": "Hi"}, 'has an "instruction" without an "output"'),
         ({"conversations": [{"from": ["dog"], "value": "Wau"}]}, "has a turn \"from\" ['dog']; known are"),

@@ -40,13 +40,6 @@ def write(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
-def test_formats_give_the_same_documents(name: str, tmp_path: Path) -> None:
-    path = write(tmp_path / name)
-    assert list(open_documents(DataSpec(str(path)))) == TEXTS
-    assert list(open_documents(DataSpec(str(tmp_path)))) == TEXTS
-
-
 def test_txt_is_cut_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     paragraph = "word " * 200
@@ -55,24 +48,6 @@ def test_txt_is_cut_at_blank_lines(tmp_path: Path) -> None:
     assert len(documents) > 1
     assert "".join(documents) == path.read_text()
     assert all(document.endswith("\n\n") for document in documents)
-
-
-@pytest.mark.parametrize(
-    ("content", "name", "message"),
-    [
-        ("not json\n", "a.jsonl", "line 1 is not a JSON object"),
-        ("[]\n", "a.jsonl", 'line 1 is not a JSON object with a "text" field'),
-        ('{"body": "x"}\n', "a.jsonl", 'line 1 has no field "text"; it has body .--text-field NAME reads another'),
-        ('{"text": 3}\n', "a.jsonl", 'the "text" of line 1 is not a string'),
-        ("plain", "a.jsonl.gz", "not a complete gzip file"),
-        ("plain", "a.parquet", "a.parquet"),
-    ],
-)
-def test_malformed_files_name_the_place(content: str, name: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(DataError, match=message):
-        list(open_documents(DataSpec(str(path))))
 
 
 @pytest.mark.parametrize(("name", "message"), [("nowhere", "no such file"), ("a.docx", "unknown file type")])

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from exporting import EXACT, SHAPES, TOKENS, export
 from tiny import LLAMA3_ROPE, TWO_FACTORS, UNEQUAL, tiny_architecture
 
@@ -19,7 +18,6 @@ from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
 from efficientllm.train.model.attention import LayerAttention
-from efficientllm.train.model.source import load_for_inference
 
 
 def run_batch(folder: Path, tokens: list[list[int]], mask: list[list[int]], past: dict[str, np.ndarray]) -> Any:
@@ -35,33 +33,6 @@ def run_batch(folder: Path, tokens: list[list[int]], mask: list[list[int]], past
     logits = outputs.pop("logits")
     logits = logits[:, 0] if logits.shape[1] == 1 else logits
     return logits, {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
-
-
-def check_a_padded_batch(checkpoint: Path, folder: Path) -> None:
-    """Compare a batch of two prompts of unequal lengths, and one more token of each, with torch's rows."""
-    prompts, more = [TOKENS[:12], TOKENS[20:39]], [7, 8]
-    model = load_for_inference(checkpoint)
-    with torch.inference_mode():
-        expected = [
-            model(torch.tensor([[*prompt, token]])).logits[0, -2:].numpy()
-            for prompt, token in zip(prompts, more, strict=True)
-        ]
-    missing = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-    pairs = [(prompt, [1] * len(prompt), [0] * count) for prompt, count in zip(prompts, missing, strict=True)]
-    tokens = [prompt + zeros for prompt, _, zeros in pairs]
-    mask = [ones + zeros for _, ones, zeros in pairs]
-    first, past = run_batch(folder, tokens, mask, {})
-    second, _ = run_batch(folder, [[token] for token in more], [[*row, 1] for row in mask], past)
-    assert np.abs(np.stack([first, second], 1) - expected).max() < 1e-3
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gemma3_text"])
-def test_a_batch_of_unequal_prompts_gives_each_ones_logits(
-    family: str, save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
-    checkpoint = save_tiny(tiny_architecture(family))
-    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32", "--no-verify") == 0
-    check_a_padded_batch(checkpoint, tmp_path / "onnx")
 
 
 @pytest.mark.parametrize("quantize", ["f32", "int8"])

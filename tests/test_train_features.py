@@ -24,7 +24,6 @@ from training import (
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.train.checkpoint import state as training_state
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.hardware import Hardware, choose_hardware
 from efficientllm.train.compute.trained_model import configure
@@ -197,36 +196,6 @@ def test_command_of_the_card_repeats_the_run(
     line = next(line for line in card.splitlines() if line.startswith("efficientllm-train"))
     assert run([*shlex.split(line)[1:], "--output", str(tmp_path / "again")]) == 0
     expect_equal_weights(tmp_path / "again", straight)
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint_loadable(
-    straight: Path,
-    source_folder: Path,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    save = training_state.dcp.save
-    calls: list[int] = []
-
-    def full_disk(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            (Path(kwargs["checkpoint_id"]) / "half").parent.mkdir(parents=True, exist_ok=True)
-            (Path(kwargs["checkpoint_id"]) / "half").write_bytes(b"x" * 1000)
-            raise OSError(28, "No space left on device")
-        return save(*args, **kwargs)
-
-    arguments = command(source_folder, corpus, tmp_path / "run")
-    monkeypatch.setattr(training_state.dcp, "save", full_disk)
-    assert run(arguments) == 2
-    assert "step-00000010 cannot be written: the disk is full" in (error := capsys.readouterr().err)
-    assert "make room and --resume from step-00000005" in error
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
-    monkeypatch.setattr(training_state.dcp, "save", save)
-    assert run([*arguments, "--resume"]) == 0
-    expect_equal_weights(tmp_path / "run", straight)
 
 
 @pytest.mark.parametrize("name", PRESETS)
