@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -23,9 +22,6 @@ from ..runtime.engines.engine import EngineOptions, engine_build, engine_version
 from ..runtime.engines.memory import huge_page_bytes, memory_bytes
 from .results import BenchOptions, Measurement
 from .sensors import LocalShell, clock_mhz, energy_meter, pair_of, temperature_celsius
-
-READ_PASSES = 5
-"""Timed passes over a buffer of the artefact's size, after one that warms up."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +170,7 @@ def measure(request: Request) -> Measurement:
     settings = EngineOptions(threads, context, huge_pages=options.huge_pages, kv_cache=options.kv_cache)
     engine = load_engine(artefact, settings, probe=False)
     measurement = measure_engine(engine, options, engine_version(artefact.engine), baseline_rss_bytes)
-    # Last, because the buffer raises the peak of memory.
-    speeds = read_speed(artefact.file_bytes, options.threads)
-    return replace(measurement, engine_build=engine_build(artefact.engine), memory_bytes_per_second=speeds)
+    return replace(measurement, engine_build=engine_build(artefact.engine))
 
 
 def measure_engine(engine: Decoder, options: BenchOptions, version: str, baseline_rss_bytes: int) -> Measurement:
@@ -212,20 +206,6 @@ def measure_engine(engine: Decoder, options: BenchOptions, version: str, baselin
         joules_per_token=tests.joules_per_token,
         skipped=tests.skipped,
     )
-
-
-def read_speed(num_bytes: int, threads: int) -> list[float]:
-    """Return the bytes per second of READ_PASSES reads of a buffer by `threads` threads (0: all cores)."""
-    count = threads or os.cpu_count() or 1
-    # Ones, because all pages of zeros would be one page of memory.
-    parts = np.array_split(np.ones(max(num_bytes // 4, count), np.float32), count)
-    speeds = []
-    with ThreadPoolExecutor(count) as pool:
-        for _ in range(1 + READ_PASSES):
-            watch = Stopwatch()
-            list(pool.map(np.max, parts))  # numpy releases the interpreter lock
-            speeds.append(num_bytes / watch.read().wall)
-    return speeds[1:]
 
 
 def body(argv: Sequence[str]) -> int:

@@ -127,11 +127,6 @@ class Readings(Generic[Value]):
     """Bytes of the KV cache at the measured context; 0 if unknown."""
     engine_settings: str = ""
     """Settings that the engine chose for the device, such as the attention kernel."""
-    memory_bytes_per_second: Value | None = None
-    """Speed at which the same number of threads read a buffer of the artefact's size, in the same process.
-
-    A decoded token takes at least the time of reading all weights at this speed.
-    """
     temperature_celsius: tuple[float, float] | None = None
     """Temperature before the first repetition and after the last."""
     clock_mhz: tuple[float, float] | None = None
@@ -185,12 +180,6 @@ class Result(Readings[Figure]):
         medians = {test: values for test, values in self.process_medians.items() if len(values) > 1}
         return {test: max(values) / min(values) - 1 for test, values in medians.items()}
 
-    def share_of_bandwidth(self, test: str) -> float | None:
-        """Return the speed of a decode relative to reading the whole artefact once per token, at most about 1."""
-        if self.memory_bytes_per_second is None or test not in self.speeds:
-            return None
-        return self.speeds[test].median * self.file_bytes / self.memory_bytes_per_second.median
-
     def quiet_ms(self, test: str, clock: str) -> float:
         """Return the milliseconds per token of a test, of CPU time ("cpu") or wall time.
 
@@ -238,7 +227,6 @@ def summarize(
         load_ms=_pool([run.load_ms for run in runs]),
         time_to_first_token_ms=_pool([run.time_to_first_token_ms for run in runs]),
         joules_per_token=_pool([run.joules_per_token for run in runs]),
-        memory_bytes_per_second=_pool([run.memory_bytes_per_second for run in runs]),
         engine_settings=", or ".join(dict.fromkeys(run.engine_settings for run in runs)),
         engine_version=runs[0].engine_version,
         engine_build=runs[0].engine_build,

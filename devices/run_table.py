@@ -49,11 +49,9 @@ def rows(run: Run) -> list[list[str]]:
         if any(test in result.cpu_ms_per_token for result in results):
             timed.append(test)
     has_energy = any(result.joules_per_token for result in results)
-    has_bandwidth = any(result.memory_bytes_per_second for result in results)
     header = ["artefact, EMULATED" if run.device.emulator else "artefact", "parameters", "quant", "on disk"]
     header += [f"{test} t/s" for test in tests]
     header += [f"{test} CPU ms" for test in timed]
-    header += [f"{first_decode} of bandwidth"] if has_bandwidth else []
     header += ["first token ms", "load ms", "peak RSS", "KV cache"]
     header += ["J/token"] if has_energy else []
     table = [header]
@@ -66,9 +64,6 @@ def rows(run: Run) -> list[list[str]]:
         ]
         row += [_format_figure(result.speeds.get(test)) for test in tests]
         row += [_format_figure(result.cpu_ms_per_token.get(test)) for test in timed]
-        if has_bandwidth:
-            share = result.share_of_bandwidth(first_decode)
-            row.append("-" if share is None else f"{100 * share:.0f} %")
         row += [_format_figure(result.time_to_first_token_ms), _format_figure(result.load_ms)]
         row.append(format_bytes(result.peak_rss_bytes))
         row.append(format_bytes(result.kv_cache_bytes) if result.kv_cache_bytes else "?")

@@ -18,7 +18,7 @@ from efficientllm.devices import board_environment, cli, local, run_table
 from efficientllm.devices.bench import bench, cool_down, describe_gguf
 from efficientllm.devices.device import DeviceOptions
 from efficientllm.devices.local import LocalDevice, parse_measurement
-from efficientllm.devices.measure import READ_PASSES, EngineTests
+from efficientllm.devices.measure import EngineTests
 from efficientllm.devices.profiling.random_models import make_artefacts
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Run, summarize
 from efficientllm.export import cli as export_cli
@@ -85,8 +85,6 @@ def test_measures_artefacts_and_bare_files(
         assert result["kv_cache_bytes"] > 0
         # a process measures for itself where the file is too new to remember
         assert set(result["engine_settings"].split(", or ")) <= set(map(str, CANDIDATES["auto"]))
-        assert result["memory_bytes_per_second"]["n"] == 2 * READ_PASSES
-        assert result["memory_bytes_per_second"]["median"] > 1e8
         assert re.match(r"llama-cpp-python \d", result["engine_version"])
         assert re.match(r"CPU : .* \| ggml version \d.* \| ggml commit [0-9a-f]{7}", result["engine_build"])
         assert result["threads"] >= 1
