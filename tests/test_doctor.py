@@ -75,7 +75,7 @@ def test_a_missing_or_old_package_is_named_with_the_command_that_installs_it(mon
     monkeypatch.setattr(doctor, "requirements", lambda: {name: {"numpy": ""} for name in EXTRAS} | GGUF)
     found = doctor.needs()
     expected = {"missing": ["gguf>=0.17", "llama-cpp-python>=0.3.36"], "install": install_command("gguf")}
-    assert found["export --target gguf, web"] == expected
+    assert found["export --target gguf, web, android, ios"] == expected
     assert found["export --target onnx"] == {"missing": [], "install": ""}
     assert found["chat, serve, bench of a .gguf"] == {"missing": [], "install": ""}  # the other extra is complete
     versions |= {"xllamacpp": ""}

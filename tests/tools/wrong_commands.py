@@ -81,7 +81,7 @@ COMMANDS: dict[str, str] = {
     "corpus /proc/out.jsonl --data text.txt": "OUTPUT /proc/out.jsonl: /proc cannot be written; name another",
     "export MODEL --target gguf --quantize q4": "--quantize q4: unknown for gguf; known: f32, ",
     "export MODEL --target onnx --quantize q4": "--quantize q4: unknown for onnx; known: f32, ",
-    "export MODEL --target executorch --quantize q4": "--quantize q4: unknown for executorch; known: f32, ",
+    "export MODEL --target executorch --quantize q4": "--quantize q4: unknown for executorch; known: 8da4w, ",
     "fit no-such-folder --max-bytes 60MB": "no-such-folder is no run with --sizes; give the --output of ",
     "export no-such-folder --target gguf": "no-such-folder: no such folder, and not a hub id",
     "export MODEL --target gguf --output out --calibrate no.txt": "--calibrate no.txt: no such file or folder",
