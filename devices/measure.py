@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from ..runtime.base.command import run_command
 from ..runtime.engines.artefact import Artefact
 from ..runtime.engines.engine import EngineOptions, engine_build, engine_version, load_engine
-from ..runtime.engines.memory import huge_page_bytes, memory_bytes
+from ..runtime.engines.memory import memory_bytes
 from .results import BenchOptions, Measurement
 from .sensors import LocalShell, clock_mhz, energy_meter, pair_of, temperature_celsius
 
@@ -160,21 +160,14 @@ class EngineTests:
 
 
 def measure(request: Request) -> Measurement:
-    """Load an artefact and time each test."""
+    """Load an artefact and time each test after a warm-up repetition."""
     options = BenchOptions.from_json(request.options)
-    baseline_rss_bytes = memory_bytes().get("rss_bytes", 0)
     artefact = Artefact.open(request.artefact)
     context = request.context or options.context
     threads = options.threads or os.cpu_count() or 1  # 0 would follow the load of the machine
     # weights are read, not mapped, so that RSS counts them once; the artefact was checked when the bench began
     settings = EngineOptions(threads, context, huge_pages=options.huge_pages, kv_cache=options.kv_cache)
     engine = load_engine(artefact, settings, probe=False)
-    measurement = measure_engine(engine, options, engine_version(artefact.engine), baseline_rss_bytes)
-    return replace(measurement, engine_build=engine_build(artefact.engine))
-
-
-def measure_engine(engine: Decoder, options: BenchOptions, version: str, baseline_rss_bytes: int) -> Measurement:
-    """Time each test of a loaded engine after a warm-up repetition, and close it."""
     shell, tests = LocalShell(), EngineTests(engine, options)
     celsius_before = temperature_celsius(shell)
     tests.repeat()  # the warm-up: first passes read weights from disk and allocate
@@ -184,21 +177,16 @@ def measure_engine(engine: Decoder, options: BenchOptions, version: str, baselin
         tests.repeat()
     # at once, because an idle processor lowers its clock
     clock_after, celsius_after = clock_mhz(shell, options.threads), temperature_celsius(shell)
-    memory, huge_pages = memory_bytes(), huge_page_bytes()
-    engine.close()
-    return Measurement(
+    measurement = Measurement(
         speeds=tests.speeds,
         cpu_ms_per_token=tests.cpu_ms_per_token,
         quiet_ms_per_token=tests.quiet_ms_per_token,
-        engine_version=version,
-        threads=options.threads or os.cpu_count() or 1,
+        engine_version=engine_version(artefact.engine),
+        engine_build=engine_build(artefact.engine),
+        threads=threads,
         load_ms=[engine.load_ms],
         time_to_first_token_ms=tests.first_token_ms,
-        peak_rss_bytes=memory["peak_rss_bytes"],
-        rss_anon_bytes=memory.get("rss_anon_bytes", 0),
-        rss_file_bytes=memory.get("rss_file_bytes", 0),
-        huge_page_bytes=huge_pages,
-        baseline_rss_bytes=baseline_rss_bytes,
+        peak_rss_bytes=memory_bytes()["peak_rss_bytes"],
         kv_cache_bytes=engine.kv_cache_bytes,
         engine_settings=engine.settings,
         temperature_celsius=pair_of(celsius_before, celsius_after),
@@ -206,6 +194,8 @@ def measure_engine(engine: Decoder, options: BenchOptions, version: str, baselin
         joules_per_token=tests.joules_per_token,
         skipped=tests.skipped,
     )
+    engine.close()
+    return measurement
 
 
 def body(argv: Sequence[str]) -> int:

@@ -115,14 +115,6 @@ class Readings(Generic[Value]):
     threads: int = 0
     peak_rss_bytes: int = 0
     """Peak resident memory. Weights are read, not mapped, so that they are counted once."""
-    rss_anon_bytes: int = 0
-    """Allocations at the end; 0 if the system does not report them."""
-    rss_file_bytes: int = 0
-    """Mapped files at the end, which are libraries."""
-    huge_page_bytes: int = 0
-    """Part of the allocations in huge pages at the end; 0 if the system does not report it."""
-    baseline_rss_bytes: int = 0
-    """Resident memory of Python and its libraries before the model was loaded."""
     kv_cache_bytes: int = 0
     """Bytes of the KV cache at the measured context; 0 if unknown."""
     engine_settings: str = ""
@@ -232,10 +224,6 @@ def summarize(
         engine_build=runs[0].engine_build,
         threads=runs[0].threads,
         peak_rss_bytes=largest.peak_rss_bytes,
-        rss_anon_bytes=largest.rss_anon_bytes,
-        rss_file_bytes=largest.rss_file_bytes,
-        huge_page_bytes=largest.huge_page_bytes,
-        baseline_rss_bytes=max(run.baseline_rss_bytes for run in runs),
         kv_cache_bytes=largest.kv_cache_bytes,
         # before the first process and after the last one
         temperature_celsius=(temperatures[0][0], temperatures[-1][1]) if temperatures else None,

@@ -73,7 +73,7 @@ def test_a_board_without_a_compiler_measures_and_answers_as_this_machine_does(
     assert "EMULATED (qemu-user)" in printed.out
     for result in run["results"]:
         assert set(result["speeds"]) == {"pp8", "tg4", "tg4@d8"}
-        assert result["peak_rss_bytes"] > result["baseline_rss_bytes"] > 0
+        assert result["peak_rss_bytes"] > 0
         assert result["cpu_ms_per_token"]["tg4"]["median"] > 0
         assert result["load_ms"]["median"] > 0
     for (target, artefact), result in zip(artefacts.items(), run["results"], strict=True):

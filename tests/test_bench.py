@@ -80,8 +80,7 @@ def test_measures_artefacts_and_bare_files(
         assert 0 < quiet["tg8"]["median"] < 1000 / result["speeds"]["tg8"]["low"]  # the better tokens, against all
         assert result["speeds"]["tg8"]["low"] <= result["speeds"]["tg8"]["median"]
         assert result["time_to_first_token_ms"]["median"] > 8000 / result["speeds"]["pp16"]["median"]  # the same prompt
-        assert result["peak_rss_bytes"] > result["baseline_rss_bytes"] > 10_000_000
-        assert result["peak_rss_bytes"] >= result["rss_anon_bytes"] > 0
+        assert result["peak_rss_bytes"] > 10_000_000
         assert result["kv_cache_bytes"] > 0
         # a process measures for itself where the file is too new to remember
         assert set(result["engine_settings"].split(", or ")) <= set(map(str, CANDIDATES["auto"]))

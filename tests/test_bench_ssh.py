@@ -58,7 +58,7 @@ def test_a_board_gets_its_environment_and_measures(
     assert all(figure["n"] == 4 and figure["median"] > 0 for figure in result["speeds"].values())
     assert result["engine_version"].startswith("llama-cpp-python ")
     assert result["sha256"] == Artefact.open(artefact).sha256
-    assert result["peak_rss_bytes"] > result["baseline_rss_bytes"] > 0
+    assert result["peak_rss_bytes"] > 0
     # the second time everything is there; afterwards nothing is
     assert run_command(cli.body, [*command, "--clean-up"]) == 0
     assert not [line for line in capsys.readouterr().err.splitlines() if line.startswith(("copying", "installing"))]

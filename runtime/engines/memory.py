@@ -50,16 +50,6 @@ def memory_bytes() -> dict[str, int]:
     return {"peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024}
 
 
-def huge_page_bytes() -> int:
-    """Return the bytes of this process's allocations in huge pages, 0 if the system does not report them."""
-    rollup = Path("/proc/self/smaps_rollup")
-    try:
-        found = re.search(r"^AnonHugePages:\s+(\d+) kB", rollup.read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return 1024 * int(found[1]) if found else 0
-
-
 def trim_heap() -> None:
     """Give freed memory back to the system, with glibc, which otherwise keeps it for later allocations."""
     trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
