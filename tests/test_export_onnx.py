@@ -35,23 +35,6 @@ def run_batch(folder: Path, tokens: list[list[int]], mask: list[list[int]], past
     return logits, {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
 
 
-@pytest.mark.parametrize("quantize", ["f32", "int8"])
-def test_a_graph_returns_the_logits_of_all_tokens_if_asked(
-    quantize: str, save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
-    flags = ("--quantize", quantize)
-    checkpoint = save_tiny(tiny_architecture())
-    assert export(checkpoint, "onnx", tmp_path / "last", *flags) == 0
-    assert export(checkpoint, "onnx", tmp_path / "all", *flags, "--logits", "all") == 0
-    prompts, mask = [TOKENS[:12] + [0] * 8, TOKENS[:20]], [[1] * 12 + [0] * 8, [1] * 20]
-    logits, _ = run_batch(tmp_path / "all", prompts, mask, {})
-    assert logits.shape[:2] == (2, 20)
-    for end in (1, 7, 20):
-        expected, _ = run_batch(tmp_path / "last", [TOKENS[:end]], [[1] * end], {})
-        assert np.abs(logits[1, end - 1] - expected[0]).max() < 1e-4
-    assert np.abs(logits[0, 11] - logits[1, 11]).max() < 1e-4
-
-
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_a_quantised_batch_gives_the_logits_of_its_prompts_alone(
     quantize: str, save_tiny: Callable[..., Path], tmp_path: Path

@@ -67,7 +67,7 @@ def help_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_help_shows_the_flags_of_the_named_target(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--logits" in help_of("--target", "onnx", capsys=capsys)
+    assert "--calibrate" in help_of("--target", "onnx", capsys=capsys)
     assert "--group-size" not in help_of("--target", "onnx", capsys=capsys)
     assert "--group-size" in help_of("--target=executorch", capsys=capsys)
     uniform = help_of("--target", "hf-uniform", capsys=capsys)

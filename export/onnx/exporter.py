@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ...runtime.base import flags
 from ...runtime.base.extras import extra, require_extra
@@ -35,8 +35,6 @@ class OnnxOptions(RoundingOptions):
 
     quantize: str = flags.type_name()
     """Weight type: f32, f16, int8, mixed, int4, web; default: the trained type (--qat), else int8."""
-    logits: Literal["last", "all"] = "last"
-    """Tokens whose logits a call returns: the last valid one, or all, for scoring and speculative decoding."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -85,7 +83,7 @@ def write_model(checkpoint: Checkpoint, options: OnnxOptions, bits: Bits, folder
 
         from .graph import GraphBuilder
     grams = input_grams(checkpoint, options.calibrate) if options.calibrate else None
-    model = GraphBuilder(checkpoint, bits, grams, options.logits == "all").build()
+    model = GraphBuilder(checkpoint, bits, grams).build()
     weights = (value.const_value for value in model.graph.initializers.values())
     require_room(folder / MODEL_FILE, sum(weight.nbytes for weight in weights if weight is not None))
     ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)

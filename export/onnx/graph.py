@@ -2,7 +2,7 @@
 
 Shapes: B batch, S new tokens, P past tokens, T = P + S, H hidden, Q query heads, G key/value heads, D head_dim (padded
 to 16), V vocabulary. Inputs: input_ids [B, S], attention_mask [B, T], past_key_values.i.key/value [B, G_i, P, D].
-Outputs: logits [B, 1, V] of the last valid token, or [B, S, V] of all, present.i.key/value [B, G_i, T, D]. Layers
+Outputs: logits [B, 1, V] of the last valid token, present.i.key/value [B, G_i, T, D]. Layers
 without attention have no cache. Prompts of a batch may be padded on the right, with zeros in their mask. The fused
 attention does not support padding on the left. Imports no torch.
 """
@@ -275,16 +275,11 @@ class GraphBuilder(GraphValues):
         """Add the logits: the product of x [B, S, H] with the head."""
         vocab_size = self.architecture.vocab_size
         x = self._node("Reshape", [x, self._ints(-1, self.architecture.hidden_size)])
-        if self.has_all_logits:
-            ids_shape = self._node("Shape", [input_ids])
-            shape = self._node("Concat", [ids_shape, self._ints(vocab_size)], axis=0)
-        else:
-            x, shape = self._last_valid(x, input_ids), self._ints(-1, 1, vocab_size)
+        x = self._last_valid(x, input_ids)
         # Gemm reads the embedding as it is; MatMul would want a transposed copy
         is_packed = self.bits.head < 16
         product = self._multiply(x, head) if is_packed else self._node("Gemm", [x, head], transB=1)
-        logits = self._node("Reshape", [product, shape])
+        logits = self._node("Reshape", [product, self._ints(-1, 1, vocab_size)])
         if self.element != ir.DataType.FLOAT:
             logits = self._cast(logits, ir.DataType.FLOAT)
-        rows = "sequence" if self.has_all_logits else 1
-        self._output(logits, "logits", ["batch_size", rows, vocab_size], ir.DataType.FLOAT)
+        self._output(logits, "logits", ["batch_size", 1, vocab_size], ir.DataType.FLOAT)

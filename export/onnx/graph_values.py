@@ -31,13 +31,7 @@ class GraphValues:
     `grams` is {parameter name: second moments of its inputs}, for error-compensated rounding of 4-bit matrices.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        bits: Bits,
-        grams: dict[str, np.ndarray] | None = None,
-        has_all_logits: bool = False,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, bits: Bits, grams: dict[str, np.ndarray] | None = None) -> None:
         self.checkpoint = checkpoint
         self.architecture = checkpoint.architecture
         self.parts, self.scales = checkpoint.architecture.parts, checkpoint.scales
@@ -46,7 +40,6 @@ class GraphValues:
         """Norms over heads divide by the padded width, which their gains and eps correct (train/model/rescaling.py)."""
         self.bits = bits
         self.grams = grams or {}
-        self.has_all_logits = has_all_logits
         self.dtype = np.float16 if bits.head == 16 else np.float32
         """Type of activations, caches and unquantised matrices; logits are fp32."""
         self.element = ir.DataType.FLOAT16 if bits.head == 16 else ir.DataType.FLOAT

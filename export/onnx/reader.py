@@ -98,12 +98,10 @@ def run_padded_batch(path: Path, tokens: list[int]) -> EngineRun:
         _, heads, _, head_dim = value.shape
         feeds[value.name] = np.zeros((2, heads, 0, head_dim), dtype)
     names, rows = [value.name for value in session.get_outputs()], []
-    for ends in (lengths - 1, np.zeros(2, np.int64)):  # positions of the last valid tokens: a prompt, then one token
+    for _ in range(2):  # a prompt, then one token
         feeds["attention_mask"] = is_valid.astype(np.int64)
         outputs: dict[str, Any] = dict(zip(names, session.run(names, feeds), strict=True))
-        logits = outputs.pop("logits")
-        has_all_logits = logits.shape[1] > 1
-        rows.append(logits[[0, 1], ends if has_all_logits else 0])
+        rows.append(outputs.pop("logits")[:, 0])
         feeds = {name.replace("present", "past_key_values"): cache for name, cache in outputs.items()}
         feeds["input_ids"] = sample[lengths][:, None]
         is_valid = np.pad(is_valid, ((0, 0), (0, 1)), constant_values=True)
