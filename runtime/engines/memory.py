@@ -34,14 +34,13 @@ MAX_COLLAPSE_SECONDS = 2.0
 
 
 def memory_bytes() -> dict[str, int]:
-    """Return peak_rss_bytes, rss_bytes, and its parts rss_anon_bytes (allocations) and rss_file_bytes (mapped files).
+    """Return peak_rss_bytes, rss_bytes, and its part rss_anon_bytes (allocations, not mapped files).
 
     Outside Linux only the peak is known, from getrusage.
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        names = {"VmHWM": "peak_rss_bytes", "VmRSS": "rss_bytes"}
-        names |= {"RssAnon": "rss_anon_bytes", "RssFile": "rss_file_bytes"}
+        names = {"VmHWM": "peak_rss_bytes", "VmRSS": "rss_bytes", "RssAnon": "rss_anon_bytes"}
         lines = (line.partition(":") for line in status.read_text().splitlines())
         return {names[key]: int(value.split()[0]) * 1024 for key, _, value in lines if key in names}
     import resource  # absent on Windows

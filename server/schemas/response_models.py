@@ -296,4 +296,3 @@ class Health(ResponseModel):
     peak_rss_bytes: int
     rss_bytes: Annotated[int, UNLESS_EMPTY] = 0
     rss_anon_bytes: Annotated[int, UNLESS_EMPTY] = 0
-    rss_file_bytes: Annotated[int, UNLESS_EMPTY] = 0
