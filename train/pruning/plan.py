@@ -12,7 +12,7 @@ from pathlib import Path
 from ...runtime.base.errors import UsageError
 from ...runtime.latency.profile import DeviceProfile
 from ..compute.distributed import MeanOverRanks, single_rank
-from ..config.pruning import LatencyTarget, PruneConfig
+from ..config.pruning import LatencyTarget, PruneConfig, SizeConfig
 from ..model.architecture import Architecture
 from ..model.file_types import irregular_gguf
 from ..model.groups import KINDS
@@ -56,7 +56,7 @@ def read_architecture(path: Path) -> Architecture:
 
 
 def make_budget(
-    settings: PruneConfig,
+    settings: SizeConfig,
     source: Architecture,
     floor: Architecture | None,
     vocabulary_bytes: int,
@@ -84,7 +84,7 @@ def make_budget(
     return None
 
 
-def device_time(settings: PruneConfig, profile: str | None) -> DeviceTime | None:
+def device_time(settings: SizeConfig, profile: str | None) -> DeviceTime | None:
     """Return the device and workload of --target-latency, or None without one.
 
     Raises UsageError if they cannot be read.
@@ -243,7 +243,7 @@ def make_pruning_plan(
     return PruningPlan(settings, source, rules, budget, time, pieces, amounts)
 
 
-def _cost(settings: PruneConfig) -> Measure | None:
+def _cost(settings: SizeConfig) -> Measure | None:
     """Return the measure of the ranking if it differs from the budget's measure."""
     if settings.rank_by == "parameters":
         return PARAMETERS
