@@ -23,10 +23,12 @@ from efficientllm.runtime.prompt import ToolUse, tool_prompt
 from efficientllm.runtime.tool_format import tool_format
 from efficientllm.train.checkpoint.state import as_arrays, as_tensors
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss
+from efficientllm.train.config.sections import SourceConfig
 from efficientllm.train.data.chat import Chat, ChatFormat, Encoder
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts
 from efficientllm.train.data.packing import PackedStream
 from efficientllm.train.data.self_chat import OPENINGS, sample_chats
+from efficientllm.train.run_text import RunText
 
 CHAT = Chat.of(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Ciao"))
 
@@ -524,6 +526,20 @@ def test_windows_of_waiting_chats_resume_where_they_stopped(
     stream.next_windows(taken)
     other.load_state(as_arrays(as_tensors(stream.state())))
     assert np.array_equal(stream.next_windows(150), other.next_windows(150))
+
+
+def test_run_counts_padding_among_the_tokens_that_it_reads(
+    tokenizer: PreTrainedTokenizerFast, unequal_chats: Path
+) -> None:
+    """A window has room for one of these chats, and none fills its rest."""
+    chats = [line for line in unequal_chats.read_text(encoding="utf-8").splitlines() if line.count(" is") > 42]
+    unequal_chats.write_text("\n".join(chats), encoding="utf-8")
+    text = RunText([DataSpec(str(unequal_chats))], tokenizer, SourceConfig(sequence_length=128), 0, 1)
+    (line,) = text.reading_lines(128 * 60)
+    assert len(numbers_in(tokenizer, text.stream.next_windows(60))) == 60
+    found = re.search(r"about (\d+) of", line)
+    assert found is not None, line
+    assert 57 <= int(found[1]) <= 63, line  # without padding, 92 of 101
 
 
 def test_another_vocabulary_loses_no_waiting_chat(tokenizer: PreTrainedTokenizerFast, unequal_chats: Path) -> None:

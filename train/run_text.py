@@ -22,6 +22,9 @@ COUNTED_CHARACTERS = 20_000_000
 SAMPLED_DOCUMENTS = 256
 """Documents whose mean length in tokens stands for a corpus."""
 
+SAMPLED_WINDOWS = 64
+"""Windows whose padding stands for a corpus."""
+
 EXTRA_SEED = 1_000_003
 """Added to the run's seed for text in an order that training does not see."""
 
@@ -81,10 +84,17 @@ class RunText:
         self.held_out = self._held_out_windows()
         self._extra_windows.clear()  # they count tokens of the former vocabulary
 
+    def _padding(self, spec: DataSpec) -> float:
+        """Return the share of padding in windows of a corpus."""
+        length, fraction = self.settings.sequence_length, self.settings.held_out_fraction
+        stream = PackedStream([spec], self.source_tokenizer, length, fraction, self.seed + EXTRA_SEED)
+        is_filler = stream.next_windows(SAMPLED_WINDOWS) == ~stream.encoder.separator
+        return float(np.minimum.accumulate(is_filler[:, ::-1], axis=1).mean())
+
     def reading_lines(self, num_tokens: int) -> list[str]:
         """Return a line for each local corpus: how many of its documents `num_tokens` of training read, and how often.
 
-        Larger corpora than COUNTED_CHARACTERS have none.
+        Tokens that are padding of windows read nothing. Larger corpora than COUNTED_CHARACTERS have no line.
         """
         lines, weights = [], sum(spec.weight for spec in self.data)
         for spec in self.data if weights else ():
@@ -99,7 +109,7 @@ class RunText:
             if not count:
                 continue
             tokens = sum(map(len, Encoder(self.source_tokenizer).encode(sample))) * count / len(sample)
-            passes = num_tokens * spec.weight / weights / tokens
+            passes = num_tokens * spec.weight / weights / tokens * (1 - self._padding(spec))
             read = f"{count:,}" if passes >= 1 else f"about {round(passes * count):,} of {count:,}"
             lines.append(f"{display_name(spec.path)}: {read} documents are read, {passes:.2g} passes")
             if passes < 1:

@@ -181,12 +181,11 @@ def _whole(matrix: nn.Linear, device: torch.device) -> nn.Linear:
 
 def _attention(layer: Any, model: Any, stream: Tensor) -> Tensor:
     """Return the addition of a layer's attention to the residual stream [n, S, H]."""
-    length = stream.shape[1]
-    positions = torch.arange(length, device=stream.device)[None]
+    positions = torch.arange(stream.shape[1], device=stream.device)[None]
     return layer.self_attn(
         hidden_states=layer.input_layernorm(stream),
         position_embeddings=model.rotary_emb(stream, positions),
-        attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool, device=stream.device).tril(),
+        attention_mask=None,  # causal, by the kernel of training
     )[0]
 
 
