@@ -15,9 +15,10 @@ from answering import answer_of, answer_together
 from exporting import export
 
 from efficientllm.runtime.engines.batch import LONG_CHAT, RESERVED_TOKENS, Batch
-from efficientllm.runtime.engines.cache_pool import Lease
+from efficientllm.runtime.engines.cache_pool import MAX_PARKED_CHATS, Lease
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.llama_cpp import MIN_CROWDED_SLOTS
+from efficientllm.runtime.engines.llama_context import FIRST_SLOTS
+from efficientllm.runtime.engines.llama_cpp import MIN_CROWDED_SLOTS, LlamaCppEngine
 from efficientllm.runtime.engines.pass_sizes import PREFILL_BESIDE_DECODES, split_pass
 from efficientllm.runtime.engines.protocol import Chunk
 from efficientllm.runtime.engines.scheduler import EngineScheduler
@@ -109,6 +110,41 @@ def test_parked_chats_are_dropped_beyond_a_window(engine: EngineScheduler) -> No
     assert parked == [78] * 3  # 4 do not fit into 256 tokens
     engine.prefill(prompts[0])
     assert engine._own_lease.cached_tokens == 0
+
+
+def test_many_short_chats_are_not_all_parked(artefact: Path) -> None:
+    engine = load_engine(artefact, replace(EXACT, context=1024))
+    for index in range(MAX_PARKED_CHATS + 4):
+        engine.prefill([index + 2, *range(100, 140)])
+    assert len(engine.pool._parked) == MAX_PARKED_CHATS
+    engine.close()
+
+
+def test_a_cache_grows_when_tokens_need_it_and_keeps_those_that_it_has(artefact: Path) -> None:
+    engine = load_engine(artefact, replace(EXACT, context=800))
+    assert isinstance(engine._engine, LlamaCppEngine)
+    context = engine._engine._context
+    prompts = [[5 + (11 * index + step) % 290 for step in range(400)] for index in range(4)]
+    alone = [engine.prefill(prompt) for prompt in prompts]
+    assert (context._open_slots, context.slots) == (FIRST_SLOTS, 1792)
+    for prompt, expected in zip(prompts, alone, strict=True):
+        np.testing.assert_allclose(engine.logits(Lease(list(prompt))), expected, atol=1e-4)
+    assert context._open_slots == 1792
+    # all were copied to larger caches, and one token after each attends to them
+    expected = [engine.logits(Lease([*prompt, 7])) for prompt in prompts]
+    fresh = load_engine(artefact, replace(EXACT, context=800))
+    for prompt, logits in zip(prompts, expected, strict=True):
+        np.testing.assert_allclose(logits, fresh.prefill([*prompt, 7]), atol=1e-4)
+    fresh.close()
+    # a parked chat for which the open slots do not suffice comes back, too
+    state = context.sequence_state(0)
+    other = load_engine(artefact, replace(EXACT, context=800))
+    assert isinstance(other._engine, LlamaCppEngine)
+    other._engine.extend([Chunk(1, prompts[0])])
+    assert other._engine.restore_sequence(0, state, context._lengths[0])
+    assert other._engine._context._open_slots == 2 * FIRST_SLOTS
+    other.close()
+    engine.close()
 
 
 def test_a_copy_owns_the_slots_that_its_source_leaves(engine: EngineScheduler) -> None:

@@ -36,6 +36,9 @@ MIN_REUSED_SHARE = 0.5
 MIN_PARKED_TOKENS = 32
 """Least length of an idle cache that is parked. A shorter one costs the other answers little time."""
 
+MAX_PARKED_CHATS = 16
+"""Largest number of parked caches. Many short prompts that nothing continues would only take memory."""
+
 
 @dataclass(eq=False)
 class Lease:
@@ -92,7 +95,7 @@ class ParkedCache:
     """Tokens of an idle sequence, and its state outside of the engine (`StateKeeper.sequence_state`)."""
 
     tokens: list[int]
-    state: bytes
+    state: memoryview
 
 
 class CachePool:
@@ -245,14 +248,14 @@ class CachePool:
             self.park(list(cache.tokens), self._engine.sequence_state(cache.sequence))
         self.truncate(cache, 0)
 
-    def park(self, tokens: list[int], state: bytes) -> None:
+    def park(self, tokens: list[int], state: memoryview) -> None:
         """Keep `state`, of at most `max_parked` tokens, for prompts that begin with `tokens`.
 
         The oldest others are dropped for it, and those that `tokens` continues.
         """
         self._parked = [each for each in self._parked if each.tokens != tokens[: len(each.tokens)]]
         self._parked.append(ParkedCache(tokens, state))
-        while sum(len(each.tokens) for each in self._parked) > self.max_parked:
+        while len(self._parked) > MAX_PARKED_CHATS or sum(len(each.tokens) for each in self._parked) > self.max_parked:
             del self._parked[0]
 
     def _touch(self, cache: SequenceCache) -> None:

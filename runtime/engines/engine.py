@@ -75,7 +75,7 @@ class EngineOptions:
     parallel: int = flags.number(0, at_least=0, at_most=64)
     """Number of chats with a KV cache, which a server answers together. 0: one, in a server 16."""
     cache_memory: int = flags.byte_count(0, at_least=0)
-    """gguf: size of the KV cache of all chats, such as 500MB. 0: two context windows, or one for a single chat."""
+    """gguf: largest KV cache of all chats, such as 500MB. 0: two context windows, or one for a single chat."""
     lookup: bool = True
     """gguf: propose tokens that followed the last ones earlier in prompt or answer, and check several in one pass. The
     answer is as without it, but for the rounding of kernels for several tokens. Where this is measured to be slower,

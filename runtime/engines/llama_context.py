@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import numpy as np
 from ..base.cpu_load import FreeCores
 from ..base.errors import ArtefactError
 from .llama_library import load_llama
+from .memory import trim_heap
 from .protocol import CacheFullError, Chunk, EvaluationInterrupted, Pooling
 
 
@@ -48,6 +50,9 @@ CacheType = Literal["f16", "q8_0", "f32"]
 MAX_PASS_TOKENS = 512
 """Largest number of tokens of one pass."""
 
+FIRST_SLOTS = MAX_PASS_TOKENS
+"""Slots that a growing cache starts with. Each takes memory from then on, because llama.cpp writes zeros into it."""
+
 SLOT_MULTIPLE = 256
 """llama.cpp rounds the slots of a cache up to a multiple of it, but not the size of its passes."""
 
@@ -63,7 +68,8 @@ _POOLING_TYPE_NONE = 0
 _GGML_TYPES: dict[CacheType, int] = {"f32": 0, "f16": 1, "q8_0": 8}
 """enum ggml_type"""
 
-_DECODE_ERRORS: dict[int, type[Exception]] = {1: CacheFullError, 2: EvaluationInterrupted}
+_NO_SLOTS = 1
+_DECODE_ERRORS: dict[int, type[Exception]] = {_NO_SLOTS: CacheFullError, 2: EvaluationInterrupted}
 """Results of llama_decode, see llama.h: no slots for the tokens, and aborted by the callback."""
 
 ELEMENT_BYTES: dict[CacheType, float] = {"f32": 4, "f16": 2, "q8_0": 34 / 32}
@@ -90,34 +96,33 @@ class AttentionSettings:
 class LlamaContext:
     """Several sequences of tokens whose caches share a number of slots, one per token."""
 
-    def __init__(self, model: Any, threads: int, attention: AttentionSettings, slots: int, num_sequences: int) -> None:
-        """Create a context of `model`, a llama_model pointer that must outlive it."""
+    def __init__(
+        self,
+        model: Any,
+        threads: int,
+        attention: AttentionSettings,
+        slots: int,
+        num_sequences: int,
+        *,
+        grows: bool = False,
+    ) -> None:
+        """Create a context of `model`, a llama_model pointer that must outlive it.
+
+        If it `grows`, its cache begins with FIRST_SLOTS and is made larger when tokens need it.
+        """
         llama = load_llama()
-        self._llama = llama
+        self._llama, self._model, self._attention = llama, model, attention
         self.threads = threads
         """Threads of a pass."""
         self.free_cores: FreeCores | None = None
         """If set, it decides on `threads` before each pass."""
-        parameters = llama.llama_context_default_params()
-        slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
-        # not unified, each sequence would have a fixed share of the slots, and a copy of a prefix would take new ones
-        parameters.n_ctx, parameters.n_seq_max, parameters.kv_unified = slots, num_sequences, True
-        self.max_batch = min(MAX_PASS_TOKENS, slots)
+        self.slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        """Tokens that the caches of all sequences hold together, once they have grown."""
+        self.max_batch = min(MAX_PASS_TOKENS, self.slots)
         """Largest number of tokens of one pass. More would end the process."""
-        parameters.n_batch = parameters.n_ubatch = self.max_batch
-        parameters.n_threads = parameters.n_threads_batch = threads
-        parameters.type_k = parameters.type_v = _GGML_TYPES[attention.cache]
-        parameters.flash_attn_type = _ENABLED if attention.flash else _DISABLED
-        self._context = llama.llama_init_from_model(model, parameters)
-        if not self._context:
-            raise ArtefactError(f"llama.cpp makes no context of {slots} tokens with {attention}; set --kv-cache")
-        self._memory = llama.llama_get_memory(self._context)
-        self.slots: int = llama.llama_n_ctx(self._context)
-        """Tokens that the caches of all sequences hold together."""
         self.cuts_sequences = not (llama.llama_model_is_recurrent(model) or llama.llama_model_is_hybrid(model))
         """False if the state of a sequence holds all of its tokens, as in Mamba, so that none can be removed."""
         self.vocab_size: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
-        self._batch = llama.llama_batch_init(MAX_PASS_TOKENS, 0, 1)
         self._lengths = [0] * num_sequences
         self._thread = TorchFreeThread()
         # llama.cpp calls the callback between two operations of a pass and aborts if the result is not 0. The callback
@@ -125,8 +130,40 @@ class LlamaContext:
         self._abort_text = ctypes.create_string_buffer(2)
         library = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
         self._abort_callback = llama.ggml_abort_callback(ctypes.cast(library.strlen, ctypes.c_void_p).value)
+        self._open(min(FIRST_SLOTS, self.slots) if grows and self.cuts_sequences else self.slots)
+        self._batch = llama.llama_batch_init(MAX_PASS_TOKENS, 0, 1)
+
+    def _open(self, slots: int) -> None:
+        """Make the llama.cpp context, whose caches hold `slots` tokens. Raise ArtefactError if that fails."""
+        llama, attention = self._llama, self._attention
+        parameters = llama.llama_context_default_params()
+        # not unified, each sequence would have a fixed share of the slots, and a copy of a prefix would take new ones
+        parameters.n_ctx, parameters.n_seq_max, parameters.kv_unified = slots, len(self._lengths), True
+        parameters.n_batch = parameters.n_ubatch = self.max_batch
+        parameters.n_threads = parameters.n_threads_batch = self.threads
+        parameters.type_k = parameters.type_v = _GGML_TYPES[attention.cache]
+        parameters.flash_attn_type = _ENABLED if attention.flash else _DISABLED
+        self._context = llama.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            raise ArtefactError(f"llama.cpp makes no context of {slots} tokens with {attention}; set --kv-cache")
+        self._memory = llama.llama_get_memory(self._context)
+        self._open_slots: int = llama.llama_n_ctx(self._context)
         address = ctypes.cast(self._abort_text, ctypes.c_void_p)
         llama.llama_set_abort_callback(self._context, self._abort_callback, address)
+
+    def _grow(self) -> bool:
+        """Double the slots. Return False if there are no more."""
+        if self._open_slots >= self.slots:
+            return False
+        llama = self._llama
+        state = _own_pages(llama.llama_state_get_size(self._context))
+        written = llama.llama_state_get_data(self._context, state, len(state))
+        llama.llama_free(self._context)  # before, so that not both caches take memory
+        trim_heap()
+        self._open(min(2 * self._open_slots, self.slots))
+        if llama.llama_state_set_data(self._context, state, written) != written:
+            raise ArtefactError("llama.cpp cannot read its own cache; load the model again")
+        return True
 
     def interrupt(self) -> None:
         """End the pass in progress with EvaluationInterrupted, and every later one until `resume`."""
@@ -154,8 +191,9 @@ class LlamaContext:
         if self.free_cores is not None and self.free_cores.update() != self.threads:
             self.threads = self.free_cores.count
             self._llama.llama_set_n_threads(self._context, self.threads, self.threads)
-        status = self._thread.run(self._llama.llama_decode, self._context, self._batch)
-        if status:
+        while status := self._thread.run(self._llama.llama_decode, self._context, self._batch):
+            if status == _NO_SLOTS and self._grow():
+                continue
             # llama.cpp keeps the tokens that it evaluated before an abort, and `extend` must change all or nothing
             for chunk in chunks:
                 self.truncate(chunk.sequence, self._lengths[chunk.sequence])
@@ -179,24 +217,26 @@ class LlamaContext:
         self._llama.llama_memory_seq_cp(self._memory, source, target, 0, length)
         self._lengths[target] = length
 
-    def sequence_state(self, sequence: int) -> bytes:
+    def sequence_state(self, sequence: int) -> memoryview:
         """Return the state of a sequence, see `StateKeeper`."""
         size = self._llama.llama_state_seq_get_size(self._context, sequence)
-        buffer = (ctypes.c_ubyte * size)()
+        buffer = _own_pages(size)
         written = self._llama.llama_state_seq_get_data(self._context, buffer, size, sequence)
-        return memoryview(buffer)[:written].tobytes()
+        return memoryview(buffer).cast("B")[:written]
 
-    def restore_sequence(self, sequence: int, state: bytes, length: int) -> bool:
+    def restore_sequence(self, sequence: int, state: memoryview, length: int) -> bool:
         """Fill an empty sequence with a state, see `StateKeeper`."""
-        buffer = (ctypes.c_ubyte * len(state)).from_buffer_copy(state)
-        read = self._llama.llama_state_seq_set_data(self._context, buffer, len(state), sequence)
-        last = self._llama.llama_memory_seq_pos_max(self._memory, sequence)
-        # a state that is read in part would answer a prompt from positions that have no values
-        if read != len(state) or last != length - 1:
+        buffer = (ctypes.c_ubyte * len(state)).from_buffer(state)
+        while True:
+            read = self._llama.llama_state_seq_set_data(self._context, buffer, len(state), sequence)
+            last = self._llama.llama_memory_seq_pos_max(self._memory, sequence)
+            if read == len(state) and last == length - 1:
+                self._lengths[sequence] = length
+                return True
+            # a state that is read in part would answer a prompt from positions that have no values
             self._llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-            return False
-        self._lengths[sequence] = length
-        return True
+            if not self._grow():
+                return False
 
     def close(self) -> None:
         """Free the context and its caches."""
@@ -243,6 +283,14 @@ def embed(model: Any, threads: int, tokens: Sequence[int], pooling: Pooling) -> 
     # the length of the mean does not matter: only the direction is returned
     length = max(float(np.linalg.norm(total)), 1e-12)
     return (total / length).astype(np.float32)
+
+
+def _own_pages(size: int) -> Any:
+    """Return a ctypes array of `size` bytes in pages of its own, which go back to the system with it.
+
+    Between smaller blocks of the heap, they would stay.
+    """
+    return (ctypes.c_ubyte * size).from_buffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY))
 
 
 def _fill_row(batch: Any, row: int, token: int, position: int, sequence: int, wants_logits: bool) -> None:

@@ -93,7 +93,7 @@ class LlamaCppEngine:
             slots = max(self.context_length, int(options.cache_memory / bytes_per_token))
         began = time.perf_counter()  # the measurement is not part of load_ms, because it runs only once
         with huge_pages(options.huge_pages):
-            self._context = make(attention, slots, self.num_sequences)
+            self._context = make(attention, slots, self.num_sequences, grows=True)
         self.load_ms += (time.perf_counter() - began) * 1e3
         self.state_format = f"{version}, {attention}"
         context = self._context

@@ -79,7 +79,8 @@ int(address,int) llama_vocab_get_attr llama_memory_seq_pos_max
 bool(address,int) llama_vocab_is_eog
 bool(address,int,int,int) llama_memory_seq_rm
 void(address,int,int,int,int) llama_memory_seq_cp
-size(address) llama_model_n_params
+size(address) llama_model_n_params llama_state_get_size
+size(address,address,size) llama_state_get_data llama_state_set_data
 size(address,int) llama_state_seq_get_size
 size(address,address,size,int) llama_state_seq_get_data llama_state_seq_set_data
 batch(int,int,int) llama_batch_init

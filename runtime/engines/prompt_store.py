@@ -59,7 +59,7 @@ class PromptStore:
             caches.park(cache.tokens, cache.state)
         return sum(len(cache.tokens) for cache in found)
 
-    def write(self, tokens: Sequence[int], state: bytes) -> None:
+    def write(self, tokens: Sequence[int], state: memoryview) -> None:
         """Store a prompt and remove the files that were used least recently, until all fit. Report a failure."""
         content = np.asarray(tokens, dtype="<i4").tobytes() + state
         digest = hashlib.sha256(content).hexdigest()
@@ -92,7 +92,7 @@ class PromptStore:
     def _files(self) -> list[Path]:
         return list(self._folder.glob(f"*{SUFFIX}"))
 
-    def read(self) -> Iterator[tuple[list[int], bytes]]:
+    def read(self) -> Iterator[tuple[list[int], memoryview]]:
         """Yield tokens and state of every prompt of this key, the newest first. A damaged file is removed."""
         with contextlib.suppress(OSError):
             for path in sorted(self._files(), key=lambda path: path.stat().st_mtime_ns, reverse=True):
@@ -105,17 +105,17 @@ class PromptStore:
                     if found is not None:
                         yield found
 
-    def _read(self, path: Path) -> tuple[list[int], bytes] | None:
+    def _read(self, path: Path) -> tuple[list[int], memoryview] | None:
         """Return tokens and state in a file, None if it has another key. Raise ValueError if it is damaged."""
         with path.open("rb") as stream:
             header = json.loads(stream.readline(MAX_HEADER_BYTES))
             if header["key"] != self._key:
                 return None
-            content = stream.read()
+            content = bytearray(stream.read())
         if hashlib.sha256(content).hexdigest() != header["sha256"]:
             raise ValueError("its hash differs")
         size = 4 * header["tokens"]
-        return np.frombuffer(content[:size], dtype="<i4").tolist(), content[size:]
+        return np.frombuffer(content[:size], dtype="<i4").tolist(), memoryview(content)[size:]
 
 
 def _report(line: str) -> None:

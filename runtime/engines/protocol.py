@@ -132,11 +132,11 @@ class StateKeeper(Protocol):
     state_format: str
     """Build and settings that the bytes depend on, beside the model."""
 
-    def sequence_state(self, sequence: int) -> bytes:
-        """Return the state of a sequence."""
+    def sequence_state(self, sequence: int) -> memoryview:
+        """Return the state of a sequence, in memory that can be written."""
         ...
 
-    def restore_sequence(self, sequence: int, state: bytes, length: int) -> bool:
+    def restore_sequence(self, sequence: int, state: memoryview, length: int) -> bool:
         """Fill an empty sequence with a state of `length` tokens. Return False, and leave it empty, if that fails."""
         ...
 
