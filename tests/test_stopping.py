@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import select
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ from typing import Any
 import pytest
 from training import command, expect_same_run, run, without
 
-from efficientllm.train import trainer
 from efficientllm.train.checkpoint import writer
 from efficientllm.train.checkpoint.state import HashingWriter
 from efficientllm.train.stop_signal import StopSignal
@@ -171,51 +172,48 @@ def test_a_removal_that_cannot_be_saved_before_is_done_before_the_run_stops(
     expect_same_run(tmp_path / "stopped", straight)
 
 
-def test_a_second_signal_interrupts_at_once(
-    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step, steps = trainer.Trainer._step, []
-
-    def stopping(self: trainer.Trainer) -> dict[str, Any]:
-        steps.append(self.progress.step)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-            pytest.fail("it went on")
-        return step(self)
-
-    monkeypatch.setattr(trainer.Trainer, "_step", stopping)
-    assert run(command(source_folder, corpus, tmp_path / "run", *PLAIN)) == 130
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
 @pytest.mark.parametrize("count", [2, 3])
-def test_signals_during_a_checkpoint_give_one_line(
+@pytest.mark.parametrize("place", [(StopSignal, "check"), (HashingWriter, "write_data")], ids=["step", "checkpoint"])
+def test_a_run_keeps_its_work_until_the_third_signal(
     count: int,
+    place: tuple[Any, str],
     source_folder: Path,
     corpus: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    write, folder = HashingWriter.write_data, tmp_path / "run"
-    signals = iter([0, count])
+    original, folder, signals = getattr(*place), tmp_path / "run", [signal.SIGINT] * count
+    written = folder / "checkpoints" / "step-00000002"
 
-    def interrupted(self: HashingWriter, *arguments: Any) -> Any:
-        for _ in range(next(signals, 0)):
-            os.kill(os.getpid(), signal.SIGINT)
-        return write(self, *arguments)
+    def interrupted(*arguments: Any) -> Any:
+        while signals and written.exists():
+            os.kill(os.getpid(), signals.pop())
+        return original(*arguments)
 
-    monkeypatch.setattr(HashingWriter, "write_data", interrupted)
+    monkeypatch.setattr(*place, interrupted)
     given = [*without(command(source_folder, corpus, folder, *PLAIN), "--checkpoint-every"), "--checkpoint-every", "2"]
     assert run(given) == 130
-    held, last = capfd.readouterr().err.strip().splitlines()[-2:]
-    assert held == "the checkpoint is being written; a further signal gives it up"
-    stopped = "stopped by SIGINT; checkpoint step-00000005 is written; continue with --resume"
-    given_up = "interrupted: this checkpoint is not written, and earlier ones stay"
-    assert last == (stopped if count == 2 else given_up)
-    written = sorted(each.name for each in (folder / "checkpoints").iterdir())
-    assert written[-1] == ("step-00000005" if count == 2 else "step-00000002")
+    said = capfd.readouterr().err.splitlines()
+    assert said.count("SIGINT: stopping after the current step, then a checkpoint is written") == 1
+    assert said.count("the run writes a checkpoint before it stops; a further signal gives it up") == 1
+    is_kept, is_saving = count == 2, place[1] == "write_data"
+    given_up = "interrupted: this checkpoint is not written, and earlier ones stay" if is_saving else "interrupted"
+    newest = max(each.name for each in written.parent.iterdir())
+    stopped = f"stopped by SIGINT; checkpoint {newest} is written; continue with --resume"
+    assert said[-1] == (stopped if is_kept else given_up)
+    assert (newest > written.name) == is_kept
+
+
+def test_the_first_signal_is_named_while_the_main_thread_cannot_answer() -> None:
+    """As in a backward pass: another thread receives the signal while select waits."""
+    arrived, said = os.pipe()
+    tell = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+    with StopSignal(say=lambda text: os.close(said)) as ours:
+        tell.start()
+        assert select.select([arrived], [], [], 30)[0]
+    assert ours.name == "SIGTERM"
+    os.close(arrived)
 
 
 def test_ranks_stop_together() -> None:
@@ -237,5 +235,6 @@ def test_a_signal_that_torchrun_repeats_does_not_interrupt(monkeypatch: pytest.M
         with StopSignal() as ours:
             os.kill(os.getpid(), signal.SIGTERM)
             with contextlib.nullcontext() if launched else pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGTERM)
             assert ours.name == "SIGTERM"

@@ -84,7 +84,9 @@ class RunState:
             self.rounding = RoundedWeights(self.config.quantisation, self.parallel.mean_tensors)
         self.metrics = MetricsWriter(plan.folder, self.parallel.is_main, run.tensorboard)
         self.display, self.throughput = ProgressDisplay(silent=not self.parallel.is_main), Throughput()
-        self.stop_signal = signal = StopSignal(self.parallel.any if self.parallel.world_size > 1 else None)
+        self.stop_signal = signal = StopSignal(
+            self.parallel.any if self.parallel.world_size > 1 else None, self.display.say
+        )
         self.measuring = Measuring(
             self.trained,
             text,
