@@ -92,7 +92,7 @@ def body(argv: Sequence[str]) -> int:
     if print_only:
         print(config.to_toml(), end="")
         return 0
-    if config.run.resume:
+    if config.run.resume and config.run.output:
         saved_config(Path(config.run.output))  # UsageError where there is no run
     if is_main_process():
         check_request(config)

@@ -52,6 +52,8 @@ def check_request(config: TrainConfig) -> None:
     """Check everything that needs no loaded model. Raises UsageError."""
     if not config.run.output:
         raise UsageError("--output is missing; name a folder for the run")
+    if not config.source.data:
+        raise UsageError("--data is missing; give your examples, such as train.jsonl")
     check_source(config.source.source, f"--source {config.source.source}")
     teacher = config.optimizer.teacher if config.optimizer.teacher != "source" else ""
     if teacher:

@@ -62,7 +62,7 @@ def job() -> TrainConfig:
     and FFN channels are removed in three events, and the rest is trained on the grid of q4_0.
     """
     return TrainConfig(
-        source=SourceConfig(functions="learned", sequence_length=256, eval_tokens=4096),
+        source=SourceConfig(data=(), functions="learned", sequence_length=256, eval_tokens=4096),
         pruning=PruneConfig(
             prune=("attention", "ffn", "vocabulary"),
             target_bytes=40_000_000,

@@ -47,7 +47,7 @@ class SourceConfig:
     def __post_init__(self) -> None:
         flags.check_fields(self)
         flags.require(self, "source", bool(self.source), "is empty; name a model")
-        flags.require(self, "data", all(self.data) and bool(self.data), "give a file, a folder or a hub dataset")
+        flags.require(self, "data", all(self.data), "give a file, a folder or a hub dataset")
         flags.require(self, "text_field", bool(self.text_field), "is empty; name a field")
 
 
