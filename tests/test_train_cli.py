@@ -220,14 +220,20 @@ def test_a_target_is_reached_whatever_the_steps_between_removals(
     assert event["step"] == 10  # --prune-end 0.5 of 20 steps
 
 
-def test_resume_names_a_changed_corpus(
-    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_resume_works_from_another_folder_and_names_a_changed_corpus(
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    text = Path(shutil.copy(corpus, tmp_path / "text.jsonl"))
-    run_until(6, command(source_folder, text, tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    text = Path(shutil.copy(corpus, "text.jsonl"))
+    run_until(6, command(source_folder, text, Path("run")))
     text.write_text(text.read_text(encoding="utf-8").replace("a", "b"), encoding="utf-8")
-    assert run(["--resume", "--output", str(tmp_path / "run")]) == 0
-    assert f"--data {text} has changed; the result is not that of" in capsys.readouterr().out
+    monkeypatch.chdir(source_folder)
+    assert run(["--resume", "--output", os.path.relpath(tmp_path / "run")]) == 0
+    assert "--data text.jsonl has changed; the result is not that of" in capsys.readouterr().out
 
 
 UNHELD = [

@@ -20,7 +20,7 @@ from .checkpoint.run_folder import SETTINGS_FILE, saved_config
 from .config.presets import PRESETS, preset
 from .config.pruning import NO_TARGET
 from .config.sections import TrainConfig
-from .request import check_request, check_text, with_resume
+from .request import check_request, check_text, in_its_folder, with_resume
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -94,6 +94,7 @@ def body(argv: Sequence[str]) -> int:
         return 0
     if config.run.resume and config.run.output:
         saved_config(Path(config.run.output))  # UsageError where there is no run
+        config = in_its_folder(config)
     if is_main_process():
         check_request(config)
         check_text(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,11 +42,25 @@ def check_text(config: TrainConfig) -> None:
 
 
 def with_resume(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with --resume if --resume-or-start finds a run in --output, and what the run is of."""
+    """Return the configuration with --resume if --resume-or-start finds a run in --output.
+
+    It then also has the folders that the run is of and started in.
+    """
     folder = Path(config.run.output)
     if not (config.run.resume or config.run.resume_or_start) or not (folder / SETTINGS_FILE).is_file():
         return config
-    return replace(config, run=replace(config.run, resume=True, branch_of=saved_config(folder).run.branch_of))
+    saved = saved_config(folder).run
+    return replace(config, run=replace(config.run, resume=True, branch_of=saved.branch_of, started_in=saved.started_in))
+
+
+def in_its_folder(config: TrainConfig) -> TrainConfig:
+    """Go to the folder that a resumed run was started in, and return its configuration there."""
+    folder = Path(config.run.output).resolve()
+    home = folder / config.run.started_in
+    if not (config.run.resume and config.run.started_in and home.is_dir()) or home.samefile("."):
+        return config
+    os.chdir(home)
+    return replace(config, run=replace(config.run, output=str(folder)))
 
 
 def check_request(config: TrainConfig) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -191,7 +192,9 @@ def _prepare_folder(plan: RunPlan) -> None:
     else:
         for checkpoint in plan.resume.damaged:
             rename_damaged(checkpoint)
-    kept = replace(plan.config, run=replace(plan.config.run, overwrite=False, resume=False, resume_or_start=False))
+    started_in = os.path.relpath(Path.cwd(), plan.folder.resolve())
+    run = replace(plan.config.run, overwrite=False, resume=False, resume_or_start=False, started_in=started_in)
+    kept = replace(plan.config, run=run)
     write_text_atomically(plan.folder / SETTINGS_FILE, kept.to_toml())
 
 

@@ -119,6 +119,8 @@ class RunConfig:
     """Continue from the last complete checkpoint in --output."""
     branch_of: str = flags.internal("")
     """Folder of the run with --sizes that this run finishes a larger size of, from --output."""
+    started_in: str = flags.internal("")
+    """Folder that relative paths of the settings are in, from --output."""
     resume_or_start: bool = False
     """--resume if --output holds a run, otherwise start one. A finished run stays as it is. For jobs that a scheduler
     starts again with the same command."""
@@ -274,7 +276,7 @@ def _toml(value: object) -> str:
 RESUMABLE_CHANGES = frozenset(
     {
         *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard"),
-        *("skip_bad_lines", "eval_every", "save_dtype", "for_", "resume_or_start", "branch_of"),
+        *("skip_bad_lines", "eval_every", "save_dtype", "for_", "resume_or_start", "branch_of", "started_in"),
     }
 )
 """Settings that a resumed run may change without changing its result."""
