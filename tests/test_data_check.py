@@ -50,7 +50,7 @@ def test_records_are_counted_by_form(tmp_path: Path, tokenizer: PreTrainedTokeni
     path = write(tmp_path / "a.jsonl", [*FORMS.values(), FORMS["chat"]])
     report = check_file(DataSpec(str(path)), Encoder(tokenizer), 64)
     assert report.forms == dict.fromkeys(FORMS, 1) | {"chat": 2}
-    assert report.num_repeated == 1
+    assert report.repeated.count == 1
     assert not report.refusals.errors
 
 
@@ -224,6 +224,11 @@ PLANTED: dict[str, tuple[list[Any], list[Any], str]] = {
         "1 calls of the test do not follow their own tools, so that --constrain schema cannot write them; first: "
         'test.jsonl: line 6: set takes no level": 3} after {"',
     ),
+    "same": (
+        [],
+        [example("Lamp 3 on", tools=(SET,), name="lamp 3", on=True)],
+        "1 requests of the test are in the training files; first: test.jsonl: line 5",
+    ),
     "case": (
         [],
         [example("LAMP 3  on", tools=(SET,), name="lamp 3", on=True)],
@@ -256,9 +261,10 @@ def test_check_warns_of_each_planted_defect_alone(case: str, tmp_path: Path) -> 
 def test_report_has_a_row_for_each_function_and_the_warnings(
     tmp_path: Path, source_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = write(tmp_path / "train.jsonl", [*SOUND, *PLANTED["order"][0]])
+    train = write(tmp_path / "train.jsonl", [*SOUND, *PLANTED["order"][0], SOUND[0], SOUND[0]])
     test = write(tmp_path / "test.jsonl", TESTED)
     assert run_command(body, ["check", str(train), "--test", str(test), "--source", str(source_folder)]) == 0
     out = capsys.readouterr().out
-    assert "| set | 61 | 4 | 98% of 65 |" in out
+    assert "| set | 63 | 4 | 99% of 67 |" in out
     assert "\nwarning: 1 calls with arguments in another order" in out
+    assert f"\nwarning: 2 records are repeated in train.jsonl; first: {train}: line 62" in out

@@ -61,6 +61,11 @@ class Tally:
         self.count += count
 
 
+def lines_of(found: Mapping[str, Tally]) -> list[str]:
+    """Return a line with a count and an example for each finding of {its title: Tally}."""
+    return [f"{each.count:,} {title}; first: {each.example}" for title, each in found.items() if each.count]
+
+
 @dataclass
 class FunctionCounts:
     """Counts of the calls of one function."""
@@ -150,8 +155,9 @@ class CallCheck:
             self._forbidden
         )
         for same, folded, place in self._tested:
-            if folded in self._trained[1] and same not in self._trained[0]:
-                found["requests of the test are in the training files, in another case or spacing"].add(place)
+            if folded in self._trained[1]:
+                other = ", in another case or spacing" * (same not in self._trained[0])
+                found[f"requests of the test are in the training files{other}"].add(place)
         for file, tallies in self._has_tools.items():
             total = tallies[True].count + tallies[False].count
             if tallies[True].count:
@@ -162,8 +168,7 @@ class CallCheck:
             if values[""] >= FEWEST_CALLS and len(values) == 2 and not is_fixed:
                 shown = f"{name}({key}: {next(value for value in values if value)}) in {values['']:,} calls"
                 found["arguments have one value in the training files, and the model will write no other"].add(shown)
-        lines = [f"{each.count:,} {title}; first: {each.example}" for title, each in found.items() if each.count]
-        return [*lines, *([self._unmatched] if self._unmatched else [])]
+        return [*lines_of(found), *([self._unmatched] if self._unmatched else [])]
 
     def _of_calls(self) -> defaultdict[str, Tally]:
         """Return the findings about order, types and names of arguments."""

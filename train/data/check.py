@@ -21,7 +21,7 @@ from ...runtime.base.model_names import check_source
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import display_name, markdown_table
 from ...runtime.chat_template import read_template_file
-from .call_check import CallCheck, digest, request_of
+from .call_check import CallCheck, Tally, digest, lines_of, request_of
 from .chat import Chat, Document, Encoder, set_chat_template
 from .documents import DataSpec, open_documents
 from .packing import is_kept_whole
@@ -83,7 +83,7 @@ class FileReport:
     refusals: Refusals = field(default_factory=Refusals)
     forms: Counter[str] = field(default_factory=Counter)
     """{name of a form of record: records}."""
-    num_repeated: int = 0
+    repeated: Tally = field(default_factory=Tally)
     """Records that occur before in the same file."""
     num_cut: int = 0
     """Chats that are longer than a sequence."""
@@ -126,7 +126,8 @@ def check_file(spec: DataSpec, encoder: Encoder, sequence_length: int, calls: Ca
         else:
             report.forms["text"] += 1
             key, request = digest(document), document
-        report.num_repeated += key in known
+        if key in known:
+            report.repeated.add(document.place if isinstance(document, Chat) else repr(document[:60]))
         known.add(key)
         report.requests[digest(request)] += 1
         learned = int((ids >= 0).sum())
@@ -162,7 +163,7 @@ def rows(files: Sequence[FileReport], tests: Sequence[FileReport], sequence_leng
     add("refused", lambda each: f"{len(each.refusals.errors):,}")
     empty = [sum(isinstance(error, EmptyAnswerError) for error in each.refusals.errors) for each in everything]
     table.append(["refused for an empty answer", *(f"{count:,}" for count in empty)])
-    add("repeated in the file", lambda each: f"{each.num_repeated:,}")
+    add("repeated in the file", lambda each: f"{each.repeated.count:,}")
     if tests:
         held_out = {request for each in tests for request in each.requests}
         shared = [sum(each.requests[request] for request in held_out) for each in files]
@@ -231,7 +232,8 @@ def body(argv: Sequence[str]) -> int:
     print(markdown_table(rows(files, tests, config.sequence_length)))
     if table := calls.rows():
         print(f"\n{markdown_table(table)}")
-    for line in calls.lines():
+    repeated = {f"records are repeated in {display_name(each.name)}": each.repeated for each in reports}
+    for line in [*lines_of(repeated), *calls.lines()]:
         print(f"\nwarning: {line}")
     marks, learned = ((REVERSE, NORMAL), "") if sys.stdout.isatty() else (("[[", "]]"), ", learned text in [[ ]]")
     chosen = _first_by_hash(example for report in files for example in report.examples)
