@@ -198,10 +198,14 @@ def test_empty_fields_for_functions_change_no_chat(place: str, tmp_path: Path, m
     assert list(open_documents(DataSpec(name))) == [Chat.of(("user", "Hi"), ("assistant", "Hello."))] * 2
 
 
-def test_content_in_parts_is_refused_beside_calls_too(tmp_path: Path) -> None:
-    path, parts = tmp_path / "a.jsonl", [{"type": "text", "text": "Hello."}]
+def test_parts_of_text_are_joined_and_others_are_refused_beside_calls_too(tmp_path: Path) -> None:
+    path, parts = tmp_path / "a.jsonl", [{"type": "text", "text": text} for text in ("Hel", "lo.")]
     for fields in ({}, {"tool_calls": CALLS}):
         path.write_text(json.dumps(answer(content=parts, **fields)), encoding="utf-8")
+        (chat,) = open_documents(DataSpec(str(path)))
+        assert isinstance(chat, Chat)
+        assert chat.messages[1]["content"] == "Hello."
+        path.write_text(json.dumps(answer(content=[*parts, {"type": "image_url"}], **fields)), encoding="utf-8")
         with pytest.raises(DataError, match='the "content" of message 2 of line 1 must be a text'):
             list(open_documents(DataSpec(str(path))))
 

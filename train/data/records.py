@@ -170,7 +170,7 @@ def _message(context: ReadContext, message: Any, place: str) -> Message:
     if weight not in (None, 0, 1):
         raise context.error(f'{place} has the "weight" {weight!r}; give 0 for an answer that is not learned, or 1')
     own = {"weight": 0} if weight == 0 else {}
-    role, content, calls = message.get("role"), message.get("content", "missing"), message.get("tool_calls")
+    role, content, calls = message.get("role"), _joined(message.get("content", "missing")), message.get("tool_calls")
     if not isinstance(role, str):
         raise malformed
     if role == "function":
@@ -195,11 +195,19 @@ def _message(context: ReadContext, message: Any, place: str) -> Message:
     if "content" not in message:
         raise malformed
     if not isinstance(content, str):
-        raise context.error(f'the "content" of {place} must be a text; write JSON as text, too')
+        raise context.error(f'the "content" of {place} must be a text or parts of text; write JSON as text, too')
     if role == "assistant" and not content.strip():
         error = f'{place} has an empty "content", which is no answer; give it a text, or remove the record'
         raise context.error(error, EmptyAnswerError)
     return {"role": role, "content": content, **own}
+
+
+def _joined(content: Any) -> Any:
+    """Return the text of OpenAI's list of text parts, and any other content as it is."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = [part["text"] for part in content if part.get("type") == "text" and isinstance(part.get("text"), str)]
+    return "".join(texts) if len(texts) == len(content) else content
 
 
 def _call(context: ReadContext, call: Any, place: str) -> dict[str, Any]:
