@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...runtime.base.errors import DataError
+from ...runtime.base.quantities import did_you_mean
 from ...runtime.chat_template import Message
 from .chat import Chat, Document
 
@@ -88,8 +89,10 @@ class ReadContext:
 
     def missing(self, place: str, names: Iterable[str]) -> DataError:
         """Return the error of a place whose fields or columns, `names`, lack the text field."""
-        shown = ", ".join(itertools.islice(names, 12))
-        return self.error(f'{place} "{self.field}"; it has {shown or "none"}{self.field_hint}')
+        shown = list(itertools.islice(names, 12))
+        known = [self.field, *(form.field for form in RECORD_FORMS)]
+        hint = "".join(did_you_mean(name, known) for name in shown)
+        return self.error(f'{place} "{self.field}"; it has {", ".join(shown) or "none"}{self.field_hint}{hint}')
 
     def not_utf8(self, error: UnicodeDecodeError, place: str = "") -> DataError:
         """Return the error of bytes that are not UTF-8, with the encoding that they seem to have."""
