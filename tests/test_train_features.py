@@ -31,7 +31,7 @@ from efficientllm.train.config.presets import PRESETS
 from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.config.sections import RunConfig, TrainConfig
 from efficientllm.train.model.architecture import Architecture, LayerShape
-from efficientllm.train.plan import Compute, _check_removals
+from efficientllm.train.plan import Compute, _warn_of_compilations
 from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, ActivationCriterion
 from efficientllm.train.pruning.plan import DroppingSchedule
 
@@ -262,7 +262,7 @@ def test_many_removals_with_compile_are_warned_of(
 ) -> None:
     config = TrainConfig(pruning=PruneConfig(target_ratio=0.5, **settings), run=RunConfig(compile=True))
     cpu = torch.device("cpu")
-    _check_removals(config, Compute(Hardware(cpu, torch.float32, ""), Parallel("ddp", cpu)))
+    _warn_of_compilations(config, Compute(Hardware(cpu, torch.float32, ""), Parallel("ddp", cpu)))
     assert ("--compile: up to" in caplog.text) == warns
 
 

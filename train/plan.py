@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,7 +39,7 @@ from .model.irregular import architecture_of
 from .model.source import shape_of_folder, stored_dtype
 from .model.target_rules import check_target
 from .pruning.plan import PruningPlan, make_pruning_plan
-from .request import data_specs
+from .request import check_removals, data_specs
 from .shards import load_for_ranks
 from .vocabulary.pieces import pieces_of
 
@@ -174,7 +173,7 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
         raise UsageError("--task works on one process: the others would wait for the answers; omit it")
     if compute.parallel.world_size > 1 and config.pruning.sizes:
         raise UsageError("--sizes works on one process: its branches are finished one after the other; omit it")
-    _check_removals(config, compute)
+    _warn_of_compilations(config, compute)
     if resume is not None:
         _check_ranks(resume, compute.parallel)
     shape = shape_of_folder(config.source.source)
@@ -201,23 +200,10 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype, weights), source
 
 
-def _check_removals(config: TrainConfig, compute: Compute) -> None:
-    """Raise UsageError for fewer steps between the first and the last removal than --removals.
-
-    Warn of many removals with --compile.
-    """
-    settings, optimizer = config.pruning, config.optimizer
-    batch_tokens = config.source.sequence_length * optimizer.batch_size * optimizer.gradient_accumulation
-    step_tokens, share = batch_tokens * compute.parallel.world_size, settings.prune_end - settings.prune_start
-    steps = share * optimizer.tokens / step_tokens
-    if settings.prunes and settings.removals - 1 > steps:
-        needed = math.ceil((settings.removals - 1) * step_tokens / share)  # flags require a share above 0
-        raise UsageError(
-            f"--removals {settings.removals}: more than the steps between --prune-start and --prune-end "
-            f"({int(steps)}); use fewer, or give at least --tokens {needed}"
-        )
-    removals = settings.removals or int(steps / settings.prune_every) + 1
-    if config.run.compile and settings.prunes and removals > MANY_COMPILATIONS and compute.parallel.is_main:
+def _warn_of_compilations(config: TrainConfig, compute: Compute) -> None:
+    """Warn of many removals with --compile."""
+    removals = check_removals(config)
+    if config.run.compile and removals > MANY_COMPILATIONS and compute.parallel.is_main:
         _log.warning(f"--compile: up to {removals} removals, and each compiles the model again; add --removals 4")
 
 

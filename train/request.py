@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..runtime.latency.profile import DeviceProfile
 from .checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_killed_writes, saved_config
 from .config.pruning import PruneConfig
 from .config.sections import TrainConfig
+from .data.chat import ChatFormat, check_answers
 from .data.documents import SELF_CHAT, DataSpec, check_documents, check_held_out, require_readers
 from .evaluation.jobs import check_examples, read_examples
 from .pruning.criteria import uses_gradient
@@ -74,7 +76,8 @@ def check_request(config: TrainConfig) -> None:
     if teacher:
         check_source(teacher, f"--teacher {teacher}")
     if config.source.chat_template:
-        read_template_file(config.source.chat_template)
+        template = read_template_file(config.source.chat_template)
+        check_answers(ChatFormat.of(template, "<s>", "</s>"))
     for spec in data_specs(config):
         require_readers(spec)
     adapter = config.foreign.adapter
@@ -87,6 +90,7 @@ def check_request(config: TrainConfig) -> None:
     if config.pruning.sizes:
         _check_sizes(config)
     _check_target(config.pruning.of_smallest_size)
+    check_removals(config)
     shape = config.pruning.target_architecture
     if shape and not Path(shape).is_file():
         raise UsageError(f"--target-architecture {shape}: no such file; give a run's architecture.json")
@@ -108,6 +112,24 @@ def check_request(config: TrainConfig) -> None:
     foreign = foreign_files if config.run.overwrite else lambda folder: []
     check_output(folder, replaceable, foreign, inputs, remedy)
     check_place(folder, is_renamed=False)
+
+
+def check_removals(config: TrainConfig) -> int:
+    """Return how many removals a run has at most. Raises UsageError for fewer steps in their time than --removals."""
+    settings, optimizer = config.pruning, config.optimizer
+    if not settings.prunes:
+        return 0
+    batch_tokens = config.source.sequence_length * optimizer.batch_size * optimizer.gradient_accumulation
+    step_tokens = batch_tokens * int(os.environ.get("WORLD_SIZE", "1"))
+    share = settings.prune_end - settings.prune_start
+    steps = share * optimizer.tokens / step_tokens
+    if settings.removals - 1 > steps:
+        needed = math.ceil((settings.removals - 1) * step_tokens / share)  # flags require a share above 0
+        raise UsageError(
+            f"--removals {settings.removals}: more than the steps between --prune-start and --prune-end "
+            f"({int(steps)}); use fewer, or give at least --tokens {needed}"
+        )
+    return settings.removals or int(steps / settings.prune_every) + 1
 
 
 def _check_sizes(config: TrainConfig) -> None:

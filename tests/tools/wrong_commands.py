@@ -47,6 +47,8 @@ COMMANDS: dict[str, str] = {
     "train --preset job --data good.jsonl --output full --overwrite": "--output full holds mine.txt, not written by",
     "train --preset job --data good.jsonl --output held --overwrite": "--output held is being written by ",
     "train --preset job --output run": "--data is missing; give your examples, such as train.jsonl",
+    "train --preset job --data good.jsonl --output run --tokens 2048": "--removals 3: more than the steps between ",
+    "train --preset job --data good.jsonl --output run --chat-template text.txt": "does not write an answer behind the",
     "train --resume": "--output is missing; name a folder for the run",
     "train --output empty --resume": "--resume: empty holds no run (no config.toml)",
     "train --preset job --data :0.5 --output run": "--data ':0.5' has no path; name a file, a folder or a hub dataset",

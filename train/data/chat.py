@@ -268,6 +268,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
     return [encoding.ids for encoding in encodings]
 
 
+def check_answers(format: ChatFormat | None) -> None:
+    """Raise UsageError for the format of a template of --chat-template that no answer can be found in."""
+    if format is None:
+        raise UsageError(
+            "--chat-template: it does not write an answer behind the prompt of its question; write each message, and "
+            "the start of an answer if add_generation_prompt is true"
+        )
+
+
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str, is_learned: bool) -> None:
     """Give a tokenizer the job's own `template`, "" for the source's, or that of a model that knows its functions.
 
@@ -276,11 +285,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str, is_lear
     if template:
         tokenizer.chat_template = JOB_MARK + template if is_learned else template
     chat_format = ChatFormat.of_tokenizer(tokenizer)
-    if template and chat_format is None:
-        raise UsageError(
-            "--chat-template: it does not write an answer behind the prompt of its question; write each message, and "
-            "the start of an answer if add_generation_prompt is true"
-        )
+    if template:
+        check_answers(chat_format)
     if not is_learned or str(tokenizer.chat_template).startswith(JOB_MARK):
         return
     if chat_format is None:
