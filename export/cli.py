@@ -18,7 +18,7 @@ from ..train.model.foreign_configs import ImportOptions
 from .checkpoint import open_checkpoint
 from .manifest import foreign_files
 from .request import ExportRequest, VerifyOptions, log
-from .targets import known_targets, load_exporter, option_names, refuse_option
+from .targets import known_targets, load_exporter, option_names, readers_of, refuse_option
 
 
 def export(
@@ -87,9 +87,10 @@ class ExportParser(flags.Parser):
         target = _named_target(argv)
         flags.add_section(self, load_exporter(target).options if target else VerifyOptions)
         _, unknown = self.parse_known_intermixed_args(argv)
-        foreign = next((word for word in unknown if word.startswith("--")), "")
-        if foreign and target:
-            refuse_option(target, foreign.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_"))
+        foreign = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+        name = foreign.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if target and readers_of(name):
+            refuse_option(target, name, foreign)
         return super().parse(argv)
 
 

@@ -75,11 +75,19 @@ def _reads(target: str, name: str) -> bool:
     return False
 
 
-def refuse_option(target: str, name: str) -> NoReturn:
-    """Raise UsageError for option `name`, which `target` does not have, and name the targets that do."""
-    readers = [other for other in known_targets() if _reads(other, name)]
+def readers_of(name: str) -> list[str]:
+    """Return the targets that have option `name`."""
+    return [target for target in known_targets() if _reads(target, name)]
+
+
+def refuse_option(target: str, name: str, flag: str = "") -> NoReturn:
+    """Raise UsageError for option `name`, which `target` does not have, and name the targets that do.
+
+    `flag` is the option as it was typed.
+    """
+    readers = readers_of(name)
     hint = f"{', '.join(readers)} {'do' if len(readers) > 1 else 'does'}" if readers else "no target does"
     raise UsageError(
-        f"{flags.flag_name(name)}: --target {target} does not read it, {hint} "
+        f"{flag or flags.flag_name(name)}: --target {target} does not read it, {hint} "
         f"(see efficientllm-export --target {target} --help)"
     )

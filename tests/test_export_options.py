@@ -40,13 +40,13 @@ FOREIGN = [
         ["--output-type=int8"],
         "--output-type: --target onnx does not read it, gguf, executorch, web, android, ios do (see ",
     ),
-    ("gguf", ["--no-custom-ops"], "--custom-ops: --target gguf does not read it, executorch does (see "),
+    ("gguf", ["--no-custom-ops"], "--no-custom-ops: --target gguf does not read it, executorch does (see "),
     (
         "hf-uniform",
         ["--max-kl", "1"],
         "--max-kl: --target hf-uniform does not read it, gguf, onnx, executorch, web, android, ios do (see ",
     ),
-    ("gguf", ["--speed", "1"], "--speed: --target gguf does not read it, no target does (see efficientllm-export "),
+    ("gguf", ["--no-verfy"], "unrecognized arguments: --no-verfy; did you mean --no-verify?"),
 ]
 
 

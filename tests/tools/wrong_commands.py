@@ -91,11 +91,13 @@ COMMANDS: dict[str, str] = {
     "export MODEL --target gguf --output out --calibrate no.txt": "--calibrate no.txt: no such file or folder",
     "export MODEL --target gguf --output out --max-kl -1": "--max-kl -1.0: must not be negative",
     "export MODEL --target ggfu --output out": "--target ggfu: unknown; known: gguf, onnx, executorch, hf-uniform, web",
-    "export MODEL --target gguf --output out --quantise q4_0": "--quantise: --target gguf does not read it, no target",
+    "export MODEL --target gguf --output out --quantise q4_0": "--quantise q4_0; did you mean --quantize?",
     "export good.jsonl --target gguf --output out": "good.jsonl: a file, but no .gguf; give that, a folder, or a",
     "export empty --target gguf --output out": "empty: the folder has no config.json; give a run or a Hugging Face",
+    "export begun --target gguf --output out": "begun: the run is not finished; efficientllm-train --resume --output ",
+    "export exported --target gguf --output out": "exported: an exported folder; give exported/model.gguf",
     "export MODEL --target gguf --output out --adapter empty": "--adapter empty: no adapter_config.json there; give a",
-    "export MODEL --target gguf --output out --size 60MB": "--size: --target gguf does not read it, no target does",
+    "export MODEL --target gguf --output out --size 60MB": "unrecognized arguments: --size 60MB",
     "chat MODEL Hi": EXPORT_FIRST,
     "chat no-such-folder": "no-such-folder does not exist; give a folder written by efficientllm-export, or a .gguf",
     "chat no.gguf": "no.gguf is not a GGUF file; give another file",
@@ -166,9 +168,11 @@ def write_inputs(folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "utf16.jsonl").write_text(lines[0], encoding="utf-16")
     (folder / "picture.png").write_bytes(bytes(range(256)))
-    for name in ("empty", "full", "held"):
+    for name in ("empty", "full", "held", "begun", "exported"):
         (folder / name).mkdir()
     (folder / "full" / "mine.txt").write_text("mine")
+    (folder / "begun" / "config.toml").write_text("")
+    (folder / "exported" / "model.gguf").write_text("")
 
 
 def cpu_seconds(command: list[str], folder: Path) -> tuple[int, float, str]:
