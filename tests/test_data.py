@@ -325,6 +325,7 @@ def test_run_counts_the_documents_that_it_reads(corpus: Path, tokenizer: Any) ->
     documents = list(open_documents(DataSpec(str(corpus))))
     tokens = sum(map(len, Encoder(tokenizer).encode(documents)))
     part, whole = text.reading_lines(2 * tokens)
+    assert text.reading_lines(396 * tokens)[0].endswith(" 99 passes")
     needed = format_count(4 * tokens)
     assert part == f"{corpus.name}: about 100 of 200 documents are read, 0.5 passes; --tokens {needed} is one pass"
     assert whole == f"{corpus.name}: 200 documents are read, 1.5 passes"

@@ -111,7 +111,8 @@ class RunText:
             tokens = sum(map(len, Encoder(self.source_tokenizer).encode(sample))) * count / len(sample)
             passes = num_tokens * spec.weight / weights / tokens * (1 - self._padding(spec))
             read = f"{count:,}" if passes >= 1 else f"about {round(passes * count):,} of {count:,}"
-            lines.append(f"{display_name(spec.path)}: {read} documents are read, {passes:.2g} passes")
+            shown = f"{passes:,.0f}" if passes >= 10 else f"{passes:.2g}"
+            lines.append(f"{display_name(spec.path)}: {read} documents are read, {shown} passes")
             if passes < 1:
                 lines[-1] += f"; --tokens {format_count(math.ceil(num_tokens / passes))} is one pass"
         return lines
