@@ -199,9 +199,13 @@ def why_not_called(call: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) 
     functions = {tool["function"]["name"]: tool["function"] for tool in tools}
     if call["name"] not in functions:
         return f"{call['name']} is none of its tools"
-    part = schema_part(parameters_of(functions[call["name"]]), call["name"], LENIENT_CALL_JSON)
+    schema = parameters_of(functions[call["name"]])
+    part = schema_part(schema, call["name"], LENIENT_CALL_JSON)
     arguments = json.dumps(call["arguments"], ensure_ascii=False)
     start = part.allowed_start(arguments)
+    others = [name for name in call["arguments"] if name not in schema.get("properties", {})]
+    if start is not None and others and schema.get("additionalProperties") is False:
+        return f'{call["name"]} takes no argument "{others[0]}"'
     return "" if start is None else f"{call['name']} takes no {arguments[len(start) :]} after {start or 'its name'}"
 
 

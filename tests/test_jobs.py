@@ -225,6 +225,11 @@ INEFFECTIVE = {
         },
         'rejects: set_light takes no , "area": "loft"} after {"level": 3',
     ),
+    "other argument": (
+        ["--constrain", "schema"],
+        {"tools": [TOOL], "completion": [called({"name": "set_light", "arguments": {"lvl": 3}}).chat.messages[1]]},
+        'rejects: set_light takes no argument "lvl"',
+    ),
     "other function": (
         ["--constrain", "schema"],
         {"tools": [TOOL], "completion": [called({"name": "dim", "arguments": {}}).chat.messages[1]]},
