@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.config.sections import TrainConfig
 from efficientllm.train.pruning.criteria import uses_gradient
 
@@ -111,10 +112,14 @@ def add_arm(name: str) -> bool:
     """Tell whether there is an arm of this name.
 
     one-shot-CRITERION becomes one for every criterion of --saliency, and one-shot-CRITERION-fit one that is fitted.
+    Raises UsageError for an unknown criterion.
     """
     criterion = name.removeprefix(ONE_SHOT).removesuffix(FIT)
     if name not in ARMS and name.startswith(ONE_SHOT):
-        uses_gradient(criterion)  # UsageError where it is unknown
+        try:
+            uses_gradient(criterion)
+        except UsageError as error:
+            raise UsageError(str(error).replace(f"--saliency {criterion}", f"--arms {name}")) from error
         title = PUBLISHED.get(criterion, f"one-shot {criterion}") + ", least squares" * name.endswith(FIT)
         changes = [_one_shot, _pruning(saliency=criterion), _distilled]
         changes += [_uniform] * (criterion in UNIFORM) + [_fitted] * name.endswith(FIT)

@@ -95,7 +95,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         flags.check_fields(self)
         for name in self.arms:
-            flags.require(self, "arms", add_arm(name), not_one_of(name, ARMS), value=name)
+            flags.require(self, "arms", add_arm(name), not_one_of(name, [*ARMS, "one-shot-CRITERION"]), value=name)
             needs = ARMS[name].is_for_device and not self.device_profile
             flags.require(self, "arms", not needs, "needs --device-profile", value=name)
         for text in self.keep:
