@@ -37,6 +37,7 @@ from efficientllm.train.family.fit import build_parser as fit_parser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESEARCH = sorted((ROOT / "research").rglob("*.md"))
 PLUGIN = ROOT / "tests" / "plugin"
 PARSERS = {
     "efficientllm-train": train_parser,
@@ -203,7 +204,7 @@ def test_readme_is_short_and_starts_with_a_command() -> None:
     assert [table.count("\n") - 2 <= 6 for table in tables] == [True]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *RESEARCH], ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]+))?\)", document.read_text(encoding="utf-8")):
         if target.startswith("http"):
