@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from efficientllm.runtime.base import cpu_load
 from efficientllm.runtime.base.cpu_load import FreeCores
 from efficientllm.runtime.base.errors import ArtefactError, UsageError
 from efficientllm.runtime.base.files import sha256_of
+from efficientllm.runtime.base.progress import PROGRESS_LOGGER
 from efficientllm.runtime.engines import artefact as artefacts
 from efficientllm.runtime.engines import tuning
 from efficientllm.runtime.engines.artefact import GENAI_CONFIG, Artefact, GenaiConfig
@@ -138,6 +140,7 @@ def test_attention_is_timed_later_if_the_machine_is_busy(
     unseen: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     measured: list[int] = []
+    caplog.set_level(logging.DEBUG, PROGRESS_LOGGER)
     monkeypatch.setattr(tuning, "_attention_seconds", lambda *arguments: measured.append(1) or [1.0])
     for load, expected in ((99.0, 0), (0.0, ROUNDS * len(CANDIDATES["auto"]))):
         monkeypatch.setattr(tuning, "is_busy", lambda load=load: load > cpu_load.BUSY_LOAD)

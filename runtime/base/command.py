@@ -47,11 +47,15 @@ class _PlainLines(logging.Handler):
         print(self.format(record), file=getattr(sys, self._stream), flush=True)
 
 
-def _show_messages() -> None:
-    """Print reports on standard output and progress on standard error, from the main process only."""
+def _show_messages(details: bool) -> None:
+    """Print reports on standard output and progress on standard error, from the main process only.
+
+    With `details`, debug messages are shown, too.
+    """
+    level = logging.DEBUG if details else logging.INFO
     for name, stream in ((LOGGER, "stdout"), (PROGRESS_LOGGER, "stderr")):
         logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+        logger.setLevel(level if is_main_process() else logging.ERROR)
         logger.propagate = False  # libraries configure the root logger, which would print each line again
         if not logger.handlers:
             logger.addHandler(_PlainLines(stream))
@@ -95,7 +99,7 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     for name in () if debug else NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     arguments = [argument for argument in arguments if argument != "--debug"]
-    _show_messages()
+    _show_messages(debug or "--stats" in arguments)
     try:
         with _terminating():
             return body(arguments)

@@ -100,7 +100,7 @@ def choose_attention(
     def measure() -> str:
         if is_busy():
             text = "this machine is busy: %s starts with %s, and is timed on this CPU at a later load"
-            logging.getLogger(PROGRESS_LOGGER).warning(text, path.name, unmeasured)
+            logging.getLogger(PROGRESS_LOGGER).debug(text, path.name, unmeasured)
             return ""
         _announce(path, "attention")
         return str(fastest_attention(candidates, num_sequences, make_context))
