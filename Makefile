@@ -10,6 +10,8 @@ TOKENS := 344064
 BYTES := 40MB
 # More for pytest, as: make test PYTEST_OPTIONS="-k gguf"
 PYTEST_OPTIONS ?=
+# make -n runs a line that names MAKE.
+SELF = $(MAKE)
 # llama-cpp-python is compiled without what it does not load: 82 s on two cores instead of five to six minutes.
 COMPILED := CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/devices/llama_cpp_only.cmake $$CMAKE_ARGS"
 # Without bytecode, both workers rewrite the assertions of every test file each time: seven seconds.
@@ -74,7 +76,7 @@ $(CLIENTS)/.installed: pyproject.toml
 
 # What the quickstart runs, without other runtimes, browsers and tools of development, and no bytecode of what is never imported.
 $(VENV)/.quickstart: pyproject.toml build/modules.txt $(VENV)/.pip
-	@if [ -f $(VENV)/.installed ]; then $(MAKE) --no-print-directory install; else \
+	@if [ -f $(VENV)/.installed ]; then $(SELF) --no-print-directory install; else \
 	  echo "installing into $(VENV); llama-cpp-python is compiled the first time, which takes some minutes"; \
 	  $(COMPILED) PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --group job --editable '.[train,export,gguf,server,bench,demo]' --config-settings editable_mode=strict; \
 	fi

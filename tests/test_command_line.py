@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from efficientllm.runtime import command_line
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.progress import PROGRESS_LOGGER
 
 SCRIPTS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["scripts"]
 HYPHENATED = sorted(set(SCRIPTS) - {"efficientllm"})
@@ -98,3 +101,9 @@ def test_errors_name_the_command_as_it_was_typed(
     code, _, err = output_of("efficientllm", "chat", "--nope", "x", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert err.endswith("(see efficientllm chat --help)\n")
+
+
+@pytest.mark.parametrize("flags", [[], ["--stats"], ["--debug"]])
+def test_details_are_printed_with_stats_only(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(lambda argv: logging.getLogger(PROGRESS_LOGGER).debug("detail") or 0, flags) == 0
+    assert capsys.readouterr().err == "detail\n" * bool(flags)

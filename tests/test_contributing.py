@@ -67,9 +67,11 @@ def test_make_upgrades_the_pip_of_an_environment_that_the_user_made(target: str,
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").touch()
-    commands = subprocess.run(
+    done = subprocess.run(
         ["make", "--dry-run", target], cwd=tmp_path, env={"PATH": os.environ["PATH"]}, text=True, capture_output=True
-    ).stdout
+    )
+    assert done.returncode == 0  # nothing was run: this python is none
+    commands = done.stdout
     assert 0 < commands.index("--upgrade 'pip>=25.1'") < commands.index("--group")
 
 
