@@ -100,6 +100,15 @@ def test_runtime_and_devices_import_without_torch() -> None:
     subprocess.run([sys.executable, "-c", script, *packages], check=True)
 
 
+@pytest.mark.slow
+def test_train_is_imported_without_output() -> None:
+    """torchao, which transformers imports, warns of its CUDA libraries."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from efficientllm.train import train"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout + done.stderr == ""
+
+
 @pytest.mark.parametrize("command", PROJECT["project"]["scripts"])
 def test_help_works_without_extras(command: str) -> None:
     module, _, function = PROJECT["project"]["scripts"][command].partition(":")

@@ -18,14 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from .errors import EfficientLLMError
+from .extras import NOISY_LOGGERS
 from .files import REASONS
 from .progress import PROGRESS_LOGGER
 
 LOGGER = "efficientllm"
 """Logger of all our packages, which receives every message that a command prints."""
-
-NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
-"""Loggers that are silent without --debug. transformers imports torchao, which warns of CUDA libraries on CPUs."""
 
 RANK_WAIT_SECONDS = 5
 """Seconds before a failed rank other than the first prints its error. torchrun checks its processes every 0.1 s."""

@@ -5,10 +5,27 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .errors import MissingExtraError
+
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+"""Loggers that warn while transformers imports torchao: of CUDA libraries on CPUs, and of old calls."""
+
+
+@contextlib.contextmanager
+def without_noise() -> Iterator[None]:
+    """Silence NOISY_LOGGERS in this block, unless the program has given them a level."""
+    loggers = [logger for logger in map(logging.getLogger, NOISY_LOGGERS) if logger.level == logging.NOTSET]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.setLevel(logging.NOTSET)
 
 
 @contextlib.contextmanager
@@ -43,6 +60,7 @@ def lazy_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, _, attribute = names[name].partition(":")
-        return getattr(importlib.import_module(module, package), attribute)
+        with without_noise():
+            return getattr(importlib.import_module(module, package), attribute)
 
     return get
