@@ -182,8 +182,10 @@ def test_every_criterion_is_an_arm() -> None:
         assert ARMS[name].configure(TrainConfig()).pruning.saliency == "random"
     finally:
         del ARMS[name]
-    with pytest.raises(UsageError, match="--saliency nothing: unknown; known: taylor1"):
+    with pytest.raises(UsageError, match="--arms one-shot-nothing: unknown; known: taylor1"):
         StudyConfig(arms=("one-shot-nothing",))
+    with pytest.raises(UsageError, match="--arms sorce: .*one-shot-CRITERION; did you mean source"):
+        StudyConfig(arms=("sorce",))
 
 
 def test_arms_for_a_device_need_one() -> None:
