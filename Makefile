@@ -169,7 +169,7 @@ types: install
 measure: $(BIN)/python
 	@$(BIN)/python tests/tools/measure_code.py
 
-# The import graph in docs/architecture.md and its picture.
+# The import graph in docs/architecture.md.
 imports: $(BIN)/python
 	@$(BIN)/python tests/tools/import_graph.py
 

@@ -1,6 +1,6 @@
-"""Measure and draw the import graph: the table and the picture of docs/architecture.md.
+"""Measure the import graph: the tables of docs/architecture.md.
 
-`python tests/tools/import_graph.py` rewrites both. With a folder, it prints the table of the tree in it. A node of a
+`python tests/tools/import_graph.py` rewrites them. With a folder, it prints those of the tree in it. A node of a
 package is a module or a sub-package directly in it. An edge means "imports", wherever in a file the import stands. The
 depth of a node is the length of the longest path of imports from it. A cycle has no depth and is an error.
 """
@@ -14,11 +14,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from drawing import draw
-
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "architecture.md"
-PICTURE = ROOT / "docs" / "images" / "imports.svg"
 PACKAGES = ("train", "export", "runtime", "server", "devices")
 
 Graph = dict[str, set[str]]
@@ -95,36 +92,29 @@ def counts(root: Path) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def table(root: Path) -> str:
-    """Return the Markdown table of the counts."""
+def tables(root: Path) -> str:
+    """Return the Markdown tables of the counts, and of the packages and sub-packages with what they import."""
     lines = ["| package | nodes | depth | edges |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {package} | {' | '.join(map(str, found))} |" for package, found in counts(root).items()]
+    edges = packages_and_sub_packages(root)
+    direct, depth = without_detours(edges), depths(edges)
+    lines += ["", "| package or sub-package | imports |", "| --- | --- |"]
+    for node in sorted(edges, key=lambda node: (-depth[node], node)):
+        lines.append(f"| `{node}` | {', '.join(f'`{below}`' for below in sorted(direct[node]))} |")
     return "\n".join(lines)
 
 
-def picture(root: Path) -> str:
-    """Return an SVG of the packages and sub-packages with the names of their modules."""
-    edges = packages_and_sub_packages(root)
-    contents: dict[str, list[str]] = {node: [] for node in edges}
-    for module, _ in modules(root):
-        folder = root.joinpath(*module[:2]).is_dir()
-        if module[-1] != "__init__":
-            contents["/".join(module[:2]) if folder else module[0]].append("/".join(module[2 if folder else 1 :]))
-    return draw(without_detours(edges), depths(edges), contents)
-
-
-def with_table(page: str, root: Path) -> str:
-    """Return the page's text with a current table."""
-    return re.sub(r"(?s)(<!-- imports -->\n\n).*(\n\n<!-- /imports -->)", rf"\g<1>{table(root)}\g<2>", page)
+def with_tables(page: str, root: Path) -> str:
+    """Return the page's text with current tables."""
+    return re.sub(r"(?s)(<!-- imports -->\n\n).*(\n\n<!-- /imports -->)", rf"\g<1>{tables(root)}\g<2>", page)
 
 
 def main() -> None:
-    """Rewrite the table and the picture, or print the table of another tree."""
+    """Rewrite the tables, or print those of another tree."""
     if len(sys.argv) > 1:
-        print(table(Path(sys.argv[1])))
+        print(tables(Path(sys.argv[1])))
         return
-    PICTURE.write_text(picture(ROOT), encoding="utf-8")
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
 
 
 if __name__ == "__main__":
