@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from tiny import UNEQUAL
@@ -11,7 +10,6 @@ from tiny import UNEQUAL
 from efficientllm.export import cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.model.source import load_for_inference
 
 TOKENS = torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(2)).tolist()
 
@@ -42,15 +40,3 @@ EXACT = ("--quantize", "f32", "--max-context", "128")
 def export(checkpoint: Path, target: str, output: Path | str, *more: str) -> int:
     """Exit code of `efficientllm-export`."""
     return run_command(cli.body, [str(checkpoint), "--target", target, "--output", str(output), *more])
-
-
-def greedy_answer(checkpoint: Path, count: int) -> Any:
-    """torch's tokens [1, len(TOKENS) + count]: TOKENS, and `count` greedy ones after them."""
-    return load_for_inference(checkpoint).generate(
-        torch.tensor([TOKENS]),
-        attention_mask=torch.ones(1, len(TOKENS), dtype=torch.long),
-        max_new_tokens=count,
-        min_new_tokens=count,
-        do_sample=False,
-        pad_token_id=0,
-    )

@@ -15,7 +15,6 @@ from serving import loaded_pool, serve
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation
-from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.models.worker import Deadline, EngineWorker
 from efficientllm.server.options import AppOptions
 
@@ -74,24 +73,13 @@ def test_a_place_in_line_is_free_before_the_pass_of_others_ends(artefact: Path) 
     asyncio.run(asyncio.wait_for(go(), 60))
 
 
-def test_a_crowd_gets_its_own_answers(artefact: Path, tokens: dict[str, int]) -> None:
-    clients = [(token, text) for text, token in tokens.items()][:24]
-    pool = loaded_pool({"model": str(artefact)}, EngineOptions(threads=1, context=256), PoolOptions(waiting=24))
-    with serve(pool, AppOptions()) as address:
-        found = asyncio.run(soak.crowd(address, ["model"], clients, requests=96, seconds=0))
-    assert found.statuses.keys() == {200}
-    assert found.statuses[200] >= 96
-    assert found.lost == found.crossed == 0
-
-
 def test_a_hostile_crowd_gets_its_own_answers_until_the_server_stops(artefact: Path, tokens: dict[str, int]) -> None:
     clients = [(token, text) for text, token in tokens.items()][:12]
     names = {"model": str(artefact), "other": str(artefact)}
     size = int(1.5 * Artefact.open(artefact).file_bytes)
     options = soak.SoakOptions(clients=12, max_memory=size)
     with soak.server_of(names, options, context=256) as (address, stop):
-        asked = soak.crowd(address, list(names), clients, requests=48, seconds=0, kinds=soak.KINDS, stop=stop)
-        found = asyncio.run(asked)
+        found = asyncio.run(soak.crowd(address, list(names), clients, 48, 0, soak.KINDS, stop))
     assert found.statuses.keys() == {200}
     assert found.cancelled
     assert found.lost == found.crossed == 0
