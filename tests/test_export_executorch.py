@@ -104,22 +104,23 @@ def expect_close(program: Path, largest_kl: float) -> None:
 
 
 def test_other_formats(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No LLM operators, fp16, and a 4-bit embedding beside a matrix that int4 cannot hold.
+    """No LLM operators, fp16, and a 4-bit embedding with a context below the verification's first chunk.
 
-    The context of the last one is shorter than the first chunk of the verification.
+    Without padding, int4 cannot hold the inputs of o_proj.
     """
     checkpoint = save_tiny(tiny_architecture(layers=ODD_HEADS, head_dim=16))
     found = {}
     for name, flags in {
         "f32": ["--quantize", "f32", "--no-custom-ops"],
         "f16": ["--quantize", "f16"],
-        "small": [*SMALL, "--allow-fp32", "--pad", "none", "--max-context", "32"],
+        "small": [*SMALL, "--max-context", "32"],
     }.items():
         assert export(checkpoint, tmp_path / name, *flags) == 0
         found[name] = Manifest.read(tmp_path / name)
     sizes = {name: manifest.files["model.pte"]["bytes"] for name, manifest in found.items()}
     assert sizes["f32"] > sizes["f16"] > sizes["small"]
-    assert "matrices stay in fp32" in capsys.readouterr().out
+    assert export(checkpoint, tmp_path / "unfit", *SMALL, "--pad", "none") == 2
+    assert "int4 needs inputs in multiples of 32; layers." in capsys.readouterr().err
     assert "llama::" not in " ".join(found["f32"].notes)
 
 
@@ -192,7 +193,6 @@ def test_stock_runner_generates_our_text(
     assert export(checkpoint, tmp_path / "pte", "--quantize", "8da4w") == 0
     printed = capsys.readouterr().out
     assert "zero-padded (exact): hidden 76 -> 96" in printed
-    assert "stay in fp32" not in printed  # zeros behind the heads fill the group
     expect_close(tmp_path / "pte", 0.5)
     engine = load_engine(tmp_path / "pte", EngineOptions(threads=1))
     prompt = "The quick brown fox"

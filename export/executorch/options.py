@@ -30,8 +30,6 @@ class ExecutorchOptions(PaddingOptions):
     """Use ExecuTorch's LLM operators; turn off for runtimes without them (decoding is several times slower)."""
     max_context: int = flags.count(2048, at_least=2)
     """Slots of the key/value caches, at most the model's context."""
-    allow_fp32: bool = False
-    """Keep matrices in fp32 that 8da4w cannot store."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)

@@ -91,10 +91,9 @@ def quantize_decoder(
     """Replace the matrices of a StaticDecoder in place and return notes for the user.
 
     `grams` is {module name: X^T X of its inputs}, for error-compensated rounding to int4. Raises UsageError for a
-    matrix that int4 cannot store, unless --allow-fp32 is set.
+    matrix that int4 cannot store.
     """
-    unfit: list[str] = []
-    smaller: list[str] = []
+    smaller = 0
     for name, module in list(model.named_modules()):
         kind = weights.head if name == "lm_head" else weights.linear
         if not isinstance(module, nn.Linear) or kind not in ("int8", "int4"):
@@ -103,17 +102,18 @@ def quantize_decoder(
             module = _padded_inputs(model, name, module)
         group = module.in_features if kind == "int8" else group_for(module.in_features, options.group_size)
         if group is None:
-            unfit.append(f"{name} ({module.in_features} inputs)")
-            continue
-        if kind == "int4" and group != options.group_size:
-            smaller.append(name)
+            raise UsageError(
+                f"int4 needs inputs in multiples of {ALIGNMENT}; {name} has {module.in_features}; use --pad auto or "
+                "--quantize int8"
+            )
+        smaller += kind == "int4" and group != options.group_size
         # of a tied weight only the head's reference is replaced: the embedding is still exact at its own turn below
         gram = grams.get(name) if grams and kind == "int4" else None
         module.weight = nn.Parameter(_quantized(module.weight, kind, group, gram), requires_grad=False)
-    notes = _rounding_notes(unfit, smaller, options)
     if weights.embedding in ("int8", "int4"):
         model.embed_tokens = _quantized_embedding(model.embed_tokens.weight.numpy(), weights.embedding)
-    return notes
+    asked = options.group_size
+    return [f"{smaller} matrices have smaller groups: {asked} does not divide their inputs"] if smaller else []
 
 
 def _padded_inputs(model: nn.Module, name: str, module: nn.Linear) -> nn.Linear:
@@ -146,21 +146,6 @@ def given_weights(model: Any, weights: WeightFormat) -> StoredWeights:
         if is_integer or (weights.dtype == torch.float16 and array.ndim > 1):
             roundings[name] = "int8 per token" if is_integer else "f16 throughout"
     return StoredWeights(architecture, model.scales, tensors, roundings, "codes that were given to the backend")
-
-
-def _rounding_notes(unfit: list[str], smaller: list[str], options: ExecutorchOptions) -> list[str]:
-    """Return notes on matrices that int4 cannot store, and on those with smaller groups than requested."""
-    notes = []
-    if unfit and not options.allow_fp32:
-        raise UsageError(
-            f"int4 needs inputs in multiples of {ALIGNMENT}; {len(unfit)} matrices have others, the first {unfit[0]}; "
-            "use --pad auto, --quantize int8, or --allow-fp32 to leave them in fp32"
-        )
-    if unfit:
-        notes.append(f"{len(unfit)} matrices stay in fp32: their inputs are not multiples of {ALIGNMENT}")
-    if smaller:
-        notes.append(f"{len(smaller)} matrices have smaller groups: {options.group_size} does not divide their inputs")
-    return notes
 
 
 def group_for(inputs: int, largest: int) -> int | None:
