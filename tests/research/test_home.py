@@ -124,8 +124,18 @@ def test_template_shows_states_and_outcomes_of_results() -> None:
 
 def test_prompt_does_not_grow_with_the_home() -> None:
     many = Home([Entity(f"Lamp {number}", "light", f"Room {number % 20}", "on") for number in range(200)])
-    assert len(shown("turn on lamp 17", many)) == 6
-    assert shown("turn on lamp 17", many)[0] == "= light: Lamp 17 @ Room 17"
+    assert shown("turn on lamp 17", many) == ["= light: Lamp 17 @ Room 17", "turn on lamp 17"]
+    assert len(shown("turn on the lamps", many)) == 6
+
+
+def test_template_shows_only_devices_that_the_request_means() -> None:
+    home = Home([*HOME.entities, Entity("Lamp", "light", "Cellar", "off")])
+    assert shown("turn on the work lamp and the fan", home)[:2] == [
+        "= light: Work Lamp @ Attic",
+        "- fan: Attic Fan @ Attic",
+    ]
+    assert len(shown("turn on the work lamp and the fan", home)) == 3
+    assert shown("turn on the lamp", home)[0] == "= light: Lamp @ Cellar"
 
 
 def test_template_shows_the_area_of_the_speaker() -> None:
