@@ -36,6 +36,9 @@ ERRORS = tuple(each["content"] for each in RECORDED["results"] if '"error"' in e
 SWITCHED = ("light", "switch", "fan", "lock", "cover", "valve")
 """Domains of devices that somebody may have left on, open or unlocked."""
 
+PLAYER_TOOLS = ("HassMedia", "HassSetVolume")
+"""Starts of the tools for media players, whose name a request may leave out."""
+
 FAILURES = 0.07
 """Share of acts whose result is an error."""
 
@@ -380,7 +383,7 @@ class Speaker:
             entity = self._one_of(PHRASES["out_of_range"])
             if entity is None:
                 return []
-            number = self.chance.choice((101, 110, 120, 150, 200, 250, 300, 500, 900, 1000, 5000))
+            number = self.chance.choice((101, 110, 120, 150, 200, 250, 300, 400, 500))
             text = self.chance.choice(PHRASES["out_of_range"][entity.domain]).replace("{percent}", str(number))
             return [Turn("impossible", self._polite(text.replace("{it}", self._mention(entity))), OUT_OF_RANGE)]
         entity = self.chance.choice(self.home.entities)
@@ -413,9 +416,9 @@ class Speaker:
             return None
         action = self._action(target.domain, is_group)
         text, values = self._fill(action, target.said)
-        is_only = not is_group and len(self.home.of(target.domain)) == 1
-        if is_only and text.endswith(end := f" on {target.said}") and self.chance.random() < 0.2:
-            text = text if "{item}" in str(action) else text.removesuffix(end)  # the only player needs no name
+        is_only = not is_group and len(self.home.of(target.domain)) == 1 and action["tool"].startswith(PLAYER_TOOLS)
+        if is_only and self.chance.random() < 0.2:
+            text = text.removesuffix(f" on {target.said}")
         self.last = (action, target)
         return text, (action["tool"], {**target.arguments(action["tool"]), **values}), action, target
 
@@ -523,7 +526,7 @@ class Speaker:
             kind = str(value).strip("{}")
             values[name] = drawn.get(kind, value)
             shown = str(values[name])
-            if kind == "percent" and self.chance.random() < 0.06:
+            if kind == "percent" and self.chance.random() < 0.12:
                 shown = NUMBERS.format_number(percent).text.replace("-", " ")
                 text = text.replace("%", " percent")
             text = text.replace(f"{{{kind}}}", shown)
@@ -562,7 +565,7 @@ class Speaker:
 
 
 KINDS: Mapping[str, float] = {
-    "device": 36, "group": 10, "two": 10, "follow_up": 7, "fails": 3, "asks_back": 3,
+    "device": 44, "group": 14, "two": 16, "follow_up": 7, "fails": 3, "asks_back": 3,
     "script": 3, "calendar": 2, "question": 6, "sensor": 4, "which": 2, "past": 3, "exists": 1.5, "list": 3,
     "time": 1.5, "unrelated": 4, "unknown": 10, "impossible": 5, "negation": 5, "talk": 1.5,
 }  # fmt: skip
