@@ -24,6 +24,7 @@ PARTLY = "Only a part of that worked."
 NO_DEVICE = "Sorry, I know no such device."
 NO_HOME_REQUEST = "Sorry, I can only control the home."
 OUT_OF_RANGE = "Sorry, that value is out of range."
+UNABLE = "Sorry, this device cannot do that."
 LEFT_ALONE = "Okay, I leave it as it is."
 
 NO_COMMANDS = ("{", "i ", "it ", "we ", "let some", "what", "time")
@@ -391,7 +392,7 @@ class Speaker:
         if not says:
             return []
         text = self.chance.choice(says).replace("{it}", f"the {entity.name.lower()}")
-        return [Turn("impossible", self._polite(text), f"Sorry, {entity.name} cannot do that.")]
+        return [Turn("impossible", self._polite(text), UNABLE)]
 
     def _negation(self) -> list[Turn]:
         entity = self._one_of(SWITCHED)
@@ -565,9 +566,9 @@ class Speaker:
 
 
 KINDS: Mapping[str, float] = {
-    "device": 44, "group": 14, "two": 16, "follow_up": 7, "fails": 3, "asks_back": 3,
-    "script": 3, "calendar": 2, "question": 6, "sensor": 4, "which": 2, "past": 3, "exists": 1.5, "list": 3,
-    "time": 1.5, "unrelated": 4, "unknown": 10, "impossible": 5, "negation": 5, "talk": 1.5,
+    "device": 40, "group": 12, "two": 14, "follow_up": 6, "fails": 3, "asks_back": 3,
+    "script": 3, "calendar": 2, "question": 7, "sensor": 4, "which": 2, "past": 4, "exists": 1.5, "list": 3,
+    "time": 1.5, "unrelated": 5, "unknown": 14, "impossible": 12, "negation": 6, "talk": 2,
 }  # fmt: skip
 """How often a request is of a kind."""
 
