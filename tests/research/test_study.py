@@ -184,7 +184,7 @@ def test_every_criterion_is_an_arm() -> None:
         del ARMS[name]
     with pytest.raises(UsageError, match="--arms one-shot-nothing: unknown; known: taylor1"):
         StudyConfig(arms=("one-shot-nothing",))
-    with pytest.raises(UsageError, match="--arms sorce: .*one-shot-CRITERION; did you mean source"):
+    with pytest.raises(UsageError, match=r"--arms sorce: .*one-shot-CRITERION; did you mean source"):
         StudyConfig(arms=("sorce",))
 
 
