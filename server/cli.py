@@ -15,6 +15,7 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from ..runtime.engines.artefact import ARTEFACT_HELP, open_or_export
 from ..runtime.engines.engine import EngineOptions, find_engine
+from ..runtime.engines.memory import use_one_heap
 from ..runtime.sampling import SamplingDefaults
 from .models.pool_options import PoolOptions
 from .options import AppOptions, ServeOptions
@@ -99,6 +100,7 @@ def body(argv: Sequence[str]) -> int:
         opened = open_or_export(path)
         find_engine(opened)
         artefacts[name] = str(opened.path)
+    use_one_heap()  # before threads start
     with bind_socket(options.host, options.port) as listener:  # before packages and models are loaded
         with extra("server"):
             from .access.connections import KEEP_ALIVE_SECONDS, GracefulServer, limited_protocol

@@ -117,6 +117,29 @@ def test_malloc_lays_blocks_side_by_side_unless_the_program_decided_otherwise(th
     assert done.output.strip() == str(mapped), done.errors
 
 
+THREADS_BLOCKS = """
+import ctypes, threading
+from efficientllm.runtime.engines.memory import use_one_heap
+
+libc = ctypes.CDLL(None)
+libc.fdopen.restype = ctypes.c_void_p
+use_one_heap()
+threads = [threading.Thread(target=libc.malloc, args=(1000,)) for _ in range(4)]
+[thread.start() for thread in threads]
+libc.malloc_info(0, ctypes.c_void_p(libc.fdopen(1, b"w")))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc")
+@pytest.mark.parametrize(("arenas", "has_one"), [("", True), ("8", False)])
+def test_threads_share_one_heap_unless_the_environment_decided_otherwise(
+    arenas: str, has_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", arenas) if arenas else monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    assert (run_python("-c", THREADS_BLOCKS).output.count("<heap nr=") == 1) == has_one
+
+
 def test_only_memory_without_a_file_counts() -> None:
     found = [end - start for start, end in memory._anonymous_ranges(MAPS)]
     assert found == [16 * 2**20, 64 * 2**20, 64 * 2**20]
