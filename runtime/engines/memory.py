@@ -21,9 +21,6 @@ from typing import Any
 HUGE_PAGE_SIZE_PATH = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 """File with the bytes of a huge page, on kernels that have them."""
 
-M_ARENA_MAX = -8
-"""mallopt(3) parameter."""
-
 MADV_COLLAPSE = 25
 """madvise(2) argument that copies a range into huge pages now, whatever the system's setting for new pages."""
 
@@ -61,13 +58,10 @@ def trim_heap() -> None:
 
 
 def use_one_heap() -> None:
-    """Let glibc keep all threads' blocks in one heap, unless the environment sets the number of its arenas.
-
-    Otherwise each thread has a heap, which keeps what the thread freed. A server starts a thread for each request.
-    """
+    """Let glibc's threads share one heap, where each reuses what others freed, unless the environment decides."""
     set_option: Any = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None and not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
-        set_option(M_ARENA_MAX, 1)
+        set_option(-8, 1)  # M_ARENA_MAX of mallopt(3)
 
 
 @contextlib.contextmanager

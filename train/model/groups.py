@@ -80,12 +80,7 @@ KINDS: dict[str, GroupKind] = {
     ),
     # one intermediate channel
     "ffn": GroupKind(
-        flag="ffn",
-        axis="ffn",
-        width="intermediate_size",
-        scored_axes=("ffn",),
-        title="FFN channels",
-        color="#2f6db3",
+        flag="ffn", axis="ffn", width="intermediate_size", scored_axes=("ffn",), title="FFN channels", color="#2f6db3"
     ),
     # one hidden channel of the whole model
     "stem": GroupKind(
