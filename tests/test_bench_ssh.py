@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from board import SSHD, Board, DroppingProxy, board
 
-from efficientllm.devices import board_environment, cli, ssh
+from efficientllm.devices import cli, ssh
 from efficientllm.devices.device import DeviceOptions
 from efficientllm.devices.results import BenchOptions, Measurement
 from efficientllm.devices.ssh import SshDevice
@@ -154,13 +154,15 @@ def test_a_measurement_that_the_board_thinks_is_wanted_is_ended(reached: Board, 
 
 @pytest.mark.slow
 def test_failed_installation_shows_the_message_of_pip(
-    reached: Board, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    reached: Board, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(board_environment, "SOURCE_ROOT", tmp_path)  # as from an installed wheel
+    wheel = tmp_path / "efficientllm-0.2.0-py3-none-any.whl"
+    wheel.touch()
     pip = write_program(tmp_path / "pip", FAILING_PIP)
     python = f'#!/bin/sh\n[ "$2" = venv ] || exec {sys.executable} "$@"\nmkdir -p $3/bin && cp {pip} $3/bin/python\n'
     fake = write_program(tmp_path / "fake-python", python)
     command = [str(artefact), "--device", "ssh://board", "--ssh", reached.client, "--board-python", str(fake), *QUICK]
+    command += ["--wheel", str(wheel)]
     assert run_command(cli.body, command) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "board: pip install failed: No matching distribution found for efficientllm; an engine without" in line

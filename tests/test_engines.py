@@ -115,9 +115,11 @@ def test_the_fastest_attention_is_measured_once(
     names: dict[int, str] = {}
     make = LlamaContext.__init__
 
-    def remember(self: LlamaContext, model: object, threads: int, attention: AttentionSettings, *more: int) -> None:
+    def remember(
+        self: LlamaContext, model: object, threads: int, attention: AttentionSettings, *more: int, **grows: bool
+    ) -> None:
         names[id(self)] = str(attention)
-        make(self, model, threads, attention, *more)
+        make(self, model, threads, attention, *more, **grows)
 
     monkeypatch.setattr(LlamaContext, "__init__", remember)
     monkeypatch.setattr(tuning, "_attention_seconds", measure)

@@ -234,7 +234,7 @@ def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytes
         ("--group-size", "48"): "--group-size 48: XNNPACK takes 32, 64, 128",
         ("--embedding-type", "q4_0"): "--embedding-type q4_0: executorch takes int8 or int4",
         ("--quantize", "f32", "--output-type", "int4"): "goes with --quantize 8da4w or int8, not f32",
-        ("--pad", "none"): "the first layers.0.self_attn.o_proj (48 inputs)",
+        ("--pad", "none"): "layers.0.self_attn.o_proj has 48",
     }.items():
         assert export(checkpoint, tmp_path / "pte", *flags) == 2, flags
         assert message in capsys.readouterr().err

@@ -52,10 +52,7 @@ STOP_AT = 2
 def runs(source: Path, corpus: Path, folder: Path) -> dict[str, Any]:
     """Train every run of RUNS on both devices. Return {name: {device: its metrics}}."""
     found: dict[str, Any] = {}
-    plots = (
-        mock.patch.object(training_run, f"plot_{name}", _draw_nothing)
-        for name in ("architecture", "training", "pruning")
-    )
+    plots = (mock.patch.object(training_run, f"plot_{name}", _draw_nothing) for name in ("architecture", "pruning"))
     with contextlib.ExitStack() as stack:
         for each in plots:
             stack.enter_context(each)
