@@ -119,11 +119,11 @@ def test_files_of_other_models_and_settings_are_left_alone(artefact: Path, tmp_p
 def test_files_stay_within_their_bytes_and_the_newest_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = PromptStore(tmp_path, "key", 5000)
     for number in range(6):
-        store.write([number] * 100, bytes(1000))
+        store.write([number] * 100, memoryview(bytes(1000)))
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 5000
     assert [tokens[0] for tokens, _ in store.read()] == [5, 4, 3]
     with caplog.at_level(logging.WARNING):
-        store.write([9] * 100, bytes(6000))
+        store.write([9] * 100, memoryview(bytes(6000)))
     assert "a prompt of 100 tokens is not stored: it takes" in caplog.text
     assert len(list(store.read())) == 3
 
@@ -131,7 +131,7 @@ def test_files_stay_within_their_bytes_and_the_newest_stay(tmp_path: Path, caplo
 def test_refused_state_of_a_prompt_is_evaluated_again(artefact: Path, tmp_path: Path) -> None:
     engine = load(artefact)
     store = store_of(engine, tmp_path)
-    store.write(PROMPT, b"nonsense" * 100)
+    store.write(PROMPT, memoryview(b"nonsense" * 100))
     restore(engine, store)
     expected = load(artefact)
     np.testing.assert_allclose(engine.prefill(PROMPT), expected.prefill(PROMPT), atol=1e-4)
