@@ -36,6 +36,12 @@ from efficientllm.train.evaluation.jobs import read_examples
 
 JOBS, SECTION = Path(__file__).parents[1] / "docs" / "jobs.md", "## A job with a context"
 
+HOME_TEMPLATE = Path(__file__).parents[1] / "research" / "home" / "template.jinja"
+HOME_PROMPT = "These are the devices in this smart home:\n" + "".join(
+    f"- names: {name}\n  domain: {domain}\n  areas: Attic\n"
+    for name, domain in (("Work Lamp", "light"), ("Roof Fan", "fan"), ("'台所'", "light"))
+)
+
 TEMPLATE = r"""
 {%- macro spaced(value) -%}
 {%- if value is string -%}{{- (' ' + value) | tojson -}}
@@ -275,6 +281,19 @@ def test_stock_runtimes_render_the_same_tokens(renderer: Any, engine: EngineSche
         ours = tool_prompt(engine, messages, ToolUse(TOOLS)).tokens
         theirs = renderer(trained, engine.chat_template, [dict(each) for each in messages])
         assert engine.tokenize(theirs, special=True) == ours
+
+
+def test_stock_runtimes_render_the_template_of_the_home(trained: Path, tmp_path: Path) -> None:
+    flags = ("--quantize", "f32", "--no-verify", "--chat-template", str(HOME_TEMPLATE))
+    assert export(trained.parent / "run", "gguf", tmp_path / "gguf", *flags) == 0
+    template = HOME_TEMPLATE.read_text(encoding="utf-8")
+    requests = "turn on the work lamp and the fan", "and the other one", "open the 台所 lamp"
+    said = [("system", HOME_PROMPT), *(("user", each) for each in requests)]
+    messages: list[Message] = [{"role": role, "content": content} for role, content in said]
+    ours = render_chat(template, messages, "", "", tools=TOOLS)
+    assert "= light: Work Lamp @ Attic\n- fan: Roof Fan @ Attic\nturn on the work lamp and the fan" in ours
+    for renderer in (llama_cpp_python, llama_server, transformers_tokenizer):
+        assert renderer(tmp_path / "gguf", template, messages) == ours
 
 
 def test_an_export_names_runtimes_that_render_differently(

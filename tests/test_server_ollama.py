@@ -28,14 +28,7 @@ SCHEMA = {
     "required": ["room"],
     "additionalProperties": False,
 }
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "set_light",
-        "description": "Set a light.",
-        "parameters": SCHEMA,
-    },
-}
+TOOL = {"type": "function", "function": {"name": "set_light", "description": "Set a light.", "parameters": SCHEMA}}
 
 
 @pytest.fixture(scope="module")
@@ -211,10 +204,7 @@ def test_a_model_is_unloaded_after_keep_alive(artefact: Path) -> None:
 
 
 def test_a_flag_unloads_idle_models_and_requests_load_them_again(artefact: Path) -> None:
-    with (
-        served(artefact, limits=PoolOptions(idle_unload=0.05), context=256) as address,
-        http_client(address) as client,
-    ):
+    with served(artefact, limits=PoolOptions(idle_unload=0.05), context=256) as address, http_client(address) as client:
         texts = set[str]()
         for _ in range(3):
             texts.add(ask(client, "generate", prompt="Hello", options=GREEDY)[0]["response"])

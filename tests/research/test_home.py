@@ -11,13 +11,7 @@ import yaml
 
 pytest.importorskip("unicode_rbnf")
 
-from research.home.chats import (
-    MAX_CHARACTERS,
-    held_out_conversations,
-    held_out_rows,
-    rendered,
-    training_chats,
-)
+from research.home.chats import MAX_CHARACTERS, held_out_conversations, held_out_rows, rendered, training_chats
 from research.home.homes import LIST_MARK, RECORDED, TOOLS, Entity, Home
 from research.home.requests import DONE, KINDS, NO_DEVICE, PHRASES, SAFETY, Turn
 from research.home.score import Outcome, converse, effects_of
