@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .base import flags
-from .base.command import run_command
+from .base.command import run_command, show_messages
 from .base.errors import UsageError
 from .engines.artefact import ARTEFACT_HELP, open_or_export
 from .engines.engine import EngineOptions, load_engine
@@ -55,6 +55,8 @@ def body(argv: Sequence[str]) -> int:
     artefact, prompt = open_or_export(arguments.pop("artefact")), arguments.pop("prompt")
     options, sampling = flags.take(arguments, ChatOptions), flags.take(arguments, ChatSampling)
     engine_options = flags.take(arguments, EngineOptions)
+    if options.stats:
+        show_messages(details=True)
     place = ""
     if prompt is None and not sys.stdin.isatty():
         prompt, place = sys.stdin.read().strip(), " on standard input"

@@ -45,11 +45,8 @@ class _PlainLines(logging.Handler):
         print(self.format(record), file=getattr(sys, self._stream), flush=True)
 
 
-def _show_messages(details: bool) -> None:
-    """Print reports on standard output and progress on standard error, from the main process only.
-
-    With `details`, debug messages are shown, too.
-    """
+def show_messages(details: bool = False) -> None:
+    """Print reports on stdout and progress on stderr, in the main process only. With `details`, also debug messages."""
     level = logging.DEBUG if details else logging.INFO
     for name, stream in ((LOGGER, "stdout"), (PROGRESS_LOGGER, "stderr")):
         logger = logging.getLogger(name)
@@ -97,7 +94,7 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     for name in () if debug else NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     arguments = [argument for argument in arguments if argument != "--debug"]
-    _show_messages(debug or "--stats" in arguments)
+    show_messages(debug)
     try:
         with _terminating():
             return body(arguments)
