@@ -68,8 +68,8 @@ def check_source(source: str, called: str) -> Path:
                 raise UsageError(f"{called}: an adapter without its model; give the model and this folder as --adapter")
             if (path / "config.toml").is_file():
                 raise UsageError(f"{called}: the run is not finished; efficientllm-train --resume --output {path}")
-            for file in sorted(path.glob("*.gguf")):
-                raise UsageError(f"{called}: an exported folder; give {file}")
+            if exported := sorted(path.glob("*.gguf")):
+                raise UsageError(f"{called}: an exported folder; give {exported[0]}")
             raise UsageError(f"{called}: the folder has no config.json; give a run or a Hugging Face model folder")
     elif path.is_file():
         raise UsageError(f"{called}: a file, but no .gguf; give that, a folder, or a hub id (owner/name)")
