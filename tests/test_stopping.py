@@ -206,7 +206,7 @@ def test_a_run_keeps_its_work_until_the_third_signal(
 
 
 def test_the_first_signal_is_named_while_the_main_thread_cannot_answer() -> None:
-    """As in a backward pass: another thread receives the signal while select waits."""
+    """Send the signal from another thread while select waits, as a backward pass does."""
     arrived, said = os.pipe()
     tell = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
     with StopSignal(say=lambda text: os.close(said)) as ours:
