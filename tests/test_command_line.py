@@ -103,7 +103,7 @@ def test_errors_name_the_command_as_it_was_typed(
     assert err.endswith("(see efficientllm chat --help)\n")
 
 
-@pytest.mark.parametrize("flags", [[], ["--stats"], ["--debug"]])
-def test_details_are_printed_with_stats_only(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flags", [[], ["--debug"]])
+def test_details_are_printed_with_debug_only(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(lambda argv: logging.getLogger(PROGRESS_LOGGER).debug("detail") or 0, flags) == 0
     assert capsys.readouterr().err == "detail\n" * bool(flags)

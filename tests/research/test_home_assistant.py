@@ -20,8 +20,11 @@ pytestmark = [
 
 
 def in_order(tools: Any) -> Any:
-    """Sort the enumerations of schemas, whose order differs from start to start."""
-    return json.loads(json.dumps(tools), object_hook=lambda each: {**each, "enum": sorted(each.get("enum", ()))})
+    """Sort the lists of schemas whose order differs from start to start: choices and required arguments."""
+    return json.loads(
+        json.dumps(tools),
+        object_hook=lambda each: {**each, **{key: sorted(each.get(key, ())) for key in ("enum", "required")}},
+    )
 
 
 def test_home_assistant_sends_the_recorded_requests(tmp_path: Path) -> None:
