@@ -291,7 +291,7 @@ def test_stock_runtimes_render_the_template_of_the_home(trained: Path, tmp_path:
     said = [("system", HOME_PROMPT), *(("user", each) for each in requests)]
     messages: list[Message] = [{"role": role, "content": content} for role, content in said]
     ours = render_chat(template, messages, "", "", tools=TOOLS)
-    assert "= light: Work Lamp @ Attic\n- fan: Roof Fan @ Attic\nturn on the work lamp and the fan" in ours
+    assert "= light: Work Lamp @ Attic\n~ fan: Roof Fan @ Attic\nturn on the work lamp and the fan" in ours
     for renderer in (llama_cpp_python, llama_server, transformers_tokenizer):
         assert renderer(tmp_path / "gguf", template, messages) == ours
 

@@ -152,7 +152,8 @@ class Speaker:
             calls.append((action["tool"], {**other.arguments(action["tool"]), **values}))
         else:
             second = self._act(is_group=self.chance.random() < 0.2)
-            if second is None or second[1] == call:
+            is_same = second is not None and second[3].entity is not None and second[3].entity == target.entity
+            if second is None or second[1] == call or (is_same and not {**action, **second[2]}.get("arguments")):
                 return []
             text = text.rstrip(".") + self._one("joins") + second[0]
             calls = [call, second[1]]
@@ -363,7 +364,7 @@ class Speaker:
         if present and self.chance.random() < 0.85:
             domain = self.chance.choice(sorted(present))
         known = [each.name.lower() for each in self.home.entities]
-        if self.chance.random() < 0.35 and domain in PHRASES["kinds"]:
+        if self.chance.random() < 0.45 and domain in PHRASES["kinds"]:
             area = self.names.room()
             if self.home.of(domain, area) or any(area.lower() in name for name in known):
                 return []
@@ -380,18 +381,22 @@ class Speaker:
 
     def _impossible(self) -> list[Turn]:
         """Draw a request that the device cannot fulfil, or a value out of range."""
-        if self.chance.random() < 0.4:
-            entity = self._one_of(PHRASES["out_of_range"])
-            if entity is None:
+        if self.chance.random() < 0.35:
+            target = self._single_target()
+            action = self._action(target.domain, False) if target else {}
+            ranged = {"{percent}", "{humidity}", "{degrees}"} & {*map(str, action.get("arguments", {}).values())}
+            if target is None or not ranged:
                 return []
-            number = self.chance.choice((101, 110, 120, 150, 200, 250, 300, 400, 500))
-            text = self.chance.choice(PHRASES["out_of_range"][entity.domain]).replace("{percent}", str(number))
-            return [Turn("impossible", self._polite(text.replace("{it}", self._mention(entity))), OUT_OF_RANGE)]
-        entity = self.chance.choice(self.home.entities)
-        says = [text for text, domains in PHRASES["impossible"].items() if entity.domain in domains]
-        if not says:
+            number = str(self.chance.choice((101, 110, 120, 130, 150, 175, 200, 250, 300, 400, 500, 999, 1000)))
+            text, _ = self._fill(action, target.said, ranged.pop().strip("{}"), number)
+            return [Turn("impossible", self._polite(text), OUT_OF_RANGE)]
+        group = self.chance.choice(PHRASES["unable"])
+        entity = self._one_of(group["domains"])
+        if entity is None:
             return []
-        text = self.chance.choice(says).replace("{it}", f"the {entity.name.lower()}")
+        text, _ = self._fill(
+            group, f"the {entity.name.lower()}" if self.chance.random() < 0.5 else self._mention(entity)
+        )
         return [Turn("impossible", self._polite(text), UNABLE)]
 
     def _negation(self) -> list[Turn]:
@@ -506,8 +511,10 @@ class Speaker:
             able = [each for each in able if each.get("groups", True) and "{degrees}" not in str(each)]
         return self.chance.choices(able, [each.get("weight", 1) for each in able])[0]
 
-    def _fill(self, action: Mapping[str, Any], said: str) -> tuple[str, dict[str, Any]]:
-        """Return the text of an action and the values of its arguments."""
+    def _fill(
+        self, action: Mapping[str, Any], said: str, kind_out_of_range: str = "", number: str = ""
+    ) -> tuple[str, dict[str, Any]]:
+        """Return the text of an action and the values of its arguments, with `number` for a kind out of range."""
         text = self._chosen(action["says"], action.get("unseen", ()))
         self.is_command = not text.startswith(NO_COMMANDS)
         degrees = self.chance.choice((self.chance.randint(5, 30), 20, 21, 22, self.chance.randint(15, 25) + 0.5))
@@ -522,15 +529,14 @@ class Speaker:
             "item": item[:1].upper() + item[1:] if self.chance.random() < 0.25 else item,
             "query": self.names.query(),
         }
-        values = {}
-        for name, value in action.get("arguments", {}).items():
-            kind = str(value).strip("{}")
-            values[name] = drawn.get(kind, value)
-            shown = str(values[name])
-            if kind == "percent" and self.chance.random() < 0.12:
-                shown = NUMBERS.format_number(percent).text.replace("-", " ")
-                text = text.replace("%", " percent")
-            text = text.replace(f"{{{kind}}}", shown)
+        if kind_out_of_range:
+            drawn[kind_out_of_range] = number
+        values = {name: drawn.get(str(value).strip("{}"), value) for name, value in action.get("arguments", {}).items()}
+        if "{percent}" in text and not kind_out_of_range and self.chance.random() < 0.12:
+            drawn["percent"] = NUMBERS.format_number(percent).text.replace("-", " ")
+            text = text.replace("%", " percent")
+        for kind, value in drawn.items():
+            text = text.replace(f"{{{kind}}}", str(value))
         return text.replace("{it}", said), values
 
     def _chosen(self, says: Sequence[str], unseen: Sequence[str] = ()) -> str:
@@ -566,9 +572,9 @@ class Speaker:
 
 
 KINDS: Mapping[str, float] = {
-    "device": 40, "group": 12, "two": 14, "follow_up": 6, "fails": 3, "asks_back": 3,
-    "script": 3, "calendar": 2, "question": 7, "sensor": 4, "which": 2, "past": 4, "exists": 1.5, "list": 3,
-    "time": 1.5, "unrelated": 5, "unknown": 14, "impossible": 12, "negation": 6, "talk": 2,
+    "device": 40, "group": 13, "two": 18, "follow_up": 6, "fails": 3, "asks_back": 6,
+    "script": 3, "calendar": 2, "question": 7, "sensor": 4, "which": 3, "past": 4, "exists": 1.5, "list": 3,
+    "time": 1.5, "unrelated": 6, "unknown": 15, "impossible": 22, "negation": 7, "talk": 3,
 }  # fmt: skip
 """How often a request is of a kind."""
 

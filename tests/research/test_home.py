@@ -92,7 +92,7 @@ def test_homes_are_listed_as_home_assistant_lists_them() -> None:
     [
         ("turn on the work lamp", "= light: Work Lamp @ Attic"),
         ("open the skylight", "= cover: Roof Hatch @ Attic"),
-        ("turn on the fan", "- fan: Attic Fan @ Attic"),
+        ("turn on the fan", "~ fan: Attic Fan @ Attic"),
         ("is the projector on?", "- light: Star Projector @ Nursery"),
         ("sing a song", "? light: Work Lamp @ Attic"),
     ],
@@ -126,15 +126,24 @@ def test_template_shows_only_devices_that_the_request_means() -> None:
     home = Home([*HOME.entities, Entity("Lamp", "light", "Cellar", "off")])
     assert shown("turn on the work lamp and the fan", home)[:2] == [
         "= light: Work Lamp @ Attic",
-        "- fan: Attic Fan @ Attic",
+        "~ fan: Attic Fan @ Attic",
     ]
     assert len(shown("turn on the work lamp and the fan", home)) == 3
     assert shown("turn on the lamp", home)[0] == "= light: Lamp @ Cellar"
 
 
+def test_template_does_not_take_a_room_for_a_part_of_a_name() -> None:
+    room = [Entity("Room Alarm", "siren", "Tea Room", "off"), Entity("Tea Room Clock", "sensor", "Tea Room", "9")]
+    home = Home([*room, Entity("Shostakovich", "light", "Tea Room", "off")])
+    assert shown("turn on the tea room lamp", home) == [
+        "- light: Shostakovich @ Tea Room",
+        "turn on the tea room lamp",
+    ]
+
+
 def test_template_shows_the_area_of_the_speaker() -> None:
     lines = shown("turn on the lights", Home(HOME.entities, "Attic"))
-    assert lines[:2] == ["here: Attic", "- light: Work Lamp @ Attic"]
+    assert lines[:2] == ["here: Attic", "~ light: Work Lamp @ Attic"]
 
 
 def test_every_kind_of_request_is_drawn() -> None:
