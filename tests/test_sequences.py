@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -136,14 +138,58 @@ def test_a_cache_grows_when_tokens_need_it_and_keeps_those_that_it_has(artefact:
     for prompt, logits in zip(prompts, expected, strict=True):
         np.testing.assert_allclose(logits, fresh.prefill([*prompt, 7]), atol=1e-4)
     fresh.close()
-    # a parked chat for which the open slots do not suffice comes back, too
+    engine.close()
+
+
+WITHOUT_MEMORY = """
+import resource, sys
+from pathlib import Path
+from efficientllm.runtime.base.errors import ContextOverflowError
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.generation import AnswerOptions, Generation
+
+engine = load_engine(Path(sys.argv[1]), EngineOptions(threads=1, context=4096, kv_cache="f32", tune=False))
+short, long = ([5 + 11 * step % 290 for step in range(count)] for count in (2000, 2100))
+
+def answer(prompt):
+    return "".join(Generation(engine, prompt, AnswerOptions(4)))
+
+expected = answer(short)
+size = 4096 * int(Path("/proc/self/statm").read_text().split()[0])
+for extra in (-(1 << 20), 4 << 20):  # neither a copy of the cache fits, or no larger one
+    resource.setrlimit(resource.RLIMIT_AS, (size + extra, -1))
+    try:
+        answer(long)
+    except ContextOverflowError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    assert engine._engine._context._open_slots == 2048
+    assert answer(short) == expected
+print(len(answer(long)) > 0, engine._engine._context._open_slots)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
+def test_a_cache_without_memory_to_grow_fails_one_request(artefact: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_MEMORY, str(artefact)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused = "there is no memory for a cache of 4,096 tokens; make room, or shorten the text"
+    assert done.stdout.splitlines() == [refused, refused, "True 4096"]
+
+
+def test_a_parked_chat_grows_the_cache_unless_its_state_is_damaged(artefact: Path) -> None:
+    engine = load_engine(artefact, replace(EXACT, context=800))
+    assert isinstance(engine._engine, LlamaCppEngine)
+    context, prompt = engine._engine._context, PROMPTS[3] * 5
+    engine._engine.extend([Chunk(0, prompt)])
     state = context.sequence_state(0)
-    other = load_engine(artefact, replace(EXACT, context=800))
-    assert isinstance(other._engine, LlamaCppEngine)
-    other._engine.extend([Chunk(1, prompts[0])])
-    assert other._engine.restore_sequence(0, state, context._lengths[0])
-    assert other._engine._context._open_slots == 2 * FIRST_SLOTS
-    other.close()
+    engine._engine.extend([Chunk(1, prompt[:100])])
+    damaged = memoryview(bytearray(state[: len(state) // 2]))
+    assert not context.restore_sequence(2, damaged, len(prompt))
+    assert context._open_slots == FIRST_SLOTS
+    assert context.restore_sequence(2, state, len(prompt))
+    assert context._open_slots == 2 * FIRST_SLOTS
     engine.close()
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..base.errors import ContextOverflowError, UsageError
+from ..base.errors import UsageError
 from .cache_pool import SEQUENCE_LOST, Lease, common_length
 from .protocol import CacheFullError
 from .shared_engine import SharedEngine
@@ -102,8 +102,8 @@ class Batch:
             return []
         try:
             rows = self._engine.step([answer.lease for answer in self._active])
-        except CacheFullError:
-            return self._preempt_youngest()
+        except CacheFullError as error:
+            return self._preempt_youngest(error)
         except Exception as error:  # The engine failed for all answers of the pass. Later ones may succeed.
             return self._fail(self._active, error)
         progress: list[AnswerProgress] = []
@@ -224,10 +224,9 @@ class Batch:
         long = [one for one in self._active if len(one.generation.tokens) >= LONG_CHAT]
         return len(long) >= 2 and self._needed_slots([*long, answer]) > self._engine.traits.crowded_slots
 
-    def _preempt_youngest(self) -> list[AnswerProgress]:
-        """Put the youngest answer back into the queue. Its tokens are evaluated again later."""
+    def _preempt_youngest(self, error: CacheFullError) -> list[AnswerProgress]:
+        """Put the youngest answer back into the queue. Its tokens are evaluated again later. The only one fails."""
         if len(self._active) == 1:
-            error = ContextOverflowError("the caches of this model are full; load it with a larger --cache-memory")
             return self._fail(self._active, error)
         # always the youngest, so that the oldest gets to its end
         youngest = self._active.pop()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..base.cpu_load import FreeCores
-from ..base.errors import ArtefactError
+from ..base.errors import ArtefactError, EfficientLLMError
 from .llama_library import load_llama
 from .memory import trim_heap
 from .protocol import CacheFullError, Chunk, EvaluationInterrupted, Pooling
@@ -68,8 +68,7 @@ _POOLING_TYPE_NONE = 0
 _GGML_TYPES: dict[CacheType, int] = {"f32": 0, "f16": 1, "q8_0": 8}
 """enum ggml_type"""
 
-_NO_SLOTS = 1
-_DECODE_ERRORS: dict[int, type[Exception]] = {_NO_SLOTS: CacheFullError, 2: EvaluationInterrupted}
+_NO_SLOTS, _ABORTED = 1, 2
 """Results of llama_decode, see llama.h: no slots for the tokens, and aborted by the callback."""
 
 ELEMENT_BYTES: dict[CacheType, float] = {"f32": 4, "f16": 2, "q8_0": 34 / 32}
@@ -143,27 +142,41 @@ class LlamaContext:
         parameters.n_threads = parameters.n_threads_batch = self.threads
         parameters.type_k = parameters.type_v = _GGML_TYPES[attention.cache]
         parameters.flash_attn_type = _ENABLED if attention.flash else _DISABLED
-        self._context = llama.llama_init_from_model(self._model, parameters)
-        if not self._context:
+        self._opened, self._memory = llama.llama_init_from_model(self._model, parameters), None
+        if not self._opened:
             raise ArtefactError(f"llama.cpp makes no context of {slots} tokens with {attention}; set --kv-cache")
         self._memory = llama.llama_get_memory(self._context)
         self._open_slots: int = llama.llama_n_ctx(self._context)
         address = ctypes.cast(self._abort_text, ctypes.c_void_p)
         llama.llama_set_abort_callback(self._context, self._abort_callback, address)
 
-    def _grow(self) -> bool:
-        """Double the slots. Return False if there are no more."""
-        if self._open_slots >= self.slots:
-            return False
-        llama = self._llama
-        state = _own_pages(llama.llama_state_get_size(self._context))
+    @property
+    def _context(self) -> Any:
+        if not self._opened:  # without it, llama.cpp's functions of the memory do nothing, and others end the process
+            raise ArtefactError("the cache of this model was lost for want of memory; make room and load it again")
+        return self._opened
+
+    def _grow(self) -> None:
+        """Double the slots. Raise CacheFullError, with the same slots and tokens, if that is not possible."""
+        llama, old, new = self._llama, self._open_slots, min(2 * self._open_slots, self.slots)
+        if new == old:
+            raise CacheFullError("the caches of this model are full; load it with a larger --cache-memory")
+        no_memory = f"there is no memory for a cache of {new:,} tokens; make room, or shorten the text"
+        try:
+            state = _own_pages(llama.llama_state_get_size(self._context))
+        except OSError as error:
+            raise CacheFullError(no_memory) from error
         written = llama.llama_state_get_data(self._context, state, len(state))
         llama.llama_free(self._context)  # before, so that not both caches take memory
         trim_heap()
-        self._open(min(2 * self._open_slots, self.slots))
+        try:
+            self._open(new)
+        except ArtefactError:
+            self._open(old)
         if llama.llama_state_set_data(self._context, state, written) != written:
             raise ArtefactError("llama.cpp cannot read its own cache; load the model again")
-        return True
+        if self._open_slots == old:
+            raise CacheFullError(no_memory)
 
     def interrupt(self) -> None:
         """End the pass in progress with EvaluationInterrupted, and every later one until `resume`."""
@@ -192,12 +205,12 @@ class LlamaContext:
             self.threads = self.free_cores.count
             self._llama.llama_set_n_threads(self._context, self.threads, self.threads)
         while status := self._thread.run(self._llama.llama_decode, self._context, self._batch):
-            if status == _NO_SLOTS and self._grow():
-                continue
             # llama.cpp keeps the tokens that it evaluated before an abort, and `extend` must change all or nothing
             for chunk in chunks:
                 self.truncate(chunk.sequence, self._lengths[chunk.sequence])
-            raise _DECODE_ERRORS.get(status, RuntimeError)(f"llama_decode: {status}")
+            if status != _NO_SLOTS:
+                raise EvaluationInterrupted if status == _ABORTED else RuntimeError(f"llama_decode: {status}")
+            self._grow()
         for chunk in chunks:
             self._lengths[chunk.sequence] += len(chunk.tokens)
         return [np.stack(list(map(self._logits, rows))) if len(rows) > 1 else self._logits(rows[0]) for rows in wanted]
@@ -235,14 +248,23 @@ class LlamaContext:
                 return True
             # a state that is read in part would answer a prompt from positions that have no values
             self._llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-            if not self._grow():
+            if self._open_slots >= self.slots:
+                return False
+            try:  # in a context of its own first, because a bad state must not make the cache grow
+                other = LlamaContext(self._model, self.threads, self._attention, length, 1)
+                is_good = other.restore_sequence(0, state, length)
+                other.close()
+                if not is_good:
+                    return False
+                self._grow()
+            except EfficientLLMError:
                 return False
 
     def close(self) -> None:
         """Free the context and its caches."""
         self._thread.close()
         self._llama.llama_batch_free(self._batch)
-        self._llama.llama_free(self._context)
+        self._llama.llama_free(self._opened)
 
 
 def embed(model: Any, threads: int, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:

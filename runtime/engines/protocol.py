@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..base.errors import ContextOverflowError
 from .pass_sizes import PassTimes
 from .speculation import Speculation
 
@@ -24,7 +25,7 @@ class Chunk(NamedTuple):
     """Number of last tokens that are only proposed. The logits of each, and of the token before, are wanted."""
 
 
-class CacheFullError(Exception):
+class CacheFullError(ContextOverflowError):
     """The KV cache has no room for the tokens of a pass. Nothing was appended."""
 
 
