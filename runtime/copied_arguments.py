@@ -90,7 +90,7 @@ class CopiedArguments:
         examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
         records: Sequence[Record] = (),
     ) -> None:
-        """Prepare to copy from `texts`, whose words are accepted as they are and in lower case.
+        """Look for examples in `texts`. The words to copy from are those of `words_rule`.
 
         With `are_spaced`, a free text begins with a space (see spaced_texts). `examples` are more examples of texts, by
         the name of the argument.
@@ -105,11 +105,7 @@ class CopiedArguments:
         self._occurs: dict[str, bool] = {}
         self._listed_rules: dict[str, str] = {}
         """Names of rules by their expressions. Arguments with the same examples share a rule."""
-        self.rules = [
-            f"WORDS: %regex {_substrings(texts)}",
-            r"RUN: WORDS & /([^ \n](.*[^ \n])?)?/",
-            rf'COPIED: {self._opening} RUN "\""',
-        ]
+        self.rules = [r"RUN: WORDS & /([^ \n](.*[^ \n])?)?/", rf'COPIED: {self._opening} RUN "\""']
         """The rules so far, to which `add` appends those of a function."""
 
     def add(self, name: str, parameters: Mapping[str, Any], format: Any) -> str:
@@ -323,8 +319,8 @@ def _one_of(choices: Sequence[str]) -> str:
     return f"({' | '.join(choices)})" if len(choices) > 1 else "".join(choices)
 
 
-def _substrings(texts: Sequence[str]) -> str:
-    """Return the arguments of llguidance's %regex for the runs of words of `texts`, as written and in lower case."""
+def words_rule(texts: Sequence[str]) -> str:
+    """Return the rule of the runs of words of `texts`, as written and in lower case, with llguidance's %regex."""
     text = re.sub(r"[^\S\n]+", " ", "\n".join(texts)[-MAX_COPIED_CHARACTERS:])
     words = WORD.findall(text)
     sizes = itertools.accumulate(len(_quoted_text(word)) + len(", ") for word in reversed(words))
@@ -334,7 +330,7 @@ def _substrings(texts: Sequence[str]) -> str:
     # The chunk "\n" separates lines, because a RUN has none.
     chunks = words if words == lowered else [*words, "\n", *lowered]
     chunks = [word if word == "\n" else _escaped(word) for word in chunks]
-    return json.dumps({"substring_chunks": chunks}, ensure_ascii=False)
+    return f"WORDS: %regex {json.dumps({'substring_chunks': chunks}, ensure_ascii=False)}\n"
 
 
 def _between_separators(text: str) -> str:

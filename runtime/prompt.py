@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from .base.errors import UsageError
 from .call_reader import BEGIN_REASONING, END_REASONING, CallReader, ReasoningReader
 from .chat_template import Message, MessageEscape, render_chat
-from .copied_arguments import CopiedArguments, ToolArguments
+from .copied_arguments import CopiedArguments, ToolArguments, words_rule
 from .engines.scheduler import EngineScheduler
-from .grammar import GrammarConstraint
+from .grammar import CACHED_GRAMMARS, Grammar, GrammarConstraint
 from .listed_context import Record, listed_records
 from .tool_format import GENERIC, INSTRUCTIONS, ToolFormat, tool_format
 
@@ -65,22 +66,15 @@ class ChatPrompt:
         use = self.tool_use
         if use is None:
             return None
-        tools = [tool for tool in use.tools if use.only in ("", tool["function"]["name"])]
-        copied = None
-        if use.arguments != "any":
-            only_examples, is_spaced = use.arguments == "examples", self.format.has_spaced_texts
-            records = self.records if use.arguments == "listed" else ()
-            if records is None:
-                raise UsageError(
-                    "tool_arguments listed: the chat template does not say how its context lists values; use copy"
-                )
-            copied = CopiedArguments(
-                self.texts, are_spaced=is_spaced, only_examples=only_examples, examples=use.examples, records=records
+        records = self.records if use.arguments == "listed" else ()
+        if records is None:
+            raise UsageError(
+                "tool_arguments listed: the chat template does not say how its context lists values; use copy"
             )
-        must_call = use.must_call or bool(use.only)
-        grammar = self.format.grammar(
-            tools, self.control, must_call=must_call, otherwise=use.otherwise, copied=copied, strict=use.strict
-        )
+        texts = self.texts if use.arguments == "examples" else ()
+        grammar = _grammar(_Calls(repr((use, records, texts)), use, records, texts), self.format, self.control)
+        if use.arguments != "any":
+            grammar = replace(grammar, source=grammar.source + words_rule(self.texts)).bounded()
         return GrammarConstraint(engine, grammar, self.control)
 
     def reader(self, is_free: bool = True) -> CallReader | ReasoningReader | None:
@@ -94,6 +88,36 @@ class ChatPrompt:
         if self.reasoning == "none" or not is_free or must_call:
             return calls
         return ReasoningReader(self.reasoning == "begun", calls)
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """Functions and the values of their arguments, compared by their text."""
+
+    text: str
+    use: ToolUse = field(compare=False)
+    records: Sequence[Record] = field(compare=False)
+    examined: Sequence[str] = field(compare=False)
+    """Texts in which the examples are looked for."""
+
+
+@lru_cache(maxsize=CACHED_GRAMMARS)
+def _grammar(calls: _Calls, format: ToolFormat, control: tuple[int, ...]) -> Grammar:
+    """Return the grammar of an answer with calls. The rule of the words that arguments may copy is missing."""
+    use, copied = calls.use, None
+    if use.arguments != "any":
+        copied = CopiedArguments(
+            calls.examined,
+            are_spaced=format.has_spaced_texts,
+            only_examples=use.arguments == "examples",
+            examples=use.examples,
+            records=calls.records,
+        )
+    tools = [tool for tool in use.tools if use.only in ("", tool["function"]["name"])]
+    must_call = use.must_call or bool(use.only)
+    return format.grammar(
+        tools, control, must_call=must_call, otherwise=use.otherwise, copied=copied, strict=use.strict
+    )
 
 
 def chat_prompt(engine: EngineScheduler, messages: Sequence[Message]) -> list[int]:

@@ -14,7 +14,7 @@ from efficientllm.runtime import copied_arguments
 from efficientllm.runtime.base.errors import UnanswerableError, UsageError
 from efficientllm.runtime.call_reader import ArgumentsEvent, CallEvent, CallReader, TextEvent
 from efficientllm.runtime.chat_template import Message
-from efficientllm.runtime.copied_arguments import ToolArguments
+from efficientllm.runtime.copied_arguments import CopiedArguments, ToolArguments
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.grammar import CALL_JSON, Grammar, GrammarConstraint
 from efficientllm.runtime.prompt import ToolUse, chat_prompt, tool_prompt
@@ -162,11 +162,17 @@ def test_a_grammar_of_calls_is_parsed_once(engine: EngineScheduler, monkeypatch:
         return parse(grammar, work)
 
     monkeypatch.setattr(Grammar, "parse_on_large_stack", count)
+    add, written = CopiedArguments.add, list[str]()
+    monkeypatch.setattr(
+        CopiedArguments, "add", lambda self, name, *more: written.append(name) or add(self, name, *more)
+    )
     use = ToolUse(TOOLS, arguments="copy")
     for question in ("Once", "Twice"):  # the text of the request is in the grammar
         parsed.clear()
+        written.clear()
         tool_prompt(engine, [{"role": "user", "content": question}], use).constraint(engine)
     assert [grammar.name for grammar in parsed] == ["tools"]  # the parameters were checked before
+    assert not written
 
 
 def test_the_search_for_the_tool_that_is_refused_ends(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +402,7 @@ def test_functions_share_their_examples(monkeypatch: pytest.MonkeyPatch) -> None
     between = copied_arguments._between_separators
     monkeypatch.setattr(copied_arguments, "_between_separators", lambda text: read.append(text) or between(text))
     for only_examples in (False, True):
-        copied = copied_arguments.CopiedArguments(["lamp 7 and 8"], only_examples=only_examples)
+        copied = CopiedArguments(["lamp 7 and 8"], only_examples=only_examples)
         for index in range(40):
             copied.add(f"call_{index}", parameters, CALL_JSON)
         assert len([rule for rule in copied.rules if "lamp 7" in rule and rule.startswith("LISTED")]) == 1
