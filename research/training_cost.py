@@ -36,9 +36,10 @@ from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.model.source import load_source
 from efficientllm.train.pruning.plan import make_tracker
 from efficientllm.train.pruning.recovery import InputGrams
+from efficientllm.train.pruning.rules import SelectionRules
 from efficientllm.train.pruning.running_scores import RunningScores
 from efficientllm.train.pruning.saliency import FOLDS
-from efficientllm.train.pruning.selection import SelectionRules, select_removal
+from efficientllm.train.pruning.selection import select_removal
 from efficientllm.train.pruning.surgery import remove_groups
 from efficientllm.train.quantisation.weights import RoundedWeights
 from efficientllm.train.reporting.metrics import read_metrics

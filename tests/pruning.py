@@ -9,8 +9,9 @@ from tiny import UNEQUAL
 
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.groups import BLOCKS, KINDS
+from efficientllm.train.pruning.rules import SelectionRules
 from efficientllm.train.pruning.running_scores import Scores
-from efficientllm.train.pruning.selection import Removal, SelectionRules, Unit, select_removal
+from efficientllm.train.pruning.selection import Removal, Unit, select_removal
 
 LAYERS = (*UNEQUAL, LayerShape(6, 2, 64))
 

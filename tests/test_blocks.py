@@ -17,15 +17,8 @@ from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerS
 from efficientllm.train.model.groups import BLOCKS, KINDS
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.pruning.blocks import BlockProbe, BlockScores, absence_of
-from efficientllm.train.pruning.selection import (
-    Ranking,
-    Removal,
-    SelectionRules,
-    Unit,
-    all_groups,
-    select_removal,
-    smallest_architecture,
-)
+from efficientllm.train.pruning.rules import SelectionRules, smallest_architecture
+from efficientllm.train.pruning.selection import Ranking, Removal, Unit, all_groups, select_removal
 from efficientllm.train.pruning.surgery import remove_groups, zero_groups
 
 ARCHITECTURE = tiny_architecture(layers=LAYERS)

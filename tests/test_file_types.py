@@ -24,7 +24,8 @@ from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.file_types import BODY, TENSOR_INFO_BYTES, file_types, gguf_bytes, row_multiple
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.pruning.measures import bytes_of_file
-from efficientllm.train.pruning.selection import SelectionRules, select_removal
+from efficientllm.train.pruning.rules import SelectionRules
+from efficientllm.train.pruning.selection import select_removal
 
 NUMBERS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k"} | {
     **{12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 30: "bf16"}

@@ -26,9 +26,10 @@ from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.file_types import gguf_bytes
 from efficientllm.train.model.groups import BLOCKS, KINDS, counts
 from efficientllm.train.pruning.blocks import BlockScores
+from efficientllm.train.pruning.budget import Budget, check_budget
 from efficientllm.train.pruning.measures import PARAMETERS, Measure, bytes_of_file, decoder_shape
-from efficientllm.train.pruning.plan import Budget, check_budget
-from efficientllm.train.pruning.selection import Ranking, SelectionRules, select_removal, smallest_architecture
+from efficientllm.train.pruning.rules import SelectionRules, smallest_architecture
+from efficientllm.train.pruning.selection import Ranking, select_removal
 from efficientllm.train.request import check_request
 
 SPACE = ("--prune", "attention,ffn,blocks")

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
-from efficientllm.train.model.irregular import packed, save_checkpoint
+from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_for_inference
-from efficientllm.train.model.tensors import tensor_names
+from efficientllm.train.model.tensors import packed, tensor_names
 
 WHOLE, NO_ATTENTION, NO_FFN, NOTHING = (
     LayerShape(4, 2, 96),

@@ -16,7 +16,8 @@ from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.pruning import recovery
 from efficientllm.train.pruning.recovery import LeastSquares
-from efficientllm.train.pruning.selection import SelectionRules, select_removal
+from efficientllm.train.pruning.rules import SelectionRules
+from efficientllm.train.pruning.selection import select_removal
 from efficientllm.train.pruning.surgery import remove_groups
 
 WINDOWS = torch.randint(0, 400, (24, 48), generator=torch.Generator().manual_seed(7))

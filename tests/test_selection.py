@@ -8,13 +8,8 @@ from tiny import tiny_architecture
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.groups import KINDS
-from efficientllm.train.pruning.selection import (
-    SelectionRules,
-    check_floor,
-    compose,
-    select_removal,
-    smallest_architecture,
-)
+from efficientllm.train.pruning.rules import SelectionRules, check_floor, smallest_architecture
+from efficientllm.train.pruning.selection import compose, select_removal
 
 ALL_KINDS = tuple(KINDS)
 

@@ -18,7 +18,8 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.evaluation import cli as eval_cli
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.model.source import load_source, shape_model, shape_of_folder, stored_dtype, weights_folder
+from efficientllm.train.model.foreign_configs import known_shape
+from efficientllm.train.model.source import load_source, shape_model, stored_dtype, weights_folder
 from efficientllm.train.run import stored_weights
 from efficientllm.train.shards import is_without_memory, read_shards
 
@@ -112,9 +113,9 @@ def test_a_gguf_source_has_its_own_type_or_bf16(
 
 def test_a_shape_is_known_before_the_weights_are_read(source_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((source_folder / "config.json").read_text())
-    shape = shape_of_folder(str(tmp_path))
+    shape = known_shape(str(tmp_path))
     assert shape is not None
-    assert len(shape.layers) == 3
-    assert shape_of_folder("owner/name") is None
+    assert len(shape[0].layers) == 3
+    assert known_shape("owner/name") is None
     (tmp_path / "config.json").write_text("{}")
-    assert shape_of_folder(str(tmp_path)) is None
+    assert known_shape(str(tmp_path)) is None

@@ -30,7 +30,8 @@ from efficientllm.train.data.documents import DataSpec
 from efficientllm.train.data.packing import PackedStream
 from efficientllm.train.model.architecture import FAMILIES, Architecture
 from efficientllm.train.pruning.rows import RowProbe
-from efficientllm.train.pruning.selection import SelectionRules, select_removal
+from efficientllm.train.pruning.rules import SelectionRules
+from efficientllm.train.pruning.selection import select_removal
 from efficientllm.train.pruning.surgery import remove_groups
 from efficientllm.train.vocabulary.frequency import expected_splits, with_parts
 from efficientllm.train.vocabulary.pieces import pieces_of, read_pieces, tokenizer_data

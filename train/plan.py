@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..runtime.base import flags
 from ..runtime.base.errors import ModelError, UsageError
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.chat_template import read_template_file
@@ -27,19 +26,19 @@ from .checkpoint.run_folder import (
 from .compute.distributed import Parallel
 from .compute.hardware import Hardware, choose_hardware
 from .compute.loss import frozen_copy
-from .config.pruning import PruneConfig
-from .config.sections import GGUF_TYPES, STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
+from .config.sections import STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
 from .data.chat import set_chat_template
 from .data.documents import SELF_CHAT, DataSpec
 from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, self_chat_file
 from .memory import check_memory, device_memory, training_memory
 from .model.architecture import Architecture
 from .model.file_types import tokenizer_bytes
+from .model.foreign_configs import known_shape
 from .model.irregular import architecture_of
-from .model.source import shape_of_folder, stored_dtype
+from .model.source import stored_dtype
 from .model.target_rules import check_target
 from .pruning.plan import PruningPlan, make_pruning_plan
-from .request import check_removals, data_specs
+from .request import check_removals, check_shape, data_specs, pruning_settings
 from .shards import load_for_ranks
 from .vocabulary.pieces import pieces_of
 
@@ -176,25 +175,22 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     _warn_of_compilations(config, compute)
     if resume is not None:
         _check_ranks(resume, compute.parallel)
-    shape = shape_of_folder(config.source.source)
-    if shape is not None:  # before it is read, as it may not fit
-        _announce_memory(config, resume, compute, shape)
+    known = known_shape(config.source.source)
+    if known is not None:  # before it is read, as it may not fit
+        _announce_memory(config, resume, compute, known[0])
     source, tokenizer, weights = load_for_ranks(config, compute.parallel, config.source.source)
     settings = config.source
     template = read_template_file(settings.chat_template) if settings.chat_template else ""
     set_chat_template(tokenizer, template, settings.functions == "learned")
-    length, longest = config.source.sequence_length, source.config.max_position_embeddings
     architecture = architecture_of(source.config)
-    if shape is None:
+    if known is None:
         _announce_memory(config, resume, compute, architecture)
     _check_targets(config, source.config.to_dict(), architecture)
-    _check_grid(config, architecture)
+    check_shape(config, architecture, source.config.max_position_embeddings)
     counts_bytes = config.pruning.of_smallest_size.target_bytes is not None
     vocabulary_bytes = tokenizer_bytes(tokenizer) if counts_bytes else 0
     pieces = pieces_of(source, tokenizer) if config.pruning.prunes_vocabulary and config.pruning.prunes else None
     pruning = make_pruning_plan(pruning_settings(config), architecture, vocabulary_bytes, pieces)
-    if length > longest:
-        raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
     data = with_self_chats(config, source, tokenizer, compute.hardware.dtype, compute.parallel)
     folder, dtype = Path(config.run.output), _save_dtype(config)
     return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype, weights), source
@@ -226,28 +222,6 @@ def _check_targets(config: TrainConfig, source: dict[str, Any], architecture: Ar
             check_target(target, source, architecture, is_irregular)
         except ModelError as error:
             raise UsageError(f"--for {error}") from error
-
-
-def _check_grid(config: TrainConfig, architecture: Architecture) -> None:
-    """Raise UsageError if a GGUF of the family stores other weights than the checkpoint, so that no grid is kept."""
-    parts, kind = architecture.parts, config.quantisation.qat
-    if kind in GGUF_TYPES and (parts.norm.takes_mean or parts.scales_embedding or parts.qk_norm == "width"):
-        raise UsageError(
-            f"--qat {kind}: a GGUF of {architecture.family} stores rescaled weights, which are not on the grid; "
-            "omit it, or use a type of --target onnx or executorch"
-        )
-
-
-def pruning_settings(config: TrainConfig) -> PruneConfig:
-    """Return the pruning settings with the type of --qat for --target-bytes. Raises UsageError for a conflict."""
-    settings, shipped = config.pruning, config.quantisation
-    if settings.of_smallest_size.target_bytes is None or shipped.qat not in GGUF_TYPES:
-        return settings
-    for name, trained in (("quantize", shipped.qat), ("output_type", shipped.head_type)):
-        asked = getattr(settings, name)
-        if asked not in ("", trained):
-            raise UsageError(f"{flags.flag_name(name)} {asked}: the run trains for {trained}; omit it")
-    return replace(settings, quantize=shipped.qat, output_type=shipped.head_type)
 
 
 def _save_dtype(config: TrainConfig) -> torch.dtype:

@@ -15,10 +15,13 @@ from ..runtime.chat_template import read_template_file
 from ..runtime.latency.profile import DeviceProfile
 from .checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_killed_writes, saved_config
 from .config.pruning import PruneConfig
-from .config.sections import TrainConfig
+from .config.sections import GGUF_TYPES, TrainConfig
 from .data.chat import ChatFormat, check_answers
 from .data.documents import SELF_CHAT, DataSpec, check_documents, check_held_out, require_readers
 from .evaluation.jobs import check_examples, read_examples
+from .model.architecture import Architecture
+from .model.foreign_configs import known_shape
+from .pruning.budget import check_smallest_size
 from .pruning.criteria import uses_gradient
 from .reporting.metrics import check_tensorboard
 
@@ -100,6 +103,10 @@ def check_request(config: TrainConfig) -> None:
         engine, quantization = config.quantisation.export_format
         DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
     uses_gradient(config.pruning.saliency)  # UsageError where it is unknown
+    known = known_shape(config.source.source)
+    if known is not None:
+        check_shape(config, *known)
+        check_smallest_size(pruning_settings(config), known[0])
     check_tensorboard(config.run.tensorboard)
     folder = Path(config.run.output)
     replaceable = config.run.overwrite or config.run.resume or holds_only_killed_writes(folder)
@@ -112,6 +119,32 @@ def check_request(config: TrainConfig) -> None:
     foreign = foreign_files if config.run.overwrite else lambda folder: []
     check_output(folder, replaceable, foreign, inputs, remedy)
     check_place(folder, is_renamed=False)
+
+
+def pruning_settings(config: TrainConfig) -> PruneConfig:
+    """Return the pruning settings with the type of --qat for --target-bytes. Raises UsageError for a conflict."""
+    settings, shipped = config.pruning, config.quantisation
+    if settings.of_smallest_size.target_bytes is None or shipped.qat not in GGUF_TYPES:
+        return settings
+    for name, trained in (("quantize", shipped.qat), ("output_type", shipped.head_type)):
+        asked = getattr(settings, name)
+        if asked not in ("", trained):
+            raise UsageError(f"{flags.flag_name(name)} {asked}: the run trains for {trained}; omit it")
+    return replace(settings, quantize=shipped.qat, output_type=shipped.head_type)
+
+
+def check_shape(config: TrainConfig, architecture: Architecture, context: int | None) -> None:
+    """Raise UsageError for settings that a source of this shape and context does not support."""
+    length = config.source.sequence_length
+    if context is not None and length > context:
+        raise UsageError(f"--sequence-length {length}: the source's context is {context} tokens")
+    parts, kind = architecture.parts, config.quantisation.qat
+    # a GGUF of the family then stores other weights than the checkpoint, so no grid is kept
+    if kind in GGUF_TYPES and (parts.norm.takes_mean or parts.scales_embedding or parts.qk_norm == "width"):
+        raise UsageError(
+            f"--qat {kind}: a GGUF of {architecture.family} stores rescaled weights, which are not on the grid; "
+            "omit it, or use a type of --target onnx or executorch"
+        )
 
 
 def check_removals(config: TrainConfig) -> int:

@@ -26,8 +26,9 @@ from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.irregular import build, save_checkpoint
 from efficientllm.train.model.source import load_source
 from efficientllm.train.pruning.blocks import BlockProbe
+from efficientllm.train.pruning.budget import device_time
 from efficientllm.train.pruning.measures import DeviceTime
-from efficientllm.train.pruning.plan import device_time, make_pruning_plan
+from efficientllm.train.pruning.plan import make_pruning_plan
 from efficientllm.train.reporting.metrics import read_metrics
 from efficientllm.train.request import data_specs
 from efficientllm.train.run import run_training

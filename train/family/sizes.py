@@ -34,8 +34,8 @@ from ..config.sections import GGUF_TYPES, TrainConfig
 from ..model.architecture import Architecture
 from ..model.file_types import irregular_gguf, tokenizer_bytes
 from ..model.folder_files import read_json
+from ..pruning.budget import DEFAULT_TYPE
 from ..pruning.measures import Measure, bytes_of_file
-from ..pruning.plan import DEFAULT_TYPE
 from ..pruning.pruner import Pruner
 from ..reporting.plots import plot_sizes
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.base import flags
-from ...runtime.base.errors import ModelError
+from ...runtime.base.errors import EfficientLLMError, ModelError
+from ...runtime.base.model_names import source_path
 from ...runtime.base.quantities import round_up
 from ...runtime.latency.shape import WIDTHS
 from .architecture import Architecture, layer_overrides
@@ -26,7 +27,7 @@ from .folder_files import (
     weight_files,
     whole_number,
 )
-from .gguf_source import is_foreign_gguf
+from .gguf_source import header_settings, is_foreign_gguf
 from .tensors import BUFFERS, EMBEDDING, HEAD, locate, tensor_names, tensor_shape
 
 FAMILY_OF = dict.fromkeys(("deci", "decilm", "nemotron-nas", "darwinlm"), "llama") | {
@@ -97,6 +98,21 @@ def is_foreign(folder: Path) -> bool:
     if head in unknown and _are_equal(headers, head, embedding):  # a tied head that is stored as well
         unknown.remove(head)
     return bool(unknown)
+
+
+def known_shape(source: str) -> tuple[Architecture, int | None] | None:
+    """Return (shape, context) of a local folder or GGUF file without reading its weights.
+
+    None for other sources, for those that `load_source` refuses, and where only the weights tell the shape.
+    """
+    try:
+        path = source_path(source)
+        if is_foreign(path):
+            return None
+        config = header_settings(path) if path.suffix == ".gguf" else read_json(path / "config.json")
+        return Architecture.from_hf_config(config), config.get("max_position_embeddings")
+    except (EfficientLLMError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _are_equal(headers: Mapping[str, TensorHeader], first: str, second: str) -> bool:

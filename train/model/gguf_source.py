@@ -98,6 +98,19 @@ def header_of(path: Path) -> GgufHeader:
         raise ModelError(f"{path} is damaged: {error}; copy or download it again") from error
 
 
+def header_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of config.json of a file whose layers are equal, without reading its weights.
+
+    Raises ModelError or KeyError where only the weights tell them: a stored head may be the embedding once more.
+    """
+    header = header_of(path)
+    arch, rows = header.values["general.architecture"], {tensor.name: tensor.shape[0] for tensor in header.tensors}
+    if "output.weight" in rows:
+        raise ModelError(f"{path}: embedding and head must be compared")
+    settings = _settings(arch, header.values, FAMILIES[FAMILY_OF_GGUF[arch]])
+    return settings | {"tie_word_embeddings": True, "vocab_size": rows["token_embd.weight"]}
+
+
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """Return (settings of config.json, tensors under our names) of a file. Fused q, k and v stay fused."""
     with extra("train"):

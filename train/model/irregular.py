@@ -12,7 +12,7 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,56 +23,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ...runtime.base.files import require_room
 from . import modeling_efficientllm as modeling
-from .architecture import Architecture, LayerShape
+from .architecture import Architecture
 from .folder_files import mend_tokenizer_config, write_config
 from .rescaling import Scales, rescaled, scale_factor, untied
-from .tensors import EMBEDDING, HEAD, from_stock, is_of_attention, split_name, tensor_names, to_stock
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A compacted shape and the origins of its layers."""
-
-    architecture: Architecture
-    origins: tuple[tuple[int, int], ...]
-    """(layer of the attention, layer of the FFN) in the source for every layer; equal if one of them is absent."""
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Return {tensor of the packed model: the same tensor in the source}."""
-        found, parts = {}, self.architecture.parts
-        for name in tensor_names(self.architecture):
-            layer, rest = split_name(name)
-            if layer is None:
-                found[name] = name
-                continue
-            attention, ffn = self.origins[layer]
-            origin = attention if is_of_attention(rest, parts) else ffn
-            found[name] = f"model.layers.{origin}.{rest}"
-        return found
-
-
-def packed(architecture: Architecture) -> Packed:
-    """Return the same blocks in the same order in as few layers as possible.
-
-    A model without blocks keeps one empty layer.
-    """
-    layers: list[LayerShape] = []
-    origins: list[tuple[int, int]] = []
-    for index, layer in enumerate(architecture.layers):
-        if not layer.num_attention_heads and not layer.intermediate_size:
-            continue
-        may_join = not layer.num_attention_heads and layers and not layers[-1].intermediate_size
-        if may_join and not architecture.parts.is_parallel:
-            layers[-1] = replace(layers[-1], intermediate_size=layer.intermediate_size)
-            origins[-1] = (origins[-1][0], index)
-        else:
-            layers.append(layer)
-            origins.append((index, index))
-    if not layers:
-        return Packed(replace(architecture, layers=architecture.layers[:1]), ((0, 0),))
-    return Packed(replace(architecture, layers=tuple(layers)), tuple(origins))
-
+from .tensors import EMBEDDING, HEAD, Packed, from_stock, packed, to_stock
 
 modeling.register()
 

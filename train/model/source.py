@@ -35,7 +35,6 @@ from transformers.utils import logging as transformers_logging
 from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError, first_line
 from ...runtime.base.extras import extra
 from ...runtime.base.model_names import check_adapter, check_source, hub_answers, source_path
-from .architecture import Architecture
 from .file_types import build_pre_tokenizer
 from .folder_files import check_folder, check_token_ids, locate_tensors, read_json, refuse_quantized
 from .foreign_configs import DEFAULTS, ImportOptions, is_foreign
@@ -83,15 +82,6 @@ _log = logging.getLogger("efficientllm.train")
 
 GGUF_FILE_TYPES = {0: torch.float32, 1: torch.float16}
 """`general.file_type` of GGUF files (llama.cpp's LLAMA_FTYPE) with fp32 or fp16 matrices."""
-
-
-def shape_of_folder(source: str) -> Architecture | None:
-    """Return the shape of a local folder; None for other sources and for folders that `load_source` refuses."""
-    try:
-        path = Path(source)
-        return Architecture.from_folder(path) if (path / "config.json").is_file() and not is_foreign(path) else None
-    except (EfficientLLMError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def stored_dtype(source: str) -> torch.dtype:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from .architecture import Architecture
+from .architecture import Architecture, LayerShape
 from .families import FAMILIES, Family, Place
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -227,3 +227,48 @@ def to_stock(
         if len(parts) == 3:
             found[there.name] = stack(fused.pop(there.name), 1).reshape(-1, *tensor.shape[1:])
     return found
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A compacted shape and the origins of its layers."""
+
+    architecture: Architecture
+    origins: tuple[tuple[int, int], ...]
+    """(layer of the attention, layer of the FFN) in the source for every layer; equal if one of them is absent."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Return {tensor of the packed model: the same tensor in the source}."""
+        found, parts = {}, self.architecture.parts
+        for name in tensor_names(self.architecture):
+            layer, rest = split_name(name)
+            if layer is None:
+                found[name] = name
+                continue
+            attention, ffn = self.origins[layer]
+            origin = attention if is_of_attention(rest, parts) else ffn
+            found[name] = f"model.layers.{origin}.{rest}"
+        return found
+
+
+def packed(architecture: Architecture) -> Packed:
+    """Return the same blocks in the same order in as few layers as possible.
+
+    A model without blocks keeps one empty layer.
+    """
+    layers: list[LayerShape] = []
+    origins: list[tuple[int, int]] = []
+    for index, layer in enumerate(architecture.layers):
+        if not layer.num_attention_heads and not layer.intermediate_size:
+            continue
+        may_join = not layer.num_attention_heads and layers and not layers[-1].intermediate_size
+        if may_join and not architecture.parts.is_parallel:
+            layers[-1] = replace(layers[-1], intermediate_size=layer.intermediate_size)
+            origins[-1] = (origins[-1][0], index)
+        else:
+            layers.append(layer)
+            origins.append((index, index))
+    if not layers:
+        return Packed(replace(architecture, layers=architecture.layers[:1]), ((0, 0),))
+    return Packed(replace(architecture, layers=tuple(layers)), tuple(origins))

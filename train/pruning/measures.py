@@ -15,7 +15,7 @@ from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape, Workload
 from ..model.architecture import Architecture, LayerShape
 from ..model.file_types import SETTINGS_BYTES, depends_on_place, gguf_bytes
-from ..model.irregular import packed
+from ..model.tensors import packed
 
 RUN_UNITS = 8
 """Most steps of a kind in one layer whose cost is computed together: 8 steps of 32 FFN channels reach the 256 of

@@ -3,112 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ...runtime.base.errors import UsageError
-from ...runtime.latency.profile import DeviceProfile
 from ..compute.distributed import MeanOverRanks, single_rank
-from ..config.pruning import LatencyTarget, PruneConfig, SizeConfig
+from ..config.pruning import PruneConfig
 from ..model.architecture import Architecture
-from ..model.file_types import irregular_gguf
 from ..model.groups import KINDS
 from ..vocabulary.frequency import with_parts
 from ..vocabulary.pieces import Pieces
 from .activation import ActivationScores, GateScores
+from .budget import Budget, check_budget, device_time, make_budget, make_rules, read_architecture
 from .criteria import RANDOM, TOKEN_FISHER, ActivationCriterion, criterion_named
-from .measures import PARAMETERS, DeviceTime, Measure, bytes_of_file
+from .measures import DeviceTime
+from .rules import SelectionRules
 from .running_scores import RandomScores, RunningScores
 from .saliency import SaliencyTracker
-from .selection import SelectionRules, check_floor, fastest_small_architecture
-
-DEFAULT_TYPE = "q8_0"
-"""Type of --target-bytes if neither --quantize nor --qat gives one."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A target and the measure of an architecture."""
-
-    target: float
-    measure: Measure
-
-    def describe(self) -> str:
-        """Return the target in words."""
-        return self.measure.describe(self.target)
-
-    def is_met(self, architecture: Architecture) -> bool:
-        return self.measure.of(architecture) <= self.target
-
-
-def read_architecture(path: Path) -> Architecture:
-    """Read an architecture file: Architecture.to_dict as JSON, or the `final` of a run's architecture.json."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--target-architecture {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UsageError(f"--target-architecture {path}: not valid JSON: {error}") from error
-    return Architecture.from_dict(value.get("final", value))
-
-
-def make_budget(
-    settings: SizeConfig,
-    source: Architecture,
-    floor: Architecture | None,
-    vocabulary_bytes: int,
-    time: DeviceTime | None = None,
-) -> Budget | None:
-    """Return the budget of the settings, or None without pruning.
-
-    `floor` is the explicit target architecture, `vocabulary_bytes` the bytes of the tokenizer in an exported file,
-    `time` the result of `device_time`.
-    """
-    if floor is not None:
-        return Budget(floor.num_parameters, PARAMETERS)
-    if settings.target_latency is not None and time is not None:
-        measure = time.measure
-        target = LatencyTarget.parse(settings.target_latency)
-        return Budget(target.of(measure.of(source)), measure)
-    if settings.target_bytes is not None:
-        kind = settings.quantize or DEFAULT_TYPE
-        measure = bytes_of_file(kind, vocabulary_bytes, source.vocab_size, settings.output_type)
-        return Budget(settings.target_bytes, measure)
-    if settings.target_params is not None:
-        return Budget(settings.target_params, PARAMETERS)
-    if settings.target_ratio is not None:
-        return Budget(round(settings.target_ratio * source.num_parameters), PARAMETERS)
-    return None
-
-
-def device_time(settings: SizeConfig, profile: str | None) -> DeviceTime | None:
-    """Return the device and workload of --target-latency, or None without one.
-
-    Raises UsageError if they cannot be read.
-    """
-    workload = settings.asked_workload
-    if profile is None or workload is None:
-        return None
-    return DeviceTime(DeviceProfile.load(Path(profile)), workload)
-
-
-def check_budget(budget: Budget, source: Architecture, rules: SelectionRules) -> None:
-    """Raise UsageError if the target is above the source's size or below the smallest possible one."""
-    measure = budget.measure
-    if budget.target > measure.of(source):
-        raise UsageError(
-            f"the target of {measure.show(budget.target)} is larger than the source's "
-            f"{measure.show(measure.of(source))}; choose a smaller one"
-        )
-    least = measure.of(fastest_small_architecture(source, rules))
-    if budget.target < least:
-        raise UsageError(
-            f"the target of {measure.show(budget.target)} is too small: one group per layer already takes "
-            f"{measure.show(least)} in this pruning space; raise the target or prune more group types"
-        )
 
 
 def make_tracker(
@@ -222,45 +134,10 @@ def make_pruning_plan(
         return None
     budgets = {text: make_budget(settings.of_size(text), source, None, vocabulary_bytes, time) for text in sizes}
     larger = {text: each for text, each in budgets.items() if each is not None}
-    _check_family(settings, source)
-    uniform = settings.layout == "uniform"
-    # an explicit shape is reached channel by channel, whatever its widths are multiples of
-    multiple = settings.width_multiple if floor is None else 1
     # a token that must stay is written with its parts, so these must stay as well
     fixed_rows = len(with_parts(pieces, pieces.fixed)) if pieces is not None else 0
-    fixed_rows = max(fixed_rows, settings.vocabulary_rows or 0)
-    measures = budget.measure, _cost(settings)
-    rules = SelectionRules(settings.kinds, multiple, uniform, floor, settings.blocks, *measures, fixed_rows)
-    if rules.cost is not None:
-        rules.cost.of(source)  # UsageError now, where it is another's heads that were measured
-    if floor is not None:
-        check_floor(source, floor)
-    if uniform and not source.is_uniform:
-        raise UsageError("--layout uniform needs a source whose layers are equal")
+    rules = make_rules(settings, source, budget, floor, fixed_rows)
     for each in (*larger.values(), budget):
         check_budget(each, source, rules)
     amounts = {text: each.target for text, each in larger.items()}
     return PruningPlan(settings, source, rules, budget, time, pieces, amounts)
-
-
-def _cost(settings: SizeConfig) -> Measure | None:
-    """Return the measure of the ranking if it differs from the budget's measure."""
-    if settings.rank_by == "parameters":
-        return PARAMETERS
-    other = device_time(settings, settings.ranking_profile)
-    return other.measure if other is not None else None
-
-
-def _check_family(settings: PruneConfig, source: Architecture) -> None:
-    """Raise UsageError for settings that the source's family does not support."""
-    parts = source.parts
-    if settings.recover != "none" and (parts.is_parallel or "after_attention" in parts.norms):
-        raise UsageError(
-            f"--recover {settings.recover} fits matrices that add to the residual stream one after the other; those of "
-            f"{source.family} do not; omit it"
-        )
-    if settings.target_bytes is not None and settings.layout == "per-layer" and not irregular_gguf(source):
-        raise UsageError(
-            "--target-bytes counts the bytes of a GGUF, and llama.cpp has no architecture for irregular layers of "
-            f"{source.family}, which are zero-padded; add --layout uniform, or use --target-params"
-        )

@@ -22,8 +22,9 @@ from .blocks import BlockScores
 from .criteria import uses_gradient
 from .plan import PruningPlan
 from .recovery import InputGrams
+from .rules import SelectionRules
 from .running_scores import Scores, scores_of_kept
-from .selection import Kept, Removal, SelectionRules, Unit, all_groups, compose
+from .selection import Kept, Removal, Unit, all_groups, compose
 from .surgery import compact_model, kept_channels, set_survivors
 
 
