@@ -262,11 +262,14 @@ _OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "
 """Keywords that say more about the properties of an object."""
 
 
-def lenient_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a `closed_schema` whose keywords that llguidance does not enforce, such as an unknown format, are ignored.
+def answer_schema(schema: Mapping[str, Any], strict: bool = False) -> dict[str, Any]:
+    """Return the schema that a `response_format` restricts answers to.
 
-    Raises UsageError if it is nested too deeply.
+    Unless it is `strict`, it is a `closed_schema` whose keywords that llguidance does not enforce, such as an unknown
+    format, are ignored. Raises UsageError if it is nested too deeply.
     """
+    if strict:
+        return dict(schema)
     try:
         return {**closed_schema(schema), "x-guidance": {**JSON, "lenient": True}}
     except RecursionError as error:

@@ -26,6 +26,7 @@ from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import ToolUse, chat_prompt, tool_prompt
 from efficientllm.runtime.tool_format import LEARNED_MARK
+from efficientllm.server.schemas.messages import ResponseFormat
 from efficientllm.train.checkpoint.run_folder import foreign_files
 from efficientllm.train.data.chat import Chat
 from efficientllm.train.evaluation import cli, jobs, sql
@@ -447,6 +448,18 @@ def test_schemas_are_enforced_as_by_the_server(
         command = [str(artefact), "--task", str(path), *arguments, "--output", str(tmp_path / "out")]
         assert run_command(cli.body, command) == (2 if strict else 0)
     assert "error: --task: example 1: tool 'set_light'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_response_format_is_enforced_as_by_the_server(strict: bool) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    form = {"type": "json_schema", "json_schema": {"schema": schema, "strict": strict}}
+    asked = [example(answer, response_format=form) for answer in ('{"a": [1]}', '{"b": 1}')]
+    assert asked[0].schema == ResponseFormat.model_validate(form).answer_schema()
+    with contextlib.nullcontext() if not strict else pytest.raises(DataError, match="`uniqueItems` cannot be enforced"):
+        jobs.check_examples(asked[:1], "json", "schema")
+    with pytest.raises(DataError, match="cannot be enforced" if strict else "its response_format takes no 'b"):
+        jobs.check_examples(asked[1:], "json", "schema")
 
 
 def test_two_models_are_compared_example_by_example(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, Strict, model_validator
 
-from ...runtime.grammar import Grammar, lenient_schema
+from ...runtime.grammar import Grammar, answer_schema
 
 MAX_CHARACTERS = 200_000
 MAX_TOOLS = 128
@@ -204,7 +204,7 @@ class JsonSchema(RequestPart):
     name: Text = ""
     description: Text = ""
     strict: Bool = False
-    """True if a schema with keywords that cannot be enforced is refused. Otherwise see `lenient_schema`."""
+    """True if a schema with keywords that cannot be enforced is refused. Otherwise see `answer_schema`."""
     schema_: Annotated[Json, Field(alias="schema")] = {}
 
 
@@ -234,11 +234,10 @@ class ResponseFormat(RequestPart):
     def answer_schema(self) -> dict[str, Any] | None:
         """Return the JSON schema of the answer, None if it is not JSON."""
         if self.type == "json_object":
-            return lenient_schema(self.schema_ or {"type": "object"})
+            return answer_schema(self.schema_ or {"type": "object"})
         if self.type != "json_schema" or self.json_schema is None:
             return None
-        schema = self.json_schema.schema_
-        return dict(schema) if self.json_schema.strict else lenient_schema(schema)
+        return answer_schema(self.json_schema.schema_, self.json_schema.strict)
 
     def grammar(self) -> Grammar | None:
         """Return the grammar of the answer, None for any text. UsageError if it is malformed."""

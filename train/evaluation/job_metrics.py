@@ -19,6 +19,7 @@ from typing import Any
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
 from ...runtime.chat_template import Message
+from ...runtime.grammar import answer_schema
 from ..data.chat import Chat
 from .sql import gives_same_rows, has_database, normalised
 
@@ -53,9 +54,9 @@ class Example:
 
     @property
     def schema(self) -> Mapping[str, Any] | None:
-        """Return the JSON schema of the record's `response_format`, None without one.
+        """Return the schema that the record's `response_format` restricts answers to, as in the server; None without.
 
-        The form is that of OpenAI's requests. Raises ValueError for another one.
+        The form is that of OpenAI's requests. Raises ValueError for another one, and UsageError for deep nesting.
         """
         given = self.record.get(FORM)
         if given is None:
@@ -66,7 +67,7 @@ class Example:
             schema = None
         if not isinstance(schema, dict):
             raise ValueError(f"response_format must be {RESPONSE_FORMAT}")
-        return schema
+        return answer_schema(schema, given["json_schema"].get("strict") is True)
 
     @property
     def prompt(self) -> Chat:
