@@ -557,11 +557,13 @@ def test_another_vocabulary_loses_no_waiting_chat(tokenizer: PreTrainedTokenizer
     assert kept <= {*before, *after[: len(kept)]}
 
 
-def test_a_source_without_a_template_cannot_learn_chats(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_source_without_a_template_neither_learns_nor_holds_chats(tokenizer: PreTrainedTokenizerFast) -> None:
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
         with pytest.raises(DataError, match="no chat template"):
             Encoder(tokenizer).encode([CHAT])
+        with pytest.raises(UsageError, match="no chat template"):
+            list(sample_chats(tiny_model(tiny_architecture()), tokenizer, 100, seed=0))
     finally:
         tokenizer.chat_template = template
 
@@ -640,12 +642,3 @@ def test_a_model_chats_with_itself_the_same_for_a_seed(tokenizer: PreTrainedToke
     assert not all(begun)
     assert all(message["content"].strip() for chat in first for message in chat.messages)
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
-
-
-def test_a_source_without_a_template_does_not_chat_with_itself(tokenizer: PreTrainedTokenizerFast) -> None:
-    template, tokenizer.chat_template = tokenizer.chat_template, None
-    try:
-        with pytest.raises(UsageError, match="no chat template"):
-            list(sample_chats(tiny_model(tiny_architecture()), tokenizer, 100, seed=0))
-    finally:
-        tokenizer.chat_template = template

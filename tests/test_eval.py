@@ -351,17 +351,13 @@ def test_help_names_every_task_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> 
         assert {*TASKS, "efficientllm-train"} <= set(words)
 
 
-def test_missing_rows_name_the_task(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_rows_name_the_task_and_malformed_ones_are_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data_dir: Path
+) -> None:
     arguments = [str(checkpoint), "--output", str(tmp_path / "out"), "--data-dir", str(tmp_path), "--tasks", "boolq"]
     assert run_command(cli.body, arguments) == 2
     assert "drop boolq from --tasks" in capsys.readouterr().err
-
-
-def test_malformed_rows_are_refused(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data_dir: Path
-) -> None:
     (tmp_path / TASKS["boolq"].rows).write_text("{", encoding="utf-8")
-    arguments = [str(checkpoint), "--output", str(tmp_path / "out"), "--data-dir", str(tmp_path), "--tasks", "boolq"]
     assert run_command(cli.body, [*arguments, "--text", str(data_dir / perplexity.WIKITEXT_FILE)]) == 2
     assert "is not JSON lines" in capsys.readouterr().err
 

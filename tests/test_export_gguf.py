@@ -34,22 +34,19 @@ UNQUANTISED = (0, 1)
 """ggml types F32 and F16."""
 
 
-def test_llama3_rope_scaling(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint = save_tiny(tiny_architecture(), rope_parameters=LLAMA3_ROPE)
-    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
-
-
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-ROPES: dict[str, dict[str, Any]] = {
-    "llama": LINEAR_ROPE,
-    "olmo2": LINEAR_ROPE,
-    "gemma3_text": {"full_attention": LINEAR_ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}},
-}
+WINDOW_ROPE = {"rope_type": "default", "rope_theta": 500.0}
+ROPES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", LLAMA3_ROPE),
+    ("llama", LINEAR_ROPE),
+    ("olmo2", LINEAR_ROPE),
+    ("gemma3_text", {"full_attention": LINEAR_ROPE, "sliding_attention": WINDOW_ROPE}),
+]
 
 
-@pytest.mark.parametrize("family", ROPES)
-def test_linear_rope_scaling(family: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint = save_tiny(tiny_architecture(family), rope_parameters=ROPES[family])
+@pytest.mark.parametrize(("family", "rope"), ROPES)
+def test_rope_scaling(family: str, rope: dict[str, Any], save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = save_tiny(tiny_architecture(family), rope_parameters=rope)
     for target in ("gguf", "onnx"):
         assert export(checkpoint, target, tmp_path / target, "--quantize", "f32") == 0
 

@@ -6,11 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training import command, expect_same_run, without
 
 KILLS = Path(__file__).with_name("tools") / "kills.py"
+
+
+def outcome_of(folder: Path, options: list[str], arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, str(KILLS), *options, "--folder", str(folder), "--", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = (folder / "log.txt").read_text() if (folder / "log.txt").exists() else ""
+    assert done.returncode == 0, done.stderr[-2000:] + said[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -21,11 +30,7 @@ def test_four_kills_of_two_ranks_change_nothing(mode: str, source_folder: Path, 
     more = ["--data-parallel", mode, "--batch-size", "2", "--recover", "least-squares", "--recover-tokens", "256"]
     more += ["--removals", "4", "--saliency", "token-fisher", "--distill", "1"]
     arguments = without(command(source_folder, corpus, tmp_path), "--output")
-    options = ["--kills", "4", "--amid", "2", "--ranks", "2", "--folder", str(tmp_path), "--", *arguments, *more]
-    done = subprocess.run([sys.executable, str(KILLS), *options], capture_output=True, text=True, check=False)
-    said = (tmp_path / "log.txt").read_text() if (tmp_path / "log.txt").exists() else ""
-    assert done.returncode == 0, done.stderr[-2000:] + said[-2000:]
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome = outcome_of(tmp_path, ["--kills", "4", "--amid", "2", "--ranks", "2"], [*arguments, *more])
     assert outcome["kills"] >= 4
     assert outcome["amid"].keys() == {"checkpoint", "removal"}
     for number in range(1, outcome["ends"]):
@@ -35,11 +40,7 @@ def test_four_kills_of_two_ranks_change_nothing(mode: str, source_folder: Path, 
 @pytest.mark.slow
 def test_kills_change_nothing(straight: Path, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     arguments = without(command(source_folder, corpus, tmp_path), "--output")
-    options = ["--kills", "12", "--seed", "3", "--folder", str(tmp_path), "--", *arguments]
-    done = subprocess.run([sys.executable, str(KILLS), *options], capture_output=True, text=True, check=False)
-    said = (tmp_path / "log.txt").read_text() if (tmp_path / "log.txt").exists() else ""
-    assert done.returncode == 0, done.stderr[-2000:] + said[-2000:]
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome = outcome_of(tmp_path, ["--kills", "12", "--seed", "3"], arguments)
     assert outcome["kills"] == 12
     assert {"no checkpoint", "checkpoints"} <= outcome["found"].keys()
     for number in range(outcome["ends"]):

@@ -108,24 +108,27 @@ def find_only(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("version", "message"),
+    ("file", "version", "message"),
     [
-        ("2026.9.1", r"xllamacpp 2026\.9\.1 is installed, not 2026\.\S+; run: pip install .*\[gguf-binary\]"),
-        (llama_library.BINARY_VERSION, r"xllamacpp cannot be loaded: .*file too short; run: pip install .*\[gguf\]"),
+        (
+            "xllamacpp.abi3.so",
+            "2026.9.1",
+            r"xllamacpp 2026\.9\.1 is installed, not 2026\.\S+; run: pip install .*\[gguf-binary\]",
+        ),
+        ("xllamacpp.abi3.so", llama_library.BINARY_VERSION, r"xllamacpp cannot be loaded: .*file too short; run: pip "),
+        (
+            "other",
+            llama_library.BINARY_VERSION,
+            r"without its library; run: pip .* --force-reinstall .*\[gguf-binary\]",
+        ),
     ],
 )
-def test_another_release_is_refused(
-    version: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_release_or_a_package_without_its_library_is_refused(
+    file: str, version: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "xllamacpp.abi3.so").touch()
+    (tmp_path / file).touch()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(UsageError, match=message):
-        find_only("xllamacpp", tmp_path, monkeypatch)()
-
-
-def test_a_package_without_its_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: llama_library.BINARY_VERSION)
-    with pytest.raises(UsageError, match=r"without its library; run: pip install --force-reinstall .*\[gguf-binary\]"):
         find_only("xllamacpp", tmp_path, monkeypatch)()
 
 

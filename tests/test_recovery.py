@@ -102,13 +102,16 @@ def test_the_last_matrix_is_the_ridge_regression_of_its_definition() -> None:
     torch.testing.assert_close((weighted.T @ (y - x @ weight.T)).T / damping, weight - before, atol=1e-3, rtol=1e-2)
 
 
-def test_a_fit_with_products_in_bf16_is_as_good() -> None:
+def test_a_fit_reports_its_layers_and_is_as_good_with_products_in_bf16() -> None:
     source = tiny_model(tiny_architecture()).eval()
     divergences = []
+    reports: list[tuple[int, int]] = []
     for dtype in (torch.float32, torch.bfloat16):
         model, stem = pruned(source, ("ffn",))
-        LeastSquares(model, source, stem, damping=0.03, dtype=dtype).fit(WINDOWS, ALONE)
+        fit = LeastSquares(model, source, stem, damping=0.03, dtype=dtype).fit
+        fit(WINDOWS, ALONE, report=lambda done, total: reports.append((done, total)))
         divergences.append(divergence(source, model))
+    assert reports == 2 * [(1, 3), (2, 3), (3, 3)]
     assert divergences[1] < 1.02 * divergences[0]
 
 
@@ -133,15 +136,6 @@ def test_a_stop_signal_ends_the_fit_between_forward_passes() -> None:
     with pytest.raises(KeyboardInterrupt):
         LeastSquares(model, source, stem, damping=0.03, dtype=torch.float32).fit(WINDOWS[:8], ALONE, check)
     assert isinstance(model.model.layers[0].mlp.down_proj, torch.nn.Linear)
-
-
-def test_a_fit_reports_its_layers() -> None:
-    source = tiny_model(tiny_architecture()).eval()
-    model, stem = pruned(source, ("ffn",))
-    reports: list[tuple[int, int]] = []
-    fit = LeastSquares(model, source, stem, damping=0.03, dtype=torch.float32).fit
-    fit(WINDOWS[:8], ALONE, report=lambda done, total: reports.append((done, total)))
-    assert reports == [(1, 3), (2, 3), (3, 3)]
 
 
 def stream_error(source: Any, model: Any) -> float:

@@ -67,20 +67,14 @@ def test_selection_rounds_odd_widths_to_a_multiple() -> None:
 
 
 @pytest.mark.parametrize("target", [60_000, 80_000, 100_000])
-def test_a_final_target_is_missed_by_the_smallest_unit_at_most(target: int) -> None:
+def test_target_is_missed_by_the_last_unit_at_most_and_a_final_one_by_the_smallest(target: int) -> None:
     rules = SelectionRules(("kv_group", "query_head", "ffn"), 8)
     for seed in range(20):
-        removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE, seed), rules, target, final_target=target)
-        smallest = 3 * 64 * 8  # parameters of 8 channels
-        assert removal.after.num_parameters <= target < removal.after.num_parameters + smallest
-
-
-@pytest.mark.parametrize("target", [60_000, 80_000, 100_000])
-def test_stops_within_one_unit_of_the_target(target: int) -> None:
-    rules = SelectionRules(("kv_group", "query_head", "ffn"), 8)
-    removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE), rules, target)
-    last = removal.units[-1].freed
-    assert removal.after.num_parameters <= target < removal.after.num_parameters + last
+        for final_target in (None, target):
+            scores = random_scores(ARCHITECTURE, seed)
+            removal = select_removal(ARCHITECTURE, scores, rules, target, final_target=final_target)
+            unit = 3 * 64 * 8 if final_target else removal.units[-1].freed  # parameters of 8 channels
+            assert removal.after.num_parameters <= target < removal.after.num_parameters + unit
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -122,24 +122,20 @@ def test_a_json_object_may_have_a_schema(address: str) -> None:
     assert json.loads(answer.json()["choices"][0]["message"]["content"]) == {"a": 1}
 
 
+ONE_VALUE = {"type": "object", "properties": {"a": {"enum": ["Paris"]}}, "required": ["a"]}
+PARIS = [{"type": "function", "function": {"name": "f", "parameters": {**ONE_VALUE, "additionalProperties": False}}}]
+
+
 def test_a_stop_cuts_no_call_that_must_be_made(address: str) -> None:
-    parameters = {
-        "type": "object", "properties": {"a": {"enum": ["Paris"]}}, "required": ["a"], "additionalProperties": False
-    }  # fmt: skip
-    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-    answer = post(address, messages=MESSAGES, max_tokens=100, tools=tools, tool_choice="required", stop=["aris"])
+    answer = post(address, messages=MESSAGES, max_tokens=100, tools=PARIS, tool_choice="required", stop=["aris"])
     (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
     assert json.loads(call["function"]["arguments"]) == {"a": "Paris"}
 
 
 def test_a_stop_cuts_no_call_that_may_be_made(address: str) -> None:
-    parameters = {
-        "type": "object", "properties": {"a": {"enum": ["Paris"]}}, "required": ["a"], "additionalProperties": False
-    }  # fmt: skip
-    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     (opening,) = httpx.post(f"{address}/tokenize", json={"content": "<"}).json()["tokens"]
     otherwise = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}  # so it begins with < or {
-    body: dict[str, Any] = {"tools": tools, "response_format": otherwise, "logit_bias": {str(opening): 100}}
+    body: dict[str, Any] = {"tools": PARIS, "response_format": otherwise, "logit_bias": {str(opening): 100}}
     body |= {"parallel_tool_calls": False, "max_tokens": 300}  # one call, and room for the blanks of any seed
     answer = post(address, messages=MESSAGES, stop=["aris", "<"], **body).json()["choices"][0]
     (call,) = answer["message"]["tool_calls"]

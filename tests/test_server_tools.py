@@ -86,21 +86,19 @@ def test_a_required_call_is_valid(client: openai.OpenAI, model: str, seed: int) 
     assert (name, json.loads(streamed), reason) == (call.function.name, arguments, "tool_calls")
 
 
+def asked(*names: str) -> dict[str, Any]:
+    """Return a request for one call of a function whose arguments are texts of these names, the city required."""
+    parameters = {"type": "object", "properties": {each: {"type": "string"} for each in names}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    settings = {"tool_choice": "required", "temperature": 1.5, "max_tokens": 300, "parallel_tool_calls": False}
+    return {"messages": QUESTION, "tools": tools, **settings}
+
+
 @both
 def test_arguments_are_copied_from_the_request(client: openai.OpenAI, model: str) -> None:
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
-    settings: Any = {
-        "model": model,
-        "messages": QUESTION,
-        "tools": tools,
-        "tool_choice": "required",
-        "temperature": 1.5,
-    }
     for seed in range(3):
-        answer = client.chat.completions.create(
-            **settings, seed=seed, max_tokens=300, parallel_tool_calls=False, extra_body={"tool_arguments": "copy"}
-        )
+        settings: Any = asked("city") | {"model": model, "seed": seed, "extra_body": {"tool_arguments": "copy"}}
+        answer = client.chat.completions.create(**settings)
         (call,) = answer.choices[0].message.tool_calls or []
         assert json.loads(call.function.arguments)["city"].casefold() in "how is rome?"
         usage = answer.model_dump()["usage"]
@@ -108,15 +106,11 @@ def test_arguments_are_copied_from_the_request(client: openai.OpenAI, model: str
 
 
 def test_a_flag_copies_arguments_of_all_requests(artefact: Path) -> None:
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
-    settings: Any = {"messages": QUESTION, "tools": tools, "tool_choice": "required", "temperature": 1.5, "seed": 1}
-    settings |= {"max_tokens": 300, "parallel_tool_calls": False}
     pool = loaded_pool({"plain": str(artefact)}, EngineOptions(threads=1, context=1024))
     with serve(pool, AppOptions(tool_arguments="copy")) as address, httpx.Client(base_url=address) as client:
 
         def arguments(**more: Any) -> str:
-            answer = client.post("/v1/chat/completions", json={**settings, **more}).json()
+            answer = client.post("/v1/chat/completions", json={**asked("city"), "seed": 1, **more}).json()
             return answer["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
 
         assert json.loads(arguments())["city"].casefold() in "how is rome?"
@@ -126,16 +120,11 @@ def test_a_flag_copies_arguments_of_all_requests(artefact: Path) -> None:
 def test_a_file_has_the_examples_of_all_requests(artefact: Path, tmp_path: Path) -> None:
     file = tmp_path / "home.json"
     file.write_text('{"city": ["Rome", "Oslo"], "room": ["attic"]}', encoding="utf-8")
-    text = {"type": "string"}
-    parameters = {"type": "object", "properties": {"room": text, "city": text}, "required": ["city"]}
-    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
-    settings: Any = {"messages": QUESTION, "tools": tools, "tool_choice": "required", "temperature": 1.5}
-    settings |= {"max_tokens": 300, "parallel_tool_calls": False}
     pool = loaded_pool({"plain": str(artefact)}, EngineOptions(threads=1, context=1024))
     options = AppOptions(tool_arguments="examples", examples=str(file))
     with serve(pool, options) as address, httpx.Client(base_url=address) as client:
         for seed in range(3):
-            answer = client.post("/v1/chat/completions", json={**settings, "seed": seed}).json()
+            answer = client.post("/v1/chat/completions", json={**asked("room", "city"), "seed": seed}).json()
             (called,) = answer["choices"][0]["message"]["tool_calls"]
             assert json.loads(called["function"]["arguments"]) == {"city": "Rome"}
 
