@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator, Field
 
+from ..runtime.base.quantities import format_count
 from ..runtime.engines.artefact import Artefact
 from .answers.builders import ChatBuilder, CollectedChoice, with_first
 from .answers.choices import Choice
@@ -378,9 +379,11 @@ class OllamaEndpoints:
 
     async def show(self, request: ModelName, http: Request) -> Response:
         name = self._name(request.model or request.name)
-        details = _details(self._pool.require(name))
+        artefact = self._pool.require(name)
+        details = _details(artefact)
         information = {
             "general.architecture": details["family"],
+            "general.parameter_count": artefact.description[1],
             f"{details['family']}.context_length": self._pool.context_length(name),
         }
         return JSONResponse({"details": details, "model_info": information, "capabilities": ["completion", "tools"]})
@@ -454,15 +457,14 @@ class OllamaEndpoints:
 
 
 def _details(artefact: Artefact) -> dict[str, Any]:
-    manifest = artefact.known_manifest
-    family = str((manifest.architecture if manifest else {}).get("model_type", "")) or "unknown"
+    family, num_parameters, kind = artefact.description
     return {
         "parent_model": "",
         "format": artefact.model_file.suffix.removeprefix("."),
-        "family": family,
-        "families": [family],
-        "parameter_size": "",
-        "quantization_level": manifest.quantization if manifest else "",
+        "family": family or "unknown",
+        "families": [family or "unknown"],
+        "parameter_size": format_count(num_parameters) if num_parameters else "",
+        "quantization_level": kind.upper(),
     }
 
 

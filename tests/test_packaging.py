@@ -91,6 +91,11 @@ def test_every_shipped_folder_is_listed() -> None:
     assert expected | folders_of_data == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
+def test_images_are_built_from_what_the_wheel_holds_alone() -> None:
+    sent = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert sorted(sent) == sorted([*import_graph.PACKAGES, "LICENSE", "README.md", "pyproject.toml"])
+
+
 def test_runtime_and_devices_import_without_torch() -> None:
     packages = [
         name for name in PROJECT["tool"]["setuptools"]["packages"] if ".train" not in name and ".export" not in name

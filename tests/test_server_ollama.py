@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,12 +12,18 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
+from gguf import GGUFReader
 from serving import http_client, loaded_pool, serve, served
 
+from efficientllm.runtime.base.quantities import format_count
 from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.grammar import GrammarConstraint
 from efficientllm.runtime.prompt import ChatPrompt
+from efficientllm.server.app import create_app
+from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.options import AppOptions
 
@@ -165,6 +172,20 @@ def test_models_are_listed_and_shown(client: httpx.Client) -> None:
     assert shown["capabilities"] == ["completion", "tools"]
     assert 1024 in shown["model_info"].values()
     assert ask(client, "generate") == [{"model": "tiny:latest", "done": True, "done_reason": "load"}]
+
+
+def test_details_come_from_manifest_or_header(artefact: Path, tmp_path: Path) -> None:
+    bare = shutil.copy(artefact / "model.gguf", tmp_path / "bare.gguf")
+    pool = ModelPool({"made": str(artefact), "bare": str(bare)}, EngineOptions(threads=1))
+    with TestClient(create_app(pool, AppOptions())) as client:
+        made, found = (card["details"] for card in client.get("/api/tags").json()["models"])
+        shown = client.post("/api/show", json={"model": "bare"}).json()
+    fields = ("format", "family", "parameter_size", "quantization_level")
+    stored = sum(int(tensor.n_elements) for tensor in GGUFReader(bare).tensors)
+    exported = Manifest.read(artefact).architecture["num_parameters"]
+    assert [made[name] for name in fields] == ["gguf", "llama", format_count(exported), "F32"]
+    assert [found[name] for name in fields] == ["gguf", "deci", format_count(stored), "F32"]
+    assert shown["model_info"]["general.parameter_count"] == stored
 
 
 def test_embeddings_equal_those_of_openai_api(client: httpx.Client) -> None:

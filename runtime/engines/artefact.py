@@ -14,6 +14,8 @@ from typing import Any
 
 from ..base.errors import ArtefactError
 from ..base.files import sha256_of
+from ..base.ggml_types import FILE_TYPES
+from ..base.gguf_header import READ_ERRORS, read_header
 from ..base.model_names import demo_source_path, may_be_hub_id, source_path
 from .file_cache import cached
 from .manifest import MANIFEST_NAME, Manifest
@@ -220,6 +222,20 @@ class Artefact:
             hashes = {file.name: sha256_of(file) for file in self.files}
         listing = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
         return hashlib.sha256(listing.encode()).hexdigest()
+
+    @functools.cached_property
+    def description(self) -> tuple[str, int, str]:
+        """Return (family, number of parameters, weight type) by the manifest or a GGUF's header; "" or 0 if unknown."""
+        if manifest := self.known_manifest:
+            shape = manifest.architecture
+            return shape.get("family", ""), shape.get("num_parameters", 0), manifest.quantization
+        try:
+            header = read_header(self.model_file)
+        except READ_ERRORS:  # a file of another engine
+            return "", 0, ""
+        names = {number: name for name, number in FILE_TYPES.items()}
+        kind = names.get(header.values.get("general.file_type", -1), "")
+        return header.values.get("general.architecture", ""), sum(each.num_elements for each in header.tensors), kind
 
     @property
     def folder(self) -> Path:
