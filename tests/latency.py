@@ -64,9 +64,4 @@ def made_up_profile() -> DeviceProfile:
         "no_ffn": grid((HIDDEN,), lambda h: nothing),
     }
     table = LatencyTable(HEAD_DIM, DEPTHS, PROMPTS, parts)
-    return DeviceProfile(
-        MEASURED_ON,
-        table,
-        (HeldOutError(0, 3, 0.02, 0.05, 0.99),),
-        ({"hidden_size": 576},),
-    )
+    return DeviceProfile(MEASURED_ON, table, (HeldOutError(0, 3, 0.02, 0.05, 0.99),), ({"hidden_size": 576},))

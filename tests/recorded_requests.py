@@ -102,11 +102,7 @@ WEATHER = {
     "description": "How it is in a city.",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
-WEATHER_CALL = {
-    "type": "function",
-    "id": "call_1",
-    "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
-}
+WEATHER_CALL = {"type": "function", "id": "call_1", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
 
 RECORDED: dict[str, tuple[str, dict[str, Any]]] = {
     "Home Assistant, openai_conversation": ("/v1/responses", HOUSE_RESPONSE),
@@ -196,10 +192,7 @@ RECORDED: dict[str, tuple[str, dict[str, Any]]] = {
         "/completion",
         {"prompt": FIM, "stream": True, "n_predict": 64, "stop": FIM_STOPS, "temperature": 0.01},
     ),
-    "aider": (
-        "/v1/chat/completions",
-        {"model": "tiny", "messages": LONGER, "stream": True, "temperature": 0},
-    ),
+    "aider": ("/v1/chat/completions", {"model": "tiny", "messages": LONGER, "stream": True, "temperature": 0}),
     "aider, with cached prompts": (
         "/v1/chat/completions",
         {"model": "tiny", "messages": CACHED, "stream": True, "temperature": 0},

@@ -181,10 +181,7 @@ def test_every_file_of_a_folder_is_looked_at_first(tmp_path: Path) -> None:
     [
         (["--data", ""], "--data: give a file, a folder or a hub dataset"),
         (["--text-field", ""], "--text-field: is empty; name a field"),
-        (
-            ["--text-field", "txet"],
-            'line 1 has no field "txet"; it has text (--text-field NAME reads another); did ',
-        ),
+        (["--text-field", "txet"], 'line 1 has no field "txet"; it has text (--text-field NAME reads another); did '),
         (["--text-field", "body"], 'line 1 has no field "body"; it has text (--text-field NAME reads another)'),
     ],
 )

@@ -94,13 +94,7 @@ def aarch64_program(path: Path) -> Path:
     """A static ELF file of fifteen instructions that prints where the symbolic link argv[1] leads."""
     code = struct.pack(
         "<15I",
-        *(
-            0xF9400BE1,
-            0xD10803FF,
-            0x92800C60,
-            0x910003E2,
-            0xD2804003,
-        ),  # argv[1] to x1; AT_FDCWD, stack, 512
+        *(0xF9400BE1, 0xD10803FF, 0x92800C60, 0x910003E2, 0xD2804003),  # argv[1] to x1; AT_FDCWD, stack, 512
         *(0xD28009C8, 0xD4000001, 0xAA0003E2, 0xD2800020, 0x910003E1),  # readlinkat; x2 = length; x0 = 1; x1 = stack
         *(0xD2800808, 0xD4000001, 0xD2800000, 0xD2800BA8, 0xD4000001),  # write; exit(0)
     )

@@ -223,8 +223,7 @@ def test_the_limit_of_kl_and_perplexity_is_the_users() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "quantize"),
-    [("olmo", "q4_k_m"), ("gpt_neox", "q4_0"), ("gemma3_text", "q4_k_m"), ("qwen3", "q4_0")],
+    ("family", "quantize"), [("olmo", "q4_k_m"), ("gpt_neox", "q4_0"), ("gemma3_text", "q4_k_m"), ("qwen3", "q4_0")]
 )
 def test_the_engine_computes_the_codes_of_the_file(
     family: str, quantize: str, save_tiny: Callable[..., Path], tmp_path: Path
@@ -344,10 +343,7 @@ def test_unknown_pre_tokenizer_is_refused(save_tiny: Callable[..., Path], tmp_pa
 BAD_INPUT = [
     (["--quantize", "q9"], "--quantize q9: unknown for gguf; known: f32, f16"),
     (["--output-type", "q9"], "--output-type q9: unknown tensor type"),
-    (
-        ["--output-type", "q6_k"],
-        "--output-type q6_k stores rows in blocks of 256 weights, and the rows of this file",
-    ),
+    (["--output-type", "q6_k"], "--output-type q6_k stores rows in blocks of 256 weights, and the rows of this file"),
     (["--embedding-type", "q6_k"], "have 64; choose one with blocks of 32, such as q8_0"),
     (["--pad", "some"], "'some' is not one of auto, none"),
 ]

@@ -132,10 +132,7 @@ SHAPE_EXPORTER = Exporter(ShapeOptions, write_shape)
 
 
 def test_plug_ins_bring_their_flags(
-    save_tiny: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plugin = importlib.metadata.EntryPoint("shape", f"{__name__}:SHAPE_EXPORTER", ENTRY_POINT_GROUP)
     installed = {ENTRY_POINT_GROUP: [plugin]}
@@ -284,14 +281,6 @@ def test_export_refuses_impossible_options_before_imports(save_tiny: Callable[..
         assert code == 2
         assert expected in error
         assert error.count("\n") == 1
-
-
-def test_a_missing_calibration_text_is_named_with_its_flag(
-    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ("--quantize", "int4", "--calibrate", "no.txt")
-    assert exporting.export(save_tiny(tiny_architecture()), "onnx", tmp_path / "out", *flags) == 2
-    assert "error: --calibrate no.txt: no such file or folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["onnx", "gguf", "executorch"])

@@ -38,10 +38,7 @@ NEW = [family for family in FAMILIES if family not in SIMILAR]
 
 LAYERS = (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 1, 75), LayerShape(4, 4, 0))
 
-IRREGULAR_IN_GGUF = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "llama_bias", "olmo"), "deci"),
-    "qwen3": "openelm",
-}
+IRREGULAR_IN_GGUF = {**dict.fromkeys(("llama", "mistral", "qwen2", "llama_bias", "olmo"), "deci"), "qwen3": "openelm"}
 """Family -> architecture that holds it as it is; the others are zero-padded to their own."""
 
 Folder = Callable[..., Path]

@@ -54,16 +54,7 @@ def test_a_number_outside_its_range_is_refused(flag: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
-    [
-        {"size": 1},
-        {"share": 0.0},
-        {"limit": None},
-        {"limit": 2},
-        {"tokens": 8},
-        {"port": 99},
-        {"lengths": ()},
-    ],
+    "values", [{"size": 1}, {"share": 0.0}, {"limit": None}, {"limit": 2}, {"tokens": 8}, {"port": 99}, {"lengths": ()}]
 )
 def test_bounds_belong_to_a_range_unless_they_are_excluded(values: dict[str, Any]) -> None:
     assert dataclasses.replace(Options(), **values)

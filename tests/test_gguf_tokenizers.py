@@ -40,10 +40,7 @@ def test_token_ids_equal_on_every_kind(pre: str, save_tiny: Callable[..., Path],
 
 
 def test_a_tokenizer_that_differs_is_refused(
-    save_tiny: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from efficientllm.export.gguf import tokenizer
 

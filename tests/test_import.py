@@ -254,6 +254,7 @@ PHI3_ROPE = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor":
     [
         *((llm_pruner, *case) for case in CONFIGS.values()),
         *((small, *case) for case in SETTINGS.values()),
+        (slicegpt, {}, "mlp_shortcut_Q belongs to SliceGPT's rotations between blocks"),
         (
             TOOLS["adapt_pruner"],
             {"intermediate_size": [90, 83, 76, 70]},
@@ -268,7 +269,7 @@ PHI3_ROPE = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor":
     ],
 )
 def test_export_refuses_settings_that_contradict_the_tensors_or_are_not_read(
-    maker: Callable[[Path], torch.Tensor],
+    maker: Callable[[Path], torch.Tensor | None],
     settings: dict[str, Any],
     message: str,
     made: Callable[..., Any],
@@ -279,14 +280,6 @@ def test_export_refuses_settings_that_contradict_the_tensors_or_are_not_read(
     change_config(folder, **settings)
     assert export(folder, "onnx", tmp_path / "out", "--no-verify") == 2
     assert message in capsys.readouterr().err
-
-
-def test_slicegpts_own_file_is_refused_by_name(
-    made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, _ = made(slicegpt)
-    assert export(folder, "onnx", tmp_path / "out") == 2
-    assert "mlp_shortcut_Q belongs to SliceGPT's rotations between blocks" in capsys.readouterr().err
 
 
 def test_stock_classes_do_not_build_layers_of_unequal_width_yet() -> None:

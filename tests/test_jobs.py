@@ -236,11 +236,7 @@ INEFFECTIVE = {
         {"tools": [TOOL], "completion": [called({"name": "dim", "arguments": {}}).chat.messages[1]]},
         "rejects: dim is none of its tools",
     ),
-    "no call": (
-        ["--metric", "call"],
-        {"tools": [TOOL]},
-        "example 1 of --task: the expected answer is no call; write",
-    ),
+    "no call": (["--metric", "call"], {"tools": [TOOL]}, "example 1 of --task: the expected answer is no call; write"),
     "bad schema": (
         ["--constrain", "schema"],
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},

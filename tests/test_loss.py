@@ -8,14 +8,7 @@ from tiny import tiny_architecture, tiny_model
 from torch.nn import functional as F
 
 from efficientllm.train.compute import loss
-from efficientllm.train.compute.loss import (
-    LossWeights,
-    Reference,
-    TrainingLoss,
-    cross_entropy,
-    frozen_copy,
-    perplexity,
-)
+from efficientllm.train.compute.loss import LossWeights, Reference, TrainingLoss, cross_entropy, frozen_copy, perplexity
 
 
 @pytest.mark.parametrize("tokens", [5, 64, 150])

@@ -66,21 +66,6 @@ def one_line(capsys: ERRORS) -> str:
 # -- what --overwrite may delete
 
 
-def precious(folder: Path) -> Path:
-    (folder / "photos").mkdir(parents=True)
-    (folder / "photos" / "a.jpg").write_bytes(b"x")
-    return folder
-
-
-def test_a_run_deletes_no_folder_that_is_not_a_run(
-    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
-) -> None:
-    folder = precious(tmp_path / "precious")
-    assert run(command(source_folder, corpus, folder, "--overwrite")) == 2
-    assert "precious holds photos, not written by this command" in one_line(capsys)
-    assert (folder / "photos" / "a.jpg").is_file()
-
-
 def test_a_run_deletes_neither_its_corpus_nor_its_source(
     source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
@@ -110,13 +95,10 @@ def test_the_current_folder_the_home_and_the_root_are_never_written(
         check_output(Path(output).expanduser(), True, lambda folder: [], [], "")
 
 
-def test_output_folder_refuses_a_file(tmp_path: Path) -> None:
+def test_output_folder_is_no_file_and_no_link_to_an_input(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="is not a folder; name one"):
         check_output(tmp_path / "file", True, lambda folder: [], [], "")
-
-
-def test_an_input_behind_a_link_is_an_input(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "text.jsonl").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -155,6 +137,7 @@ def test_overwrite_keeps_models_of_other_tools(
     (tmp_path / "mine" / "config.toml").write_text("")
     assert run(command(source_folder, corpus, tmp_path / "mine", "--overwrite")) == 2
     assert "holds model, not written by this command" in one_line(capsys)
+    assert (tmp_path / "mine" / "model" / "model.safetensors").is_file()
 
 
 def test_finishing_a_run_deletes_its_checkpoints_only(copy: Path, source_folder: Path, corpus: Path) -> None:
@@ -211,8 +194,8 @@ def test_export_keeps_its_source(straight: Path, tmp_path: Path, capsys: ERRORS)
 
 
 def test_an_export_replaces_artefacts_only(straight: Path, tmp_path: Path, capsys: ERRORS) -> None:
-    folder = precious(tmp_path / "precious")
-    assert export(straight, folder) == 2
+    (tmp_path / "precious" / "photos").mkdir(parents=True)
+    assert export(straight, tmp_path / "precious") == 2
     assert "holds photos, not written by this command" in one_line(capsys)
     assert export(straight, tmp_path / "gguf") == 0
     assert export(straight, tmp_path / "gguf") == 0
@@ -395,10 +378,7 @@ def stop_while_measuring(name: str, monkeypatch: pytest.MonkeyPatch, number: int
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("measurement", "number", "more"),
-    [
-        ("stage", signal.SIGTERM, ("--qat", "q4_0", "--checkpoint-every", "0")),
-        ("quality", signal.SIGINT, ()),
-    ],
+    [("stage", signal.SIGTERM, ("--qat", "q4_0", "--checkpoint-every", "0")), ("quality", signal.SIGINT, ())],
 )
 def test_a_stop_while_the_final_model_is_measured_keeps_it_and_only_the_measuring_is_repeated(
     measurement: str,
@@ -458,12 +438,7 @@ def test_a_model_that_was_not_measured_and_has_no_checkpoint_is_not_trained_agai
 
 
 def test_a_disk_that_is_too_small_for_a_checkpoint_stops_no_run(
-    straight: Path,
-    source_folder: Path,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: ERRORS,
+    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))

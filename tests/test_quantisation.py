@@ -70,11 +70,7 @@ def test_a_grid_equals_that_of_llama_cpp_to_the_bit(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "bits", "group", "options"),
-    [
-        ("int4", 4, 32, {"signed": True}),
-        ("int4-bf16", 4, 32, {"rounding": round_to_bfloat16}),
-        ("int8", 8, 192, {}),
-    ],
+    [("int4", 4, 32, {"signed": True}), ("int4-bf16", 4, 32, {"rounding": round_to_bfloat16}), ("int8", 8, 192, {})],
 )
 def test_the_other_exporters_keep_their_grids(kind: str, bits: int, group: int, options: dict[str, Any]) -> None:
     rounded = GRIDS[kind].round(WEIGHT).numpy()

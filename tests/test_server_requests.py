@@ -148,6 +148,7 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"messages": [{**MESSAGES[0], "contents": "x"}]}, "messages.0: contents is not served here"),
         ({"messages": [{"role": "user", "content": "a\0b"}]}, ""),
         ({"messages": [{"role": "user"}]}, ""),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}]}, ""),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, ""),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, "context window"),
@@ -223,10 +224,7 @@ TOOL = '"tools": [{"type": "function", "function": {"name": "f", "description": 
             with_fields('"max_tokens": ' + "9" * 5000),
             "the body cannot be read as JSON: Exceeds the limit (4300 digits)",
         ),
-        (
-            with_fields('"user": ' + "[" * 5000 + "]" * 5000),
-            "the body cannot be read as JSON: it is nested too deeply",
-        ),
+        (with_fields('"user": ' + "[" * 5000 + "]" * 5000), "the body cannot be read as JSON: it is nested too deeply"),
         (b'{"model": "\xff"}', "the body cannot be read as JSON: it is not UTF-8"),
         (b"", "the body is not a JSON object"),
         (b"[" * 100_000, "the body cannot be read as JSON: it is nested too deeply"),
@@ -349,11 +347,6 @@ def test_server_answers_path_in_absolute_form(address: str) -> None:
 def test_server_refuses_body_with_two_lengths(address: str) -> None:
     lengths = "Content-Type: application/json\r\nContent-Length: 5\r\nTransfer-Encoding: chunked"
     assert b" 400 " in raw(address, f"POST /tokenize HTTP/1.1\r\n{lengths}", "0\r\n\r\n")
-
-
-def test_errors_name_the_fields_as_clients_wrote_them(address: str) -> None:
-    message = post(address, messages=[{"role": "user", "content": 5}]).json()["error"]["message"]
-    assert message.startswith("messages.0.content: ")
 
 
 def test_usage_counts_a_prompt_once_for_all_choices(address: str) -> None:

@@ -50,10 +50,7 @@ def client(
     arguments = [str(folder / "checkpoint"), "--target", "gguf", "--quantize", "f32", "--output", str(folder / "gguf")]
     assert run_command(export_cli.body, [*arguments, "--no-verify"]) == 0
     pool = loaded_pool({"plain": str(artefact), "calls": str(folder / "gguf")}, EngineOptions(threads=1, context=1024))
-    with (
-        serve(pool, AppOptions()) as address,
-        openai_client(address) as client,
-    ):
+    with serve(pool, AppOptions()) as address, openai_client(address) as client:
         yield client
 
 

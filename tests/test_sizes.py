@@ -331,12 +331,7 @@ def test_a_longer_workload_needs_more_memory(family: Path) -> None:
     ],
 )
 def test_bad_input_gives_one_line(
-    more: list[str],
-    message: str,
-    source_folder: Path,
-    corpus: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    more: list[str], message: str, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([*sized(source_folder, corpus, tmp_path / "run"), *more]) == 2
     assert message in capsys.readouterr().err

@@ -11,15 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import SIMILAR, tiny_architecture, tiny_model
-from training import (
-    command,
-    expect_equal_weights,
-    metrics,
-    run,
-    unpruned,
-    weights,
-    without,
-)
+from training import command, expect_equal_weights, metrics, run, unpruned, weights, without
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command

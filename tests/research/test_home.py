@@ -135,10 +135,7 @@ def test_template_shows_only_devices_that_the_request_means() -> None:
 def test_template_does_not_take_a_room_for_a_part_of_a_name() -> None:
     room = [Entity("Room Alarm", "siren", "Tea Room", "off"), Entity("Tea Room Clock", "sensor", "Tea Room", "9")]
     home = Home([*room, Entity("Shostakovich", "light", "Tea Room", "off")])
-    assert shown("turn on the tea room lamp", home) == [
-        "- light: Shostakovich @ Tea Room",
-        "turn on the tea room lamp",
-    ]
+    assert shown("turn on the tea room lamp", home) == ["- light: Shostakovich @ Tea Room", "turn on the tea room lamp"]
 
 
 def test_template_shows_the_area_of_the_speaker() -> None:

@@ -93,12 +93,7 @@ def test_each_arm_changes_its_own_setting(page: Path) -> None:
 @pytest.mark.slow
 def test_page_names_commit_tokens_seeds_and_shows_its_figures(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for part in (
-        "on the same 640 tokens of",
-        "Commit ",
-        "-20% of the non-embedding",
-        "-40% of the non-embedding",
-    ):
+    for part in ("on the same 640 tokens of", "Commit ", "-20% of the non-embedding", "-40% of the non-embedding"):
         assert part in text
     assert str(page.parent) not in text
     assert str(page.parent) not in (page.with_suffix("") / "results.json").read_text(encoding="utf-8")

@@ -327,9 +327,7 @@ def _rope(name: str) -> dict[str, Any]:
 
 
 def _scale(name: str, factor: float) -> dict[str, Any]:
-    return {
-        "scales": property(lambda self: replace(_scales(self), **{name: factor * getattr(_scales(self), name)})),
-    }
+    return {"scales": property(lambda self: replace(_scales(self), **{name: factor * getattr(_scales(self), name)}))}
 
 
 MISREADINGS: dict[str, dict[str, Any]] = {

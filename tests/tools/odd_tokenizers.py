@@ -240,10 +240,7 @@ OWN: dict[str, tuple[str, Edit]] = {
         for split in (True, False)
     },
     "other digits": ("qwen2", section(pre_tokenizer=None)),
-    "removed": (
-        "qwen2",
-        lambda data: data["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
-    ),
+    "removed": ("qwen2", lambda data: data["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")),
     "a pattern with more": (
         "qwen2",
         lambda data: data["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(

@@ -20,16 +20,7 @@ from efficientllm.runtime.base import flags
 from efficientllm.runtime.command_line import COMMANDS, GROUPS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (
-    "README.md",
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
-    "SECURITY.md",
-    "LICENSE",
-    "docs",
-    "deploy",
-    "research",
-)
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "docs", "deploy", "research")
 PACKAGES = ("train", "export", "runtime", "devices")
 """Packages with names for programs."""
 TABLE_STYLE = """.md-typeset table:not([class]) th { min-width: 0; }

@@ -92,6 +92,7 @@ COMMANDS: dict[str, str] = {
     "fit no-such-folder --max-bytes 60MB": "no-such-folder is no run with --sizes; give the --output of ",
     "export no-such-folder --target gguf": "no-such-folder: no such folder, and not a hub id",
     "export MODEL --target gguf --output out --calibrate no.txt": "--calibrate no.txt: no such file or folder",
+    "export MODEL --target onnx --output out --quantize int4 --calibrate no.txt": "--calibrate no.txt: no such file",
     "export MODEL --target gguf --output out --max-kl -1": "--max-kl -1.0: must not be negative",
     "export MODEL --target ggfu --output out": "--target ggfu: unknown; known: gguf, onnx, executorch, hf-uniform, web",
     "export MODEL --target gguf --output out --quantise q4_0": "--quantise q4_0; did you mean --quantize?",
