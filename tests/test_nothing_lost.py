@@ -95,7 +95,7 @@ def test_the_current_folder_the_home_and_the_root_are_never_written(
         check_output(Path(output).expanduser(), True, lambda folder: [], [], "")
 
 
-def test_output_folder_is_no_file_and_no_link_to_an_input(tmp_path: Path) -> None:
+def test_output_folder_refuses_files_and_links_to_inputs(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="is not a folder; name one"):
         check_output(tmp_path / "file", True, lambda folder: [], [], "")

@@ -91,7 +91,7 @@ def test_every_shipped_folder_is_listed() -> None:
     assert expected | folders_of_data == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
-def test_images_are_built_from_what_the_wheel_holds_alone() -> None:
+def test_images_are_built_from_the_files_of_the_wheel() -> None:
     sent = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert sorted(sent) == sorted([*import_graph.PACKAGES, "LICENSE", "README.md", "pyproject.toml"])
 

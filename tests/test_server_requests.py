@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ from starlette.responses import PlainTextResponse
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server import cli
 from efficientllm.server.access.guard import Guard
@@ -378,36 +376,6 @@ def test_disconnected_client_of_a_whole_answer_frees_its_place(address: str, bod
             timeout=httpx.Timeout(5, read=0.15),
         )
     until(lambda: httpx.get(f"{address}/health").json()["in_flight"] == 0, seconds=5)
-
-
-def test_two_models_with_room_for_one_answer_every_request(artefact: Path) -> None:
-    """Asked in turn by six clients, with long prompts among theirs: each load unloads what others still ask for."""
-    room = int(1.5 * Artefact.open(artefact).file_bytes)
-    pool = loaded_pool(
-        dict.fromkeys(("one", "two"), str(artefact)),
-        EngineOptions(threads=1, context=1024, huge_pages=False),
-        PoolOptions(waiting=20, max_memory=room),
-    )
-    statuses: list[int] = []
-    with serve(pool, AppOptions()) as address:
-
-        def ask(client: int) -> None:
-            for turn in range(5):
-                content = "word " * (200 if (client + turn) % 3 == 0 else 5)
-                body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8, "logprobs": True}
-                answer = post(address, **body, model=("one", "two")[(client + turn) % 2], stream=client % 2 == 0)
-                statuses.append(answer.status_code)
-                if client % 2 == 0:
-                    assert answer.text.rstrip().endswith("data: [DONE]")
-
-        threads = [threading.Thread(target=ask, args=(client,)) for client in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert httpx.get(f"{address}/health").json()["in_flight"] == 0
-        assert len(pool.loaded) == 1
-    assert statuses == [200] * 30
 
 
 def test_a_request_that_leaves_while_its_model_loads_keeps_no_place(artefact: Path) -> None:

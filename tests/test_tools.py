@@ -101,6 +101,12 @@ def call(name: str, arguments: str) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
+def setting(parameters: dict[str, Any], arguments: ToolArguments) -> ToolUse:
+    """Return the use of one function `set`, which must be called."""
+    tool = {"type": "function", "function": {"name": "set", "parameters": parameters}}
+    return ToolUse([tool], must_call=True, arguments=arguments)
+
+
 ROME = call("weather", '{"city": "Rome"}')
 
 CITY = {"properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
@@ -284,9 +290,7 @@ def test_arguments_are_examples_that_occur_in_the_request(
         "level": {"type": "integer"},
         "scene": {"type": "string"},
     }
-    parameters = {"type": "object", "properties": properties}
-    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
-    use = ToolUse(tools, must_call=True, arguments="examples")
+    use = setting({"properties": properties}, "examples")
     messages = [{"role": "user", "content": "turn on the LAVA  lamp 和灯光"}]
     prompt = replace(tool_prompt(engine, messages, use), format=format)
     text = format.write([{"function": {"name": "set", "arguments": arguments}}])
@@ -295,10 +299,8 @@ def test_arguments_are_examples_that_occur_in_the_request(
 
 def test_a_required_argument_without_an_example_in_the_request_is_copied(engine: EngineScheduler) -> None:
     name = {"type": "string", "examples": ["lava lamp"]}
-    only = {"type": "object", "properties": {"name": name}}
     for required in (["name"], []):
-        tools = [{"type": "function", "function": {"name": "set", "parameters": {**only, "required": required}}}]
-        use = ToolUse(tools, must_call=True, arguments="examples")
+        use = setting({"properties": {"name": name}, "required": required}, "examples")
         assert accepts(engine, use, call("set", '{"name": "rome"}')) == bool(required)
         assert not accepts(engine, use, call("set", '{"name": "lava lamp"}'))
         assert accepts(engine, use, call("set", "{}")) == (not required)
@@ -308,14 +310,12 @@ def test_a_required_argument_without_an_example_in_the_request_is_copied(engine:
     "schema", [False, {"type": "integer", "minimum": 5, "maximum": 3}, {"enum": []}, {"anyOf": [False]}]
 )
 def test_call_omits_arguments_with_an_impossible_schema(engine: EngineScheduler, schema: Any) -> None:
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}, "none": schema}}
-    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
+    parameters = {"properties": {"city": {"type": "string"}, "none": schema}}
     for arguments in ("any", "copy"):
-        use = ToolUse(tools, must_call=True, arguments=arguments)
+        use = setting(parameters, arguments)
         assert accepts(engine, use, call("set", '{"city": "Rome"}'))
         assert not accepts(engine, use, call("set", '{"city": "Rome", "none": 1}'))
-    required = {"name": "set", "parameters": {**parameters, "required": ["none"]}}
-    use = ToolUse([{"type": "function", "function": required}], must_call=True, arguments="copy")
+    use = setting({**parameters, "required": ["none"]}, "copy")
     with pytest.raises(UsageError, match=r"^tool 'set': parameters: Unsatisfiable schema"):
         tool_prompt(engine, [QUESTION], use).constraint(engine)
 
@@ -340,9 +340,8 @@ NULL = {"type": "null"}
 def test_examples_limit_a_text_beside_other_types(
     engine: EngineScheduler, schema: dict[str, Any], accepted: list[Any], refused: list[Any]
 ) -> None:
-    tools = [{"type": "function", "function": {"name": "set", "parameters": {"properties": {"a": schema}}}}]
-    examples = {"a": ["ROME"]} if "title" in schema else {}
-    use = ToolUse(tools, must_call=True, arguments="examples", examples=examples)
+    use = setting({"properties": {"a": schema}}, "examples")
+    use = replace(use, examples={"a": ["ROME"]} if "title" in schema else {})
     for value in accepted + refused:
         text = call("set", json.dumps({"a": value}))
         assert accepts(engine, use, text) == (value in accepted), value
@@ -366,17 +365,13 @@ def test_examples_limit_a_text_beside_other_types(
 def test_examples_are_found_in_any_form_of_their_letters(
     engine: EngineScheduler, example: str, content: str, expected: bool
 ) -> None:
-    parameters = {"properties": {"a": {"type": "string", "examples": [example]}}}
-    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
-    use = ToolUse(tools, must_call=True, arguments="examples")
+    use = setting({"properties": {"a": {"type": "string", "examples": [example]}}}, "examples")
     text = call("set", json.dumps({"a": example}, ensure_ascii=False))
     assert accepts(engine, use, text, [{"role": "user", "content": content}]) == expected
 
 
 def test_an_example_occurs_in_one_message(engine: EngineScheduler) -> None:
-    parameters = {"properties": {"a": {"type": "string", "examples": ["lava lamp", "lamp"]}}}
-    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
-    use = ToolUse(tools, must_call=True, arguments="examples")
+    use = setting({"properties": {"a": {"type": "string", "examples": ["lava lamp", "lamp"]}}}, "examples")
     contents = (("user", "a lava"), ("assistant", "What?"), ("user", "lamp"), ("tool", "long " * 20_000))
     messages = [{"role": role, "content": content} for role, content in contents]
     for example, expected in (("lava lamp", False), ("lamp", True)):
@@ -386,9 +381,7 @@ def test_an_example_occurs_in_one_message(engine: EngineScheduler) -> None:
 @pytest.mark.parametrize("character", ["灯", "a ", "\x01"])
 def test_the_end_of_a_long_request_is_copied(engine: EngineScheduler, character: str) -> None:
     """Its words, as the grammar writes them, are limited, and not only the length of its text."""
-    parameters = {"properties": {"a": {"type": "string"}}, "required": ["a"]}
-    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
-    use = ToolUse(tools, must_call=True, arguments="copy")
+    use = setting({"properties": {"a": {"type": "string"}}, "required": ["a"]}, "copy")
     messages = [{"role": "user", "content": f"Oslo {character * 40_000} Rome"}]
     for city, expected in (("Rome", True), ("Oslo", False)):
         assert accepts(engine, use, call("set", json.dumps({"a": city})), messages) == expected
@@ -479,9 +472,8 @@ def test_a_grammar_of_a_learned_format_writes_the_spaces(engine: EngineScheduler
         "code": {"type": "string", "pattern": "^[0-9]+$"},
         "rooms": {"type": "array", "items": {"anyOf": [{"const": "hall"}, {"$ref": "#/$defs/room"}]}},
     }
-    parameters = {"type": "object", "properties": properties, "$defs": {"room": {"enum": ["loft"]}}}
-    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
-    prompt = tool_prompt(engine, [QUESTION], ToolUse(tools, must_call=True, arguments=kind))
+    use = setting({"properties": properties, "$defs": {"room": {"enum": ["loft"]}}}, kind)
+    prompt = tool_prompt(engine, [QUESTION], use)
     constraint = replace(prompt, format=LEARNED).constraint(engine)
     assert constraint is not None
 
