@@ -224,10 +224,7 @@ def describe_gguf(path: Path) -> tuple[int, str]:
 
 
 def cool_down(
-    device: Device,
-    options: BenchOptions,
-    log: Callable[[str], None],
-    sleep: Callable[[float], None] = time.sleep,
+    device: Device, options: BenchOptions, log: Callable[[str], None], sleep: Callable[[float], None] = time.sleep
 ) -> None:
     """Wait until the device has cooled to --max-temp, for at most --cool-down-minutes."""
     if not options.max_temp:

@@ -74,11 +74,7 @@ def profile(
     nnls_solver()  # raises before the measurement, which takes minutes
     source = source_shape(settings.profile_like) if settings.profile_like else SMOLLM2_135M
     design = DESIGNS[settings.profile_engine](source)
-    fitted = [
-        *design.stacks(),
-        *irregular_shapes(source, NUM_FITTED_IRREGULAR, FITTED_SEED),
-        *design.neighbours,
-    ]
+    fitted = [*design.stacks(), *irregular_shapes(source, NUM_FITTED_IRREGULAR, FITTED_SEED), *design.neighbours]
     held_out = irregular_shapes(source, settings.profile_held_out)
     is_llama_cpp = settings.profile_engine == "llama.cpp"
     bench_options = dataclasses.replace(

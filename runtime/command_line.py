@@ -36,9 +36,7 @@ GROUPS = {
         "corpus": Command("train.data.corpus", "write a training corpus as one file"),
         "fit": Command("train.family.fit", "choose a size of a run for a budget of bytes, time and memory"),
     },
-    "ship": {
-        "export": Command("export.cli", "write a checkpoint as GGUF, ONNX, ExecuTorch, ..."),
-    },
+    "ship": {"export": Command("export.cli", "write a checkpoint as GGUF, ONNX, ExecuTorch, ...")},
     "run": {
         "chat": Command("runtime.chat", "chat with an exported model in the terminal"),
         "serve": Command("server.cli", "serve models with OpenAI's HTTP interface"),

@@ -25,10 +25,7 @@ from .schemas.api_error import APIError
 
 
 def create_app(
-    pool: ModelPool,
-    options: AppOptions | None = None,
-    is_local: bool = False,
-    sampling: SamplingDefaults | None = None,
+    pool: ModelPool, options: AppOptions | None = None, is_local: bool = False, sampling: SamplingDefaults | None = None
 ) -> FastAPI:
     """Return an application that serves `pool` and closes it at shutdown.
 

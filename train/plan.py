@@ -16,13 +16,7 @@ from ..runtime.base.errors import ModelError, UsageError
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.chat_template import read_template_file
 from .checkpoint import state as training_state
-from .checkpoint.run_folder import (
-    FINISHED_FILE,
-    foreign_files,
-    is_finished,
-    newest_sound_checkpoint,
-    saved_config,
-)
+from .checkpoint.run_folder import FINISHED_FILE, foreign_files, is_finished, newest_sound_checkpoint, saved_config
 from .compute.distributed import Parallel
 from .compute.hardware import Hardware, choose_hardware
 from .compute.loss import frozen_copy

@@ -48,10 +48,7 @@ class LoweredProgram:
 
 
 def lower(
-    model: StaticDecoder,
-    partitioners: list[Any],
-    constants: dict[str, Any],
-    begin: Callable[[str], None],
+    model: StaticDecoder, partitioners: list[Any], constants: dict[str, Any], begin: Callable[[str], None]
 ) -> LoweredProgram:
     """Export forward(tokens [1, S], input_pos [1]), lower it and serialise it. `begin` is told the stages."""
     with torch.no_grad():
@@ -156,11 +153,7 @@ def _constant_methods(checkpoint: Checkpoint, context: int, custom_ops: bool) ->
 
 
 def _verify(
-    checkpoint: Checkpoint,
-    request: ExportRequest[ExecutorchOptions],
-    folder: Path,
-    context: int,
-    stored: StoredWeights,
+    checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path, context: int, stored: StoredWeights
 ) -> dict[str, dict[str, object]]:
     """Compare the written file in our engine with torch, on the source's weights (f32) or on the program's own."""
     request.clock.begin("verifying")

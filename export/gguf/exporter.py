@@ -231,12 +231,7 @@ def _verify_exact(
 
 
 def _verify_quantized(
-    checkpoint: Checkpoint,
-    request: ExportRequest[GgufOptions],
-    plan: GgufPlan,
-    file: Path,
-    name: str,
-    exact: Sample,
+    checkpoint: Checkpoint, request: ExportRequest[GgufOptions], plan: GgufPlan, file: Path, name: str, exact: Sample
 ) -> dict[str, dict[str, object]]:
     """Compare a quantised file with torch on its own weights, and with the logits `exact` of the F32 file."""
     with extra("train"):

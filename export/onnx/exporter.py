@@ -128,11 +128,7 @@ def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
             "pad_token_id": ends[0] if ends else 0,
             "decoder": decoder,
         },
-        "search": {
-            "max_length": checkpoint.context_length,
-            "do_sample": False,
-            "past_present_share_buffer": True,
-        },
+        "search": {"max_length": checkpoint.context_length, "do_sample": False, "past_present_share_buffer": True},
     }
 
 

@@ -127,10 +127,9 @@ def _has_no_reader() -> bool:
 def _describe(error: Exception) -> str:
     """Return the text of `error`, with a remedy for the OS errors that name none."""
     code = error.errno if isinstance(error, OSError) else None
-    remedy = {
-        errno.ENAMETOOLONG: "give a shorter name",
-        errno.EFBIG: f"{REASONS[errno.EFBIG]}; write elsewhere",
-    }.get(code or 0)
+    remedy = {errno.ENAMETOOLONG: "give a shorter name", errno.EFBIG: f"{REASONS[errno.EFBIG]}; write elsewhere"}.get(
+        code or 0
+    )
     return f"{error}; {remedy}" if remedy else str(error)
 
 

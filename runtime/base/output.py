@@ -27,12 +27,7 @@ Foreign = Callable[[Path], list[str]]
 
 
 def check_output(
-    path: Path,
-    overwrite: bool,
-    foreign: Foreign,
-    inputs: Iterable[str | Path],
-    remedy: str,
-    flag: str = "--output",
+    path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable[str | Path], remedy: str, flag: str = "--output"
 ) -> None:
     """Raise UsageError unless a command may replace the folder `path` without losing anything.
 
@@ -124,12 +119,7 @@ def _takes_files(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_output(
-    path: Path,
-    overwrite: bool,
-    foreign: Foreign,
-    inputs: Iterable[str | Path],
-    remedy: str,
-    flag: str = "--output",
+    path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable[str | Path], remedy: str, flag: str = "--output"
 ) -> Iterator[Path]:
     """Yield a temporary folder that replaces `path` if the block succeeds. If it raises, `path` stays as it was.
 

@@ -179,11 +179,7 @@ SETTINGS_BYTES = 2048
 
 
 def gguf_bytes(
-    architecture: Architecture,
-    quantize: str,
-    vocabulary: int,
-    output_type: str = "",
-    embedding_type: str = "",
+    architecture: Architecture, quantize: str, vocabulary: int, output_type: str = "", embedding_type: str = ""
 ) -> int:
     """Return the bytes of the GGUF of `architecture` in type `quantize` (a key of BODY).
 

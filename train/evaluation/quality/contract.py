@@ -203,12 +203,7 @@ def contract(quality: Quality, reference: Quality, reference_name: str) -> dict[
     if quality.answers and reference.answers:
         right, expected = quality.right, reference.right
         num_kept = sum(is_right and was_right for is_right, was_right in zip(right, expected, strict=True))
-        found["questions"] = {
-            "asked": len(right),
-            "reference": sum(expected),
-            "right": sum(right),
-            "kept": num_kept,
-        }
+        found["questions"] = {"asked": len(right), "reference": sum(expected), "right": sum(right), "kept": num_kept}
     return found
 
 
