@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +44,22 @@ def answers(engine: EngineScheduler, prompts: Sequence[Sequence[int]], tokens: i
     return [Generation(engine, prompt, AnswerOptions(tokens)) for prompt in prompts]
 
 
+def watch_passes(
+    engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch, before: Callable[[list[int]], Any] = list
+) -> list[int]:
+    """Return a list that gets the number of chunks of each pass. `before` is called with it when a pass begins."""
+    assert engine._engine is not None
+    extend, sizes = engine._engine.extend, list[int]()
+
+    def watched_extend(chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        sizes.append(len(chunks))
+        before(sizes)
+        return extend(chunks)
+
+    monkeypatch.setattr(engine._engine, "extend", watched_extend)
+    return sizes
+
+
 def test_answers_of_a_batch_equal_those_of_one_after_the_other(engine: EngineScheduler) -> None:
     alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
     together = answers(engine, PROMPTS)
@@ -51,15 +68,8 @@ def test_answers_of_a_batch_equal_those_of_one_after_the_other(engine: EngineSch
 
 
 def test_a_batch_is_one_pass(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engine._engine is not None
     monkeypatch.setattr(engine.traits, "speculation", None)  # else right proposals end some answers early
-    extend, passes = engine._engine.extend, []
-
-    def count(chunks: Sequence[object]) -> object:
-        passes.append(len(chunks))
-        return extend(chunks)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(engine._engine, "extend", count)
+    passes = watch_passes(engine, monkeypatch)
     answer_together(engine, answers(engine, PROMPTS, tokens=8))
     assert len(passes) <= 9
     assert passes.count(4) >= 7
@@ -144,6 +154,7 @@ def test_a_cache_grows_when_tokens_need_it_and_keeps_those_that_it_has(artefact:
 WITHOUT_MEMORY = """
 import resource, sys
 from pathlib import Path
+from typing import Any
 from efficientllm.runtime.base.errors import ContextOverflowError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation
@@ -244,14 +255,7 @@ def test_where_the_caches_are_full_the_youngest_waits(artefact: Path) -> None:
 def test_a_shared_prefix_takes_room_once(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four answers share 200 tokens in a cache of 512, where two prompts of their own would fit."""
     assert engine.cache_slots == 512
-    assert engine._engine is not None
-    extend, passes = engine._engine.extend, []
-
-    def count(chunks: Sequence[Chunk]) -> object:
-        passes.append(len(chunks))
-        return extend(chunks)
-
-    monkeypatch.setattr(engine._engine, "extend", count)
+    passes = watch_passes(engine, monkeypatch)
     prompts = [[*(5 + step % 290 for step in range(200)), 300 + index, 310] for index in range(4)]
     options = AnswerOptions(24, logit_bias=dict.fromkeys(engine.end_ids, -np.inf))
     generations = [Generation(engine, prompt, options) for prompt in prompts]
@@ -360,29 +364,17 @@ def test_a_pass_ends_early_only_if_all_its_answers_are_cancelled(
     generations = answers(engine, PROMPTS[:2])
     for generation in generations:
         generation.begin()
-    assert engine._engine is not None
-    extend = engine._engine.extend
-
-    def cancel_and_extend(chunks: Sequence[Chunk]) -> list[np.ndarray]:
-        assert all(generation.cancel() for generation in generations[:cancelled])
-        return extend(chunks)
-
-    monkeypatch.setattr(engine._engine, "extend", cancel_and_extend)
+    found = list[bool]()
+    watch_passes(engine, monkeypatch, lambda _: found.extend(each.cancel() for each in generations[:cancelled]))
     rows = engine.step([generation.lease for generation in generations])
     assert [row is None for row in rows] == [cancelled == 2] * 2
+    assert found == [True] * cancelled
 
 
 def test_threads_share_passes(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
-    assert engine._engine is not None
-    extend, sizes = engine._engine.extend, list[int]()
-
-    def slow_extend(chunks: Sequence[Chunk]) -> list[np.ndarray]:
-        sizes.append(len(chunks))
-        time.sleep(0.01)  # all other threads wait for their next pass meanwhile
-        return extend(chunks)
-
-    monkeypatch.setattr(engine._engine, "extend", slow_extend)
+    # all other threads wait for their next pass meanwhile
+    sizes = watch_passes(engine, monkeypatch, lambda _: time.sleep(0.01))
     monkeypatch.setattr(engine.traits, "speculation", None)
     monkeypatch.setattr(engine.traits, "pass_times", None)  # else the measured times may ask for passes of one answer
     with ThreadPoolExecutor(len(PROMPTS)) as threads:
@@ -395,17 +387,13 @@ def test_ctrl_c_in_one_thread_leaves_no_empty_pass_to_another(
 ) -> None:
     first, second = answers(engine, PROMPTS[:2])
     alone = "".join(answers(engine, PROMPTS[1:2])[0])
-    assert engine._engine is not None
-    extend, sizes = engine._engine.extend, list[int]()
 
-    def interrupt_the_first_shared_pass(chunks: Sequence[Chunk]) -> list[np.ndarray]:
-        sizes.append(len(chunks))
+    def interrupt_the_first_shared_pass(sizes: list[int]) -> None:
         time.sleep(0.01)  # the other thread waits for its next pass meanwhile
-        if len(chunks) == 2 and sizes.count(2) == 1:
+        if sizes[-1] == 2 and sizes.count(2) == 1:
             signal.raise_signal(signal.SIGINT)  # the main thread gets it, whichever evaluates
-        return extend(chunks)
 
-    monkeypatch.setattr(engine._engine, "extend", interrupt_the_first_shared_pass)
+    sizes = watch_passes(engine, monkeypatch, interrupt_the_first_shared_pass)
     monkeypatch.setattr(engine.traits, "speculation", None)
     monkeypatch.setattr(engine.traits, "pass_times", None)
     with ThreadPoolExecutor(1) as threads:
