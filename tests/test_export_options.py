@@ -281,6 +281,7 @@ def test_export_refuses_impossible_options_before_imports(save_tiny: Callable[..
         assert code == 2
         assert expected in error
         assert error.count("\n") == 1
+    assert not {"run", "out", "MODEL-gguf"} & {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("target", ["onnx", "gguf", "executorch"])

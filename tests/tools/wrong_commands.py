@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "train --source MODEL --data x": "--output is missing; name a folder for the run",
     "train --source MODEL --data x --output run --saliency taylor9 --target-ratio 0.8": "--saliency taylor9: unknown",
     "train --source MODEL --data x --output run --saliency fisher": "prunes nothing without a target",
+    "train --preset recover --data good.jsonl --output run": "prunes nothing without a target; give --target-ratio",
     "train --source no-such-folder --data x --output run": "--source no-such-folder: no such folder",
     "train --source MODEL --data no.txt --output run --prune none": "--data no.txt: no such file or folder",
     "train --source MODEL --data empty --output run --prune none": "--data empty: the folder holds no ",
