@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -12,9 +13,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from ..runtime.base.progress import PROGRESS_LOGGER
 from ..runtime.sampling import SamplingDefaults
 from .access.guard import LOCAL_HOSTS, Guard
-from .access.log import AccessLog
+from .access.log import AccessLog, escaped
 from .anthropic import AnthropicEndpoints
 from .endpoints import Endpoints
 from .llama_server import LlamaServerEndpoints
@@ -91,6 +93,8 @@ def refuse(scope: Any, error: APIError) -> JSONResponse:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(APIError)
     async def answer_api_error(request: Request, error: APIError) -> JSONResponse:
+        path, reason = escaped(request.url.path), escaped(str(error))  # clients such as Home Assistant show no reason
+        logging.getLogger(PROGRESS_LOGGER).warning("%s %s %d: %s", request.method, path, error.status, reason)
         return refuse(request.scope, error)
 
     @app.exception_handler(HTTPException)

@@ -502,6 +502,14 @@ def test_every_request_has_an_id_and_a_line(artefact: Path, capsys: pytest.Captu
     ]
 
 
+def test_a_refused_request_is_a_line_with_the_reason(artefact: Path, caplog: pytest.LogCaptureFixture) -> None:
+    body = {"model": "home", "messages": [{"role": "user", "content": "Hello"}]}
+    with served(artefact, AppOptions(), context=64) as address:
+        refused = httpx.post(f"{address}/api/chat", json=body)
+    assert refused.status_code == 404
+    assert f"POST /api/chat 404: {refused.json()['error']}" in caplog.messages
+
+
 @pytest.mark.parametrize(
     ("header", "status"), [("Bearer secret", 200), ("bearer secret", 200), ("secret", 401), ("Basic secret", 401)]
 )

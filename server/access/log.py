@@ -11,7 +11,13 @@ from typing import Any
 REQUEST_ID = b"x-request-id"
 """Header with the id of a request, in the answer and, if the client chooses the id, in the request."""
 
-MAX_PATH_CHARACTERS = 200
+MAX_CHARACTERS = 200
+"""Longest path or reason in a line."""
+
+
+def escaped(text: str) -> str:
+    """Return the begin of a client's text in a form that cannot begin a line or control a terminal."""
+    return text[:MAX_CHARACTERS].encode("unicode_escape").decode()
 
 
 class AccessLog:
@@ -44,8 +50,7 @@ class AccessLog:
         finally:
             if self.prints:
                 host, *_ = scope.get("client") or ("-",)
-                # a path is the client's text: escaped, it can neither begin a line nor add a column
-                path = scope["path"][:MAX_PATH_CHARACTERS].encode("unicode_escape").decode().replace(" ", "%20")
+                path = escaped(scope["path"]).replace(" ", "%20")
                 now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
                 seconds = time.perf_counter() - began
                 served = f"{status or '-'} {size} bytes {seconds:.3f} s {identity.decode()}"
