@@ -37,6 +37,11 @@ EXACT = ("--quantize", "f32", "--max-context", "128")
 """Flags of an exact ExecuTorch program that several tests read."""
 
 
+def export_f32(checkpoint: Path, output: Path | str, *more: str) -> int:
+    """Export a GGUF in F32 without comparing it with torch, and return the exit code."""
+    return export(checkpoint, "gguf", output, "--quantize", "f32", "--no-verify", *more)
+
+
 def export(checkpoint: Path, target: str, output: Path | str, *more: str) -> int:
     """Exit code of `efficientllm-export`."""
     return run_command(cli.body, [str(checkpoint), "--target", target, "--output", str(output), *more])

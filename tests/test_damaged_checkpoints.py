@@ -13,7 +13,7 @@ import torch
 from exporting import export
 from safetensors.torch import load_file, save_file
 from tiny import LLAMA3_ROPE, tiny_architecture, tiny_model
-from training import command, run
+from training import ERRORS, command, one_line, run
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.targets import EXPORTERS
@@ -60,13 +60,6 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "checkpoint"))
 
 
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
-
 def change(path: Path, **values: Any) -> None:
     """Replace values of a JSON file; None takes one out."""
     content = json.loads(path.read_text()) | values
@@ -76,7 +69,7 @@ def change(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize("target", EXPORTERS)
 @pytest.mark.parametrize(("file", "how"), CASES)
 def test_every_target_refuses_a_damaged_file_in_one_line(
-    file: str, how: str, target: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str, how: str, target: str, copy: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     (copy / file).write_bytes(DAMAGE[how]((copy / file).read_bytes()))
     assert export(copy, target, tmp_path / "out") == 2
@@ -87,7 +80,7 @@ def test_every_target_refuses_a_damaged_file_in_one_line(
 
 @pytest.mark.parametrize(("file", "how"), [case for case in CASES if case[0] != "chat_template.jinja"])
 def test_training_and_evaluation_refuse_a_damaged_file_in_one_line(
-    file: str, how: str, copy: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str, how: str, copy: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     (copy / file).write_bytes(DAMAGE[how]((copy / file).read_bytes()))
     assert run(command(copy, corpus, tmp_path / "run")) == 2
@@ -107,7 +100,7 @@ def test_training_and_evaluation_refuse_a_damaged_file_in_one_line(
     ],
 )
 def test_a_missing_file_is_named(
-    file: str, message: str, target: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str, message: str, target: str, copy: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     (copy / file).unlink()
     assert export(copy, target, tmp_path / "out") == 2
@@ -144,13 +137,7 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize("target", EXPORTERS)
 @pytest.mark.parametrize(("file", "values", "message"), SETTINGS)
 def test_a_setting_of_another_kind_is_named(
-    file: str,
-    values: dict[str, Any],
-    message: str,
-    target: str,
-    copy: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    file: str, values: dict[str, Any], message: str, target: str, copy: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     change(copy / file, **values)
     assert export(copy, target, tmp_path / "out") == 2
@@ -159,7 +146,7 @@ def test_a_setting_of_another_kind_is_named(
 
 @pytest.mark.parametrize("target", EXPORTERS)
 def test_tokens_without_a_row_in_the_embedding_are_refused(
-    target: str, copy: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target: str, copy: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     data = json.loads((copy / "tokenizer.json").read_text())
     data["added_tokens"].append(data["added_tokens"][0] | {"id": 400, "content": "<|tool|>"})
@@ -172,7 +159,7 @@ def test_tokens_without_a_row_in_the_embedding_are_refused(
 
 @pytest.mark.parametrize("target", EXPORTERS)
 def test_weights_of_a_type_that_cannot_be_read_are_refused(
-    target: str, copy: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target: str, copy: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     file = copy / "model-00002-of-00002.safetensors"
     tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
@@ -185,7 +172,7 @@ def test_weights_of_a_type_that_cannot_be_read_are_refused(
 
 @pytest.mark.parametrize("template", ["{{ messages / 0 }}", "{{ 1 // 0 }}", "{% for message in 5 %}{% endfor %}", " "])
 def test_a_chat_template_that_cannot_be_rendered_is_refused(
-    template: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    template: str, copy: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     (copy / "chat_template.jinja").write_text(template)
     assert export(copy, "onnx", tmp_path / "out") == 2
@@ -193,17 +180,13 @@ def test_a_chat_template_that_cannot_be_rendered_is_refused(
 
 
 @pytest.mark.parametrize("slots", ["0", "1", "-5"])
-def test_a_cache_without_room_is_refused(
-    slots: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cache_without_room_is_refused(slots: str, copy: Path, tmp_path: Path, capsys: ERRORS) -> None:
     assert export(copy, "executorch", tmp_path / "out", f"--max-context={slots}") == 2
     assert "--max-context" in one_line(capsys)
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "LICENSE", "config.json"])
-def test_export_refuses_a_link_out_of_the_folder(
-    name: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_refuses_a_link_out_of_the_folder(name: str, copy: Path, tmp_path: Path, capsys: ERRORS) -> None:
     """A downloaded folder could carry a private file into what is published."""
     private = tmp_path / "private"
     private.write_bytes((copy / name).read_bytes() if (copy / name).is_file() else b"secret")
@@ -231,7 +214,7 @@ def test_export_reads_links_of_the_hubs_cache_and_links_of_weights(copy: Path, t
     assert export(tmp_path / "apart", "hf-uniform", tmp_path / "out2") == 0
 
 
-def test_empty_vocabulary_gives_one_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_vocabulary_gives_one_line(copy: Path, tmp_path: Path, capsys: ERRORS) -> None:
     path = copy / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     tokenizer["model"] |= {"vocab": {}, "merges": []}
@@ -240,7 +223,7 @@ def test_empty_vocabulary_gives_one_line(copy: Path, tmp_path: Path, capsys: pyt
     assert "tokenizer.json gives no tokens for a text; its vocabulary is empty" in capsys.readouterr().err
 
 
-def test_index_without_metadata_gives_one_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_without_metadata_gives_one_line(copy: Path, tmp_path: Path, capsys: ERRORS) -> None:
     path = copy / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"]}))
     assert export(copy, "onnx", tmp_path / "out") == 2
@@ -249,7 +232,7 @@ def test_index_without_metadata_gives_one_line(copy: Path, tmp_path: Path, capsy
 
 @pytest.mark.parametrize("target", ["onnx", "gguf"])
 def test_odd_number_of_rotated_channels_gives_one_line(
-    target: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: ERRORS
 ) -> None:
     shape = tiny_architecture("gpt_neox", head_dim=20)
     folder = save_tiny(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from disks import grow, small_disk
 from safetensors import SafetensorError
-from training import command, expect_equal_weights, run
+from training import ERRORS, command, expect_equal_weights, run
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base import files as disk
@@ -23,8 +23,6 @@ from efficientllm.runtime.base.output import check_place
 from efficientllm.train.checkpoint import state as training_state
 from efficientllm.train.checkpoint.run_folder import damage
 from efficientllm.train.reporting.metrics import MetricsWriter
-
-ERRORS = pytest.CaptureFixture[str]
 
 
 def error_line(capsys: ERRORS) -> str:

@@ -15,8 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+from exporting import export_f32
 from huggingface_hub import HfApi
-from training import command, expect_equal_weights, expect_same_run, metrics, run, run_until, weights, without
+from training import (
+    ERRORS,
+    command,
+    expect_equal_weights,
+    expect_same_run,
+    metrics,
+    one_line,
+    run,
+    run_until,
+    weights,
+    without,
+)
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base import flags
@@ -29,8 +41,6 @@ from efficientllm.train.checkpoint import writer
 from efficientllm.train.checkpoint.run_folder import damage, foreign_files
 from efficientllm.train.measuring import Measuring
 from efficientllm.train.training_step import TrainingStep
-
-ERRORS = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +65,6 @@ def interrupted(source_folder: Path, corpus: Path, tmp_path_factory: pytest.Temp
 @pytest.fixture
 def copy(interrupted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(interrupted, tmp_path / "run"))
-
-
-def one_line(capsys: ERRORS) -> str:
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1, error
-    return error[0]
 
 
 # -- what --overwrite may delete
@@ -180,27 +184,22 @@ def test_overwrite_empties_no_folder_that_it_cannot_rename(tmp_path: Path, monke
     assert os.listdir(tmp_path) == ["mounted"]
 
 
-def export(checkpoint: Path, output: Path) -> int:
-    arguments = [str(checkpoint), "--target", "gguf", "--quantize", "f32", "--no-verify", "--output", str(output)]
-    return run_command(export_cli.body, [*arguments, "--overwrite"])
-
-
 def test_export_keeps_its_source(straight: Path, tmp_path: Path, capsys: ERRORS) -> None:
     folder = Path(shutil.copytree(straight, tmp_path / "run"))
     for output in (folder, folder / "model", tmp_path):
-        assert export(folder / "model", output) == 2
+        assert export_f32(folder / "model", output, "--overwrite") == 2
         assert "which is read; name another folder" in one_line(capsys)
     assert (folder / "model" / "model.safetensors").is_file()
 
 
 def test_an_export_replaces_artefacts_only(straight: Path, tmp_path: Path, capsys: ERRORS) -> None:
     (tmp_path / "precious" / "photos").mkdir(parents=True)
-    assert export(straight, tmp_path / "precious") == 2
+    assert export_f32(straight, tmp_path / "precious", "--overwrite") == 2
     assert "holds photos, not written by this command" in one_line(capsys)
-    assert export(straight, tmp_path / "gguf") == 0
-    assert export(straight, tmp_path / "gguf") == 0
+    assert export_f32(straight, tmp_path / "gguf", "--overwrite") == 0
+    assert export_f32(straight, tmp_path / "gguf", "--overwrite") == 0
     (tmp_path / "gguf" / "thesis.tex").write_text("mine")
-    assert export(straight, tmp_path / "gguf") == 2
+    assert export_f32(straight, tmp_path / "gguf", "--overwrite") == 2
     assert (tmp_path / "gguf" / "thesis.tex").is_file()
 
 
@@ -225,7 +224,7 @@ def test_two_runs_in_one_output_are_refused_and_a_killed_one_lets_go(
     assert holder.stdout.readline() == "held\n"
     assert run(command(source_folder, corpus, folder)) == 2
     assert f"is being written by process {holder.pid} on " in one_line(capsys)
-    assert export(source_folder, folder) == 2
+    assert export_f32(source_folder, folder, "--overwrite") == 2
     assert f"process {holder.pid}" in one_line(capsys)
     holder.kill()
     holder.communicate()

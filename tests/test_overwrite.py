@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import command, run
+from training import ERRORS, command, run
 
 from efficientllm.train import run as training_run
 from efficientllm.train import trainer
@@ -22,8 +22,6 @@ from efficientllm.train.checkpoint.run_folder import (
     stash_run,
 )
 from efficientllm.train.data import packing
-
-ERRORS = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")

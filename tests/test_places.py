@@ -9,29 +9,14 @@ from typing import Any
 
 import pytest
 from disks import read_only, small_disk
-from training import command, metrics, run
+from exporting import export_f32
+from training import ERRORS, command, metrics, one_line, run
 
-from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base import output as outputs
-from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.output import LOCK_NAME, check_output, check_place, locked_output
 from efficientllm.train import trainer
 from efficientllm.train.reporting.metrics import MetricsWriter, RunProgress, read_metrics
-
-ERRORS = pytest.CaptureFixture[str]
-
-
-def export(checkpoint: Path, output: Path | str, *more: str) -> int:
-    arguments = [str(checkpoint), "--target", "gguf", "--quantize", "f32", "--no-verify", "--output", str(output)]
-    return run_command(export_cli.body, [*arguments, *more])
-
-
-def error_line(capsys: ERRORS) -> str:
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ")
-    return line
-
 
 # -- links and mounted folders
 
@@ -40,7 +25,7 @@ def test_export_into_a_link_replaces_its_target(source_folder: Path, tmp_path: P
     (tmp_path / "volume").mkdir()
     (tmp_path / "link").symlink_to("volume/artefact")  # leads nowhere yet
     for more in ([], ["--overwrite"]):
-        assert export(source_folder, tmp_path / "link", *more) == 0
+        assert export_f32(source_folder, tmp_path / "link", *more) == 0
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "volume" / "artefact" / "manifest.json").is_file()
         assert os.listdir(tmp_path / "volume") == ["artefact"]
@@ -62,9 +47,9 @@ def test_circular_links_and_impossible_names_give_one_line(
     (tmp_path / "file").write_text("x")
     for name in ("circle", "a\0b", "\udcff", "circle/run", "file/run", "x" * 300):
         assert run(command(source_folder, corpus, tmp_path / name)) == 2, name
-        error_line(capsys)
-        assert export(source_folder, tmp_path / name) == 2, name
-        error_line(capsys)
+        one_line(capsys)
+        assert export_f32(source_folder, tmp_path / name) == 2, name
+        one_line(capsys)
     assert sorted(os.listdir(tmp_path)) == ["circle", "file"]
 
 
@@ -88,8 +73,8 @@ def test_a_volume_below_a_read_only_folder_holds_runs_and_artefacts(
         with locked_output(volume):
             capsys.readouterr()
             assert run(command(source_folder, corpus, volume, "--overwrite")) == 2
-            assert "is being written by process" in error_line(capsys)
-        assert export(volume / "model", volume / "gguf") == 0
+            assert "is being written by process" in one_line(capsys)
+        assert export_f32(volume / "model", volume / "gguf") == 0
         assert run(command(source_folder, corpus, tmp_path / "outer" / "run")) == 2
         assert "outer cannot be written; name another folder" in capsys.readouterr().err
 
@@ -98,8 +83,8 @@ def test_an_export_does_not_take_the_place_of_a_mounted_folder(
     source_folder: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     with small_disk(tmp_path / "disk", 20_000) as folder:
-        assert export(source_folder, folder) == 2
-        assert "is a mount point, which cannot be replaced; name a folder in it" in error_line(capsys)
+        assert export_f32(source_folder, folder) == 2
+        assert "is a mount point, which cannot be replaced; name a folder in it" in one_line(capsys)
 
 
 def test_a_place_that_cannot_be_written_is_found_before_anything_is_done(
@@ -129,9 +114,9 @@ def test_wrong_configuration_gives_one_line(tmp_path: Path, capsys: ERRORS) -> N
     for content in (b"\xff\xfe\x00binary", b"tokens = ", b"a = " + b"[" * 100_000, b"tokens = 1\n\0"):
         path.write_bytes(content)
         assert run(["--config", str(path), "--output", str(tmp_path / "run")]) == 2
-        assert f"--config {path}: not valid TOML: " in error_line(capsys)
+        assert f"--config {path}: not valid TOML: " in one_line(capsys)
     assert run(["--config", str(tmp_path), "--output", str(tmp_path / "run")]) == 2
-    assert str(tmp_path) in error_line(capsys)
+    assert str(tmp_path) in one_line(capsys)
 
 
 NOISE = [b"\xff\xfe\x00", b'{"step": 3, "tok', b"[1, 2]", b"{}", b'{"step": "x", "tokens": 1}', b"[" * 100_000]

@@ -23,6 +23,14 @@ SETTINGS = [
 ]
 """20 steps that remove something in most."""
 TIMES = ("seconds", "data_seconds", "tokens_per_second")
+ERRORS = pytest.CaptureFixture[str]
+
+
+def one_line(capsys: ERRORS) -> str:
+    """Return the error of a command, which is all that it wrote to its standard error."""
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
 def command(source: Path, corpus: Path, output: Path, *more: str) -> list[str]:
