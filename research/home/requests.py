@@ -40,6 +40,9 @@ SWITCHED = ("light", "switch", "fan", "lock", "cover", "valve")
 PLAYER_TOOLS = ("HassMedia", "HassSetVolume")
 """Starts of the tools for media players, whose name a request may leave out."""
 
+MEASURES = {"{percent}", "{humidity}", "{degrees}"}
+"""Values that have a largest one."""
+
 FAILURES = 0.07
 """Share of acts whose result is an error."""
 
@@ -381,14 +384,21 @@ class Speaker:
 
     def _impossible(self) -> list[Turn]:
         """Draw a request that the device cannot fulfil, or a value out of range."""
-        if self.chance.random() < 0.35:
+        if self.chance.random() < 0.5:
             target = self._single_target()
-            action = self._action(target.domain, False) if target else {}
-            ranged = {"{percent}", "{humidity}", "{degrees}"} & {*map(str, action.get("arguments", {}).values())}
-            if target is None or not ranged:
+            actions = [
+                each
+                for each in PHRASES["actions"]
+                if target
+                and target.domain in each["domains"]
+                and MEASURES & {*map(str, each.get("arguments", {}).values())}
+            ]
+            if target is None or not actions:
                 return []
+            action = self.chance.choice(actions)
+            (value,) = action["arguments"].values()
             number = str(self.chance.choice((101, 110, 120, 130, 150, 175, 200, 250, 300, 400, 500, 999, 1000)))
-            text, _ = self._fill(action, target.said, ranged.pop().strip("{}"), number)
+            text, _ = self._fill(action, target.said, value.strip("{}"), number)
             return [Turn("impossible", self._polite(text), OUT_OF_RANGE)]
         group = self.chance.choice(PHRASES["unable"])
         entity = self._one_of(group["domains"])
@@ -572,9 +582,9 @@ class Speaker:
 
 
 KINDS: Mapping[str, float] = {
-    "device": 40, "group": 13, "two": 18, "follow_up": 6, "fails": 3, "asks_back": 6,
+    "device": 40, "group": 13, "two": 18, "follow_up": 6, "fails": 3, "asks_back": 3,
     "script": 3, "calendar": 2, "question": 7, "sensor": 4, "which": 3, "past": 4, "exists": 1.5, "list": 3,
-    "time": 1.5, "unrelated": 6, "unknown": 15, "impossible": 22, "negation": 7, "talk": 3,
+    "time": 1.5, "unrelated": 6, "unknown": 15, "impossible": 20, "negation": 7, "talk": 3,
 }  # fmt: skip
 """How often a request is of a kind."""
 
