@@ -36,6 +36,12 @@ ANNOTATIONS = {"title", "description", "examples", "default", "deprecated"}
 
 DEFINITIONS = ("$defs", "definitions")
 
+NUMBERS = {
+    "integer": "/-?(0|[1-9][0-9]{0,15})/",
+    "number": r"/-?(0|[1-9][0-9]{0,15})(\.[0-9]{1,15})?([eE][-+]?[0-9]{1,3})?/",
+}
+"""Expressions of numbers. Small models write digits without end where JSON allows it."""
+
 OBJECT_KEYWORDS = ANNOTATIONS | {"type", "properties", "required", "additionalProperties", "$schema"} | {*DEFINITIONS}
 """Keywords of parameters whose arguments may be copied."""
 
@@ -224,6 +230,8 @@ class CopiedArguments:
             annotations = {key: schema[key] for key in ("examples", "default") if key in schema}
             schemas = [_with_annotations(each, annotations) for each in schema["anyOf"]]
             return _one_of([self._value(each, definitions, format) for each in schemas])
+        if _keywords(schema) == {"type"} and schema["type"] in ("integer", "number"):
+            return NUMBERS[schema["type"]]
         if not _is_free_text(schema):
             return _json({**definitions, **schema}, format)
         others = [each for each in _types(schema) if each != "string"]

@@ -335,9 +335,10 @@ NULL = {"type": "null"}
         ({"anyOf": [{"type": "string"}, NULL], "title": "The file has examples."}, [None, "ROME"], ["Rome", "Oslo"]),
         ({"type": "string", "default": "loft"}, ["Rome", "loft"], ["Oslo"]),
         ({"type": "string", "examples": ["", " ", 3]}, ["Rome"], [" "]),
+        ({"type": "number"}, [21.5, -3, 1e-07], [0.1234567890123456, 12345678901234567, "Rome"]),
     ],
 )
-def test_examples_limit_a_text_beside_other_types(
+def test_arguments_are_examples_or_values_of_other_types(
     engine: EngineScheduler, schema: dict[str, Any], accepted: list[Any], refused: list[Any]
 ) -> None:
     use = setting({"properties": {"a": schema}}, "examples")
