@@ -17,6 +17,9 @@ from typing import Any
 
 START_SECONDS = 120
 
+FLAGS = ("--tool-arguments", "listed", "--context", "2048")
+"""Flags for a home: names that Home Assistant lists, and an answer without end that stays short."""
+
 
 @dataclass
 class Client:
@@ -58,7 +61,7 @@ class Client:
 
 @contextlib.contextmanager
 def served(artefact: Path, flags: Sequence[str] = ()) -> Iterator[Client]:
-    """Serve an artefact as the model "home" on a free port, with arguments that Home Assistant lists.
+    """Serve an artefact as the model "home" on a free port, with `FLAGS` and then `flags`.
 
     Raises SystemExit if the server ends or does not answer.
     """
@@ -73,6 +76,7 @@ def served(artefact: Path, flags: Sequence[str] = ()) -> Iterator[Client]:
         f"home={artefact}",
         "--port",
         str(port),
+        *FLAGS,
         *flags,
     ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
