@@ -17,6 +17,7 @@ import pytest
 from answering import answer_of, answer_together
 from exporting import export
 
+from efficientllm.runtime.engines import answer_loop
 from efficientllm.runtime.engines.batch import LONG_CHAT, RESERVED_TOKENS, Batch
 from efficientllm.runtime.engines.cache_pool import MAX_PARKED_CHATS, Lease
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
@@ -385,11 +386,14 @@ def test_ctrl_c_in_one_thread_leaves_no_empty_pass_to_another(
     alone = "".join(answers(engine, PROMPTS[1:2])[0])
 
     def interrupt_the_first_shared_pass(sizes: list[int]) -> None:
-        time.sleep(0.01)  # the other thread waits for its next pass meanwhile
+        until = time.monotonic() + 5
+        while len(sizes) == 1 and not engine.answers._arrived and time.monotonic() < until:
+            time.sleep(0.001)  # the other thread has not asked yet
         if sizes[-1] == 2 and sizes.count(2) == 1:
             signal.raise_signal(signal.SIGINT)  # the main thread gets it, whichever evaluates
 
     sizes = watch_passes(engine, monkeypatch, interrupt_the_first_shared_pass)
+    monkeypatch.setattr(answer_loop, "TOGETHER_SECONDS", 1)  # a busy machine is slow to ask again
     monkeypatch.setattr(engine.traits, "speculation", None)
     monkeypatch.setattr(engine.traits, "pass_times", None)
     with ThreadPoolExecutor(1) as threads:
