@@ -10,19 +10,16 @@ import json
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
 from ..runtime.base.errors import UsageError
-from ..runtime.base.ggml_types import FILE_TYPES, TENSOR_TYPES
-from ..runtime.base.gguf_header import READ_ERRORS, read_header
 from ..runtime.base.progress import PROGRESS_LOGGER
 from ..runtime.base.quantities import format_duration
 from ..runtime.base.user_cache import commit
-from ..runtime.engines.artefact import Artefact
+from ..runtime.engines.artefact import Artefact, describe_gguf
 from ..runtime.engines.engine import CacheChoice, find_engine
 from ..runtime.latency.profile import DeviceProfile
 from .device import Device, DeviceOptions, open_device
@@ -200,27 +197,7 @@ def describe(artefact: Artefact) -> tuple[int, str]:
     """Return parameters and weight type from the manifest, or from the header of a bare .gguf file."""
     if artefact.manifest is not None:
         return artefact.manifest.architecture.get("num_parameters", 0), artefact.manifest.quantization
-    return describe_gguf(artefact.model_file) if artefact.model_file.suffix == ".gguf" else (0, "")
-
-
-def describe_gguf(path: Path) -> tuple[int, str]:
-    """Return parameters and weight type from the header of a .gguf file, and (0, "") if it is damaged.
-
-    A file without general.file_type has the type that most of its weights have.
-    """
-    try:
-        header = read_header(path)
-    except READ_ERRORS:
-        return 0, ""
-    weights_by_type: Counter[int] = Counter()
-    for tensor in header.tensors:
-        weights_by_type[tensor.kind] += tensor.num_elements
-    if not weights_by_type:
-        return 0, ""
-    commonest = max(weights_by_type, key=weights_by_type.__getitem__)
-    names = {number: name for name, number in FILE_TYPES.items()}
-    of_tensor = next((name for name, each in TENSOR_TYPES.items() if each.number == commonest), "")
-    return weights_by_type.total(), names.get(header.values.get("general.file_type", -1), of_tensor)
+    return describe_gguf(artefact.model_file)[1:] if artefact.model_file.suffix == ".gguf" else (0, "")
 
 
 def cool_down(

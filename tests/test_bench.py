@@ -15,7 +15,7 @@ from made_up import LAPTOP, FakeDevice, speed
 from tiny import tiny_architecture
 
 from efficientllm.devices import board_environment, cli, local, run_table
-from efficientllm.devices.bench import bench, cool_down, describe_gguf
+from efficientllm.devices.bench import bench, cool_down
 from efficientllm.devices.device import DeviceOptions
 from efficientllm.devices.local import LocalDevice, parse_measurement
 from efficientllm.devices.measure import EngineTests
@@ -26,7 +26,7 @@ from efficientllm.runtime.base.child import ProcessResult, run_python
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, DeviceError
 from efficientllm.runtime.base.ggml_types import FILE_TYPES, TENSOR_TYPES
-from efficientllm.runtime.engines.artefact import Artefact
+from efficientllm.runtime.engines.artefact import Artefact, describe_gguf
 from efficientllm.runtime.engines.cache_pool import common_length
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.tuning import CANDIDATES
@@ -218,7 +218,7 @@ def test_a_bare_gguf_file_tells_its_parameters_and_type(tmp_path: Path) -> None:
     (made,) = make_artefacts([shape], "llama.cpp", "q8_0", 128, tmp_path, lambda line: None)
     file = made.model_file
     weights = 2 * 128 * 64 * (4 + 4) + 3 * 128 * (96 + 64) + 512 * 128 + 5 * 128
-    assert describe_gguf(file) == (weights, "q8_0")
+    assert describe_gguf(file)[1:] == (weights, "q8_0")
     whole = file.read_bytes()
     for damaged in (
         b"",
@@ -229,7 +229,7 @@ def test_a_bare_gguf_file_tells_its_parameters_and_type(tmp_path: Path) -> None:
         whole[:24] + bytes([9]) * 500,
     ):
         file.write_bytes(damaged)
-        assert describe_gguf(file) == (0, "")
+        assert describe_gguf(file)[1:] == (0, "")
 
 
 def test_types_are_called_as_the_format_calls_them() -> None:

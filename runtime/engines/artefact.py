@@ -8,13 +8,14 @@ import json
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import ArtefactError
 from ..base.files import sha256_of
-from ..base.ggml_types import FILE_TYPES
+from ..base.ggml_types import FILE_TYPES, TENSOR_TYPES
 from ..base.gguf_header import READ_ERRORS, read_header
 from ..base.model_names import demo_source_path, may_be_hub_id, source_path
 from .file_cache import cached
@@ -229,13 +230,7 @@ class Artefact:
         if manifest := self.known_manifest:
             shape = manifest.architecture
             return shape.get("family", ""), shape.get("num_parameters", 0), manifest.quantization
-        try:
-            header = read_header(self.model_file)
-        except READ_ERRORS:  # a file of another engine
-            return "", 0, ""
-        names = {number: name for name, number in FILE_TYPES.items()}
-        kind = names.get(header.values.get("general.file_type", -1), "")
-        return header.values.get("general.architecture", ""), sum(each.num_elements for each in header.tensors), kind
+        return describe_gguf(self.model_file)
 
     @property
     def folder(self) -> Path:
@@ -255,3 +250,24 @@ class Artefact:
     def cache_bytes(self, slots: int, element_bytes: int) -> int:
         """Return the size of a KV cache of `slots` tokens, 0 without a manifest."""
         return self.manifest.cache_bytes(slots, element_bytes) if self.manifest else 0
+
+
+def describe_gguf(path: Path) -> tuple[str, int, str]:
+    """Return (family, number of parameters, weight type) from a GGUF's header, and ("", 0, "") for other files.
+
+    A file without general.file_type has the type that most of its weights have.
+    """
+    try:
+        header = read_header(path)
+    except READ_ERRORS:
+        return "", 0, ""
+    weights_by_type: Counter[int] = Counter()
+    for tensor in header.tensors:
+        weights_by_type[tensor.kind] += tensor.num_elements
+    if not weights_by_type:
+        return "", 0, ""
+    commonest = max(weights_by_type, key=weights_by_type.__getitem__)
+    names = {number: name for name, number in FILE_TYPES.items()}
+    of_tensor = next((name for name, each in TENSOR_TYPES.items() if each.number == commonest), "")
+    kind = names.get(header.values.get("general.file_type", -1), of_tensor)
+    return header.values.get("general.architecture", ""), weights_by_type.total(), kind
