@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import sys
@@ -239,7 +240,7 @@ class LlamaContext:
 
     def restore_sequence(self, sequence: int, state: memoryview, length: int) -> bool:
         """Fill an empty sequence with a state, see `StateKeeper`."""
-        buffer = (ctypes.c_ubyte * len(state)).from_buffer(state)
+        buffer, is_good = (ctypes.c_ubyte * len(state)).from_buffer(state), False
         while True:
             read = self._llama.llama_state_seq_set_data(self._context, buffer, len(state), sequence)
             last = self._llama.llama_memory_seq_pos_max(self._memory, sequence)
@@ -250,15 +251,18 @@ class LlamaContext:
             self._llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
             if self._open_slots >= self.slots:
                 return False
-            try:  # in a context of its own first, because a bad state must not make the cache grow
-                other = LlamaContext(self._model, self.threads, self._attention, length, 1)
-                is_good = other.restore_sequence(0, state, length)
-                other.close()
+            try:
+                is_good = is_good or self._can_read(state, length)
                 if not is_good:
                     return False
                 self._grow()
             except EfficientLLMError:
                 return False
+
+    def _can_read(self, state: memoryview, length: int) -> bool:
+        """Tell whether a context of its own reads a state: a bad one must not make the cache grow."""
+        with contextlib.closing(LlamaContext(self._model, self.threads, self._attention, length, 1)) as other:
+            return other.restore_sequence(0, state, length)
 
     def close(self) -> None:
         """Free the context and its caches."""
