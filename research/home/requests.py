@@ -40,8 +40,12 @@ SWITCHED = ("light", "switch", "fan", "lock", "cover", "valve")
 PLAYER_TOOLS = ("HassMedia", "HassSetVolume")
 """Starts of the tools for media players, whose name a request may leave out."""
 
-MEASURES = {"{percent}", "{humidity}", "{degrees}"}
-"""Values that have a largest one."""
+RANGED = [
+    each
+    for each in PHRASES["actions"]
+    if {"{percent}", "{humidity}", "{degrees}"} & {*map(str, each.get("arguments", {}).values())}
+]
+"""Actions whose value has a largest one."""
 
 FAILURES = 0.07
 """Share of acts whose result is an error."""
@@ -386,13 +390,8 @@ class Speaker:
         """Draw a request that the device cannot fulfil, or a value out of range."""
         if self.chance.random() < 0.5:
             target = self._single_target()
-            actions = [
-                each
-                for each in PHRASES["actions"]
-                if target
-                and target.domain in each["domains"]
-                and MEASURES & {*map(str, each.get("arguments", {}).values())}
-            ]
+            domain = target.domain if target else ""
+            actions = [each for each in RANGED if domain in each["domains"]]
             if target is None or not actions:
                 return []
             action = self.chance.choice(actions)

@@ -16,7 +16,7 @@ MAX_CHARACTERS = 200
 
 
 def escaped(text: str) -> str:
-    """Return the begin of a client's text in a form that cannot begin a line or control a terminal."""
+    """Return the beginning of a client's text in a form that cannot begin a line or control a terminal."""
     return text[:MAX_CHARACTERS].encode("unicode_escape").decode()
 
 

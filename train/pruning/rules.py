@@ -19,7 +19,7 @@ class SelectionRules:
     width_multiple: int = 32
     """Multiple of FFN and hidden widths, in channels."""
     uniform: bool = False
-    """Whether every layer loses a unit at once, so that equal layers stay equal."""
+    """True if every layer loses a unit at once, so that equal layers stay equal."""
     floor: Architecture | None = None
     """Smallest widths, layer by layer (an explicit target architecture)."""
     blocks: tuple[str, ...] = ()
