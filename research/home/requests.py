@@ -122,6 +122,8 @@ class Speaker:
         while True:
             self.is_command = self.is_unseen = False
             drawn = kind or self.chance.choices([*KINDS], [*KINDS.values()])[0]
+            if kind is None and self.last is not None and self.chance.random() < 0.25:
+                drawn = "follow_up"
             found: list[Turn] = getattr(self, f"_{drawn}")()
             if drawn != "follow_up":
                 self.last = self.last if found and drawn in ("device", "group", "two", "fails") else None
@@ -150,16 +152,14 @@ class Speaker:
         if first is None:
             return []
         text, call, action, target = first
-        others = [each for each in self.home.of(target.domain) if each != target.entity]
-        if target.entity and others and self.chance.random() < 0.4:
-            other = self._target_of(self.chance.choice(others))
-            both = f"{target.said} and {other.said}"
-            text, values = self._fill(action, both)
-            calls = [(action["tool"], {**target.arguments(action["tool"]), **values})]
-            calls.append((action["tool"], {**other.arguments(action["tool"]), **values}))
+        other = self._other(target)
+        if other is not None and self.chance.random() < 0.4:
+            text, values = self._fill(action, f"{target.said} and {other.said}")
+            calls = [(action["tool"], {**each.arguments(action["tool"]), **values}) for each in (target, other)]
         else:
-            second = self._act(is_group=self.chance.random() < 0.2)
-            is_same = second is not None and second[3].entity is not None and second[3].entity == target.entity
+            is_same_again = self.chance.random() < 0.15
+            second = self._act_on(self._again(target)) if is_same_again else self._act(self.chance.random() < 0.2)
+            is_same = second is not None and replace(second[3], said=target.said) == target
             if second is None or second[1] == call or (is_same and not {**action, **second[2]}.get("arguments")):
                 return []
             text = text.rstrip(".") + self._one("joins") + second[0]
@@ -186,25 +186,40 @@ class Speaker:
             return [Turn("follow_up", self._polite(text), DONE, [(other, target.arguments(other))], [DONE_RESULT])]
         if "{item}" in str(action) or "{query}" in str(action):
             return []
+        if self.chance.random() < 0.4:
+            text, call, _, _ = self._act_on(self._again(target))
+            return [Turn("follow_up", self._polite(text), DONE, [call], [DONE_RESULT])]
         _, values = self._fill(action, "")
         if any(value != action.get("arguments", {}).get(name) for name, value in values.items()):
             return []  # a drawn value, which the follow-up does not say
-        if target.entity is not None:
-            others = [each for each in self.home.of(target.domain) if each != target.entity]
-            if not others:
-                return []
-            new = self._target_of(self.chance.choice(others))
-        else:
-            areas = [area for area in self.home.areas if area != target.area and self.home.of(target.domain, area)]
-            if not areas or not target.area:
-                return []
-            area = self.chance.choice(areas)
-            new = Target(
-                self.chance.choice((f"the {area.lower()}", f"in the {area.lower()}")), target.domain, None, area
-            )
+        new = self._other(target)
+        if new is None:
+            return []
+        if new.entity is None:
+            new = replace(new, said=self.chance.choice((f"the {new.area.lower()}", f"in the {new.area.lower()}")))
         text = self._one("follow_ups", "same").replace("{it}", new.said)
         self.last = (action, new)
         return [Turn("follow_up", self._polite(text), DONE, [(tool, {**new.arguments(tool), **values})], [DONE_RESULT])]
+
+    def _except(self) -> list[Turn]:
+        """Draw a request for all devices of a kind but one: a call for each of the others."""
+        for domain in self._shuffled({"light", "cover", "fan", "switch", "lock"}):
+            area = self.chance.choice(["", *self.home.areas])
+            same = self.home.of(domain, area)
+            if not 2 <= len(same) <= 4:
+                continue
+            left = self.chance.choice(same)
+            group = (
+                self._in_area(domain, area) if area else Target(f"all {PHRASES['kinds'][domain][0][1]}", domain, None)
+            )
+            action = self._action(domain, True)
+            text, values = self._fill(action, group.said)
+            text = text.rstrip(".") + self._one("exceptions").replace("{it}", f"the {left.name.lower()}")
+            calls = [
+                (action["tool"], {"name": each.name, "domain": [domain], **values}) for each in same if each != left
+            ]
+            return [Turn("except", self._polite(text), DONE, calls, [DONE_RESULT] * len(calls))]
+        return []
 
     def _script(self) -> list[Turn]:
         """Draw a request for a script."""
@@ -295,9 +310,10 @@ class Speaker:
             if not 1 <= len(same) <= 5:
                 continue
             state = self.chance.choice(STATES[domain])
-            plural = self.chance.choice(PHRASES["kinds"][domain])[1]
+            one, plural = self.chance.choice(PHRASES["kinds"][domain])
             place = f" in the {area.lower()}" if area else ""
-            text = self._one("which").replace("{all}", f"{plural}{place}").replace("{state}", state)
+            text = self._one("which").replace("{one}", f"{one}{place}").replace("{all}", f"{plural}{place}")
+            text = text.replace("{state}", state)
             found = [each.name for each in same if each.state == state]
             answer = f"{', '.join(found)}." if found else "None."
             return [self._asked("question", text, answer)]
@@ -383,7 +399,10 @@ class Speaker:
             if any(first & set(each.split()) for each in known) or name in known:
                 return []
             said = self.chance.choice((f"the {name}", name))
-        text, _ = self._fill(self._action(domain, False), said)
+        if domain in STATES and self.chance.random() < 0.15:
+            text = self._one("questions").replace("{it}", said).replace("{state}", self.chance.choice(STATES[domain]))
+        else:
+            text, _ = self._fill(self._action(domain, False), said)
         return [Turn("unknown", self._polite(text), NO_DEVICE)]
 
     def _impossible(self) -> list[Turn]:
@@ -396,7 +415,10 @@ class Speaker:
                 return []
             action = self.chance.choice(actions)
             (value,) = action["arguments"].values()
-            number = str(self.chance.choice((101, 110, 120, 130, 150, 175, 200, 250, 300, 400, 500, 999, 1000)))
+            number = str(
+                self.chance.choice((101, 110, 120, 130, 150, 175, 200, 250, 300, 400, 500, 999, 1000, -5, -20))
+            )
+            number = number.replace("-", self.chance.choice(("-", "minus ")))
             text, _ = self._fill(action, target.said, value.strip("{}"), number)
             return [Turn("impossible", self._polite(text), OUT_OF_RANGE)]
         group = self.chance.choice(PHRASES["unable"])
@@ -417,6 +439,7 @@ class Speaker:
         while not self.is_command:
             act, _ = self._fill(self._action(entity.domain, False), said)
         text = self._one("negations").replace("{act}", act).replace("{it}", said)
+        text = text.replace("{state}", self.chance.choice(STATES[entity.domain]))
         self.is_command = False
         return [Turn("negation", self._polite(text), LEFT_ALONE)]
 
@@ -427,15 +450,27 @@ class Speaker:
     def _act(self, is_group: bool) -> tuple[str, Call, Mapping[str, Any], Target] | None:
         """Draw an act: its text, its call, and what both follow from."""
         target = self._group_target() if is_group else self._single_target()
-        if target is None:
-            return None
-        action = self._action(target.domain, is_group)
+        return self._act_on(target) if target is not None else None
+
+    def _act_on(self, target: Target) -> tuple[str, Call, Mapping[str, Any], Target]:
+        action = self._action(target.domain, target.entity is None)
         text, values = self._fill(action, target.said)
-        is_only = not is_group and len(self.home.of(target.domain)) == 1 and action["tool"].startswith(PLAYER_TOOLS)
+        is_only = target.entity and len(self.home.of(target.domain)) == 1 and action["tool"].startswith(PLAYER_TOOLS)
         if is_only and self.chance.random() < 0.2:
             text = text.removesuffix(f" on {target.said}")
         self.last = (action, target)
         return text, (action["tool"], {**target.arguments(action["tool"]), **values}), action, target
+
+    def _again(self, target: Target) -> Target:
+        return replace(target, said="it" if target.entity is not None else "them")
+
+    def _other(self, target: Target) -> Target | None:
+        """Choose another device of the same domain, or the devices of another area. None: there is none."""
+        if target.entity is not None:
+            others = [each for each in self.home.of(target.domain) if each != target.entity]
+            return self._target_of(self.chance.choice(others)) if others else None
+        areas = [area for area in self.home.areas if area != target.area and self.home.of(target.domain, area)]
+        return self._in_area(target.domain, self.chance.choice(areas)) if areas and target.area else None
 
     def _one_of(self, domains: Collection[str]) -> Entity | None:
         """Choose a device of the domains, None if there is none."""
@@ -461,35 +496,24 @@ class Speaker:
         if not domains:
             return None
         domain = self.chance.choice(sorted(domains))
-        singular, plural = self.chance.choice(PHRASES["kinds"][domain])
         areas = [area for area in self.home.areas if self.home.of(domain, area)]
+        singular, plural = self.chance.choice(PHRASES["kinds"][domain])
         if self.home.here in areas and self.chance.random() < 0.7:
             said = self.chance.choice((f"the {plural}", plural, f"the {plural} here", f"all the {plural}"))
             return Target(said, domain, None, self.home.here)
-        if areas and self.chance.random() < 0.75:
-            area = self.chance.choice(areas)
-            low = area.lower()
-            says = [
-                f"the {plural} in the {low}",
-                f"the {low} {plural}",
-                f"all {plural} in the {low}",
-                f"{low} {plural}",
-            ]
-            says += [f"all the {plural} in the {low}", f"every {singular} in the {low}", f"all of the {low} {plural}"]
-            if domain == "light":
-                says += [f"the {singular} in the {low}", f"the {low} {singular}"]
-            return Target(self.chance.choice(says), domain, None, area)
+        if areas and self.chance.random() < 0.65:
+            return self._in_area(domain, self.chance.choice(areas))
         if len(self.home.of(domain)) < 2:
             return None
-        says = [
-            f"all the {plural}",
-            f"all {plural}",
-            f"every {singular}",
-            f"all the {plural} in the house",
-            f"each {singular}",
-        ]
-        says += [f"the {plural}"] * 2
-        return Target(self.chance.choice(says), domain, None)
+        text = self.chance.choice(PHRASES["groups"]["home"])
+        return Target(text.format(one=singular, all=plural), domain, None)
+
+    def _in_area(self, domain: str, area: str) -> Target:
+        """Return all devices of a domain in an area. One lamp may be all the light of a room."""
+        singular, plural = self.chance.choice(PHRASES["kinds"][domain])
+        says = PHRASES["groups"]["area"] + (PHRASES["groups"]["light"] if domain == "light" else [])
+        text = self.chance.choice(says).format(one=singular, all=plural, area=area.lower())
+        return Target(text, domain, None, area)
 
     def _mention(self, entity: Entity) -> str:
         """Choose words for a device that fit no other one of the home."""
@@ -501,7 +525,7 @@ class Speaker:
             return self.chance.choice([*said, f"my {name}", *([] if "list" in name else [f"the {name} list"] * 4)])
         kinds = [singular for singular, _ in PHRASES["kinds"].get(entity.domain, ())]
         if len(self.home.of(entity.domain)) == 1:
-            said += [f"the {kind}" for kind in kinds[:2]]
+            said += [f"the {kind}" for kind in kinds[:2]] * 2
         elif entity.area and len(self.home.of(entity.domain, entity.area)) == 1:
             low = entity.area.lower()
             said += [text for kind in kinds[:1] for text in (f"the {low} {kind}", f"the {kind} in the {low}")]
@@ -581,9 +605,9 @@ class Speaker:
 
 
 KINDS: Mapping[str, float] = {
-    "device": 40, "group": 13, "two": 18, "follow_up": 6, "fails": 3, "asks_back": 3,
-    "script": 3, "calendar": 2, "question": 7, "sensor": 4, "which": 3, "past": 4, "exists": 1.5, "list": 3,
-    "time": 1.5, "unrelated": 6, "unknown": 15, "impossible": 20, "negation": 7, "talk": 3,
+    "device": 40, "group": 15, "two": 20, "except": 5, "follow_up": 2, "fails": 3, "asks_back": 3,
+    "script": 4, "calendar": 2, "question": 8, "sensor": 4, "which": 7, "past": 4, "exists": 2, "list": 3,
+    "time": 1.5, "unrelated": 7, "unknown": 14, "impossible": 14, "negation": 8, "talk": 3,
 }  # fmt: skip
 """How often a request is of a kind."""
 
