@@ -86,7 +86,8 @@ def law_of(runs: Runs, through: int) -> TokenLaw | None:
     rows = [row for tokens, seeds in runs.items() if tokens <= through for row in seeds]
     if len({row["tokens"] for row in rows}) < 2 or min(row["gap"] for row in rows) <= 0:
         return None
-    return fit([RunPoint.of_study(row) for row in rows])
+    names = ("arm", "tokens", "parameters", "source_parameters", "gap")
+    return fit([RunPoint(*(row[name] for name in names)) for row in rows])
 
 
 def _measured(seeds: Sequence[Row]) -> str:
