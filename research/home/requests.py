@@ -11,7 +11,7 @@ from typing import Any
 from unicode_rbnf import RbnfEngine
 
 from .homes import RECORDED, STATES, TOOLS, Entity, Home, compact, script_tool
-from .names import FOLDER, Names, title
+from .names import FOLDER, WORDS, Names, title
 
 PHRASES: Mapping[str, Any] = tomllib.loads((FOLDER / "phrases.toml").read_text(encoding="utf-8"))
 
@@ -396,7 +396,7 @@ class Speaker:
         else:
             name = self.names.device(domain, "").lower()
             first = set(name.split()[:-1]) or {name}
-            if any(first & set(each.split()) for each in known) or name in known:
+            if any(first & set(each.split()) for each in known) or name in [*known, *WORDS["nouns"].get(domain, ())]:
                 return []
             said = self.chance.choice((f"the {name}", name))
         if domain in STATES and self.chance.random() < 0.15:
@@ -605,7 +605,7 @@ class Speaker:
 
 
 KINDS: Mapping[str, float] = {
-    "device": 40, "group": 15, "two": 20, "except": 5, "follow_up": 2, "fails": 3, "asks_back": 3,
+    "device": 40, "group": 15, "two": 20, "except": 5, "follow_up": 2, "fails": 3, "asks_back": 5,
     "script": 4, "calendar": 2, "question": 8, "sensor": 4, "which": 7, "past": 4, "exists": 2, "list": 3,
     "time": 1.5, "unrelated": 7, "unknown": 14, "impossible": 14, "negation": 8, "talk": 3,
 }  # fmt: skip

@@ -96,7 +96,12 @@ def test_homes_are_listed_as_home_assistant_lists_them() -> None:
         ("is the projector on?", "- light: Star Projector @ Nursery"),
         ("sing a song", "? light: Work Lamp @ Attic"),
         ("lock the fan", "! fan: Attic Fan @ Attic"),
-        ("set the work lamp to 300%", "! light: Work Lamp @ Attic"),
+        ("set the work lamp to 300%", "> light: Work Lamp @ Attic"),
+        ("set the fan to -5%", "> fan: Attic Fan @ Attic"),
+        ("turn on the cellar fan", "? fan: Attic Fan @ Attic"),
+        ("turn on the fan in the cellar", "? fan: Attic Fan @ Attic"),
+        ("turn on the light", "+ light: Work Lamp @ Attic"),
+        ("go ahead and lock the fan", "! fan: Attic Fan @ Attic"),
     ],
 )
 def test_template_puts_the_fitting_device_first(request_text: str, first: str) -> None:
@@ -111,6 +116,7 @@ def test_template_shows_states_and_outcomes_of_results(space: str) -> None:
     asked = {"role": "assistant", "content": ""}
     live = {"role": "tool", "content": HOME.live_context()}
     assert shown("how warm is it outside", HOME, asked, live)[0] == "- sensor: Outside Temperature is 15.6 °C"
+    assert shown("is the hatch closed", HOME, asked, live)[0] == "- cover: Roof Hatch @ Attic is closed*"
     for word, expected in words.items():
         text = next(each["content"] for each in RECORDED["results"] if word in each["content"])
         result = {"role": "tool", "content": text.replace('":', f'":{space}')}
@@ -139,7 +145,7 @@ def test_template_does_not_take_a_room_for_a_part_of_a_name() -> None:
 
 def test_template_shows_the_area_of_the_speaker() -> None:
     lines = shown("turn on the lights", Home(HOME.entities, "Attic"))
-    assert lines[:2] == ["here: Attic", "~ light: Work Lamp @ Attic"]
+    assert lines[:2] == ["here: Attic", "+ light: Work Lamp @ Attic"]
 
 
 def test_every_kind_of_request_is_drawn() -> None:
