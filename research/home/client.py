@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -63,7 +64,7 @@ class Client:
 def served(artefact: Path, flags: Sequence[str] = ()) -> Iterator[Client]:
     """Serve an artefact as the model "home" on a free port, with `FLAGS` and then `flags`.
 
-    Raises SystemExit if the server ends or does not answer.
+    Raises SystemExit with the server's error if it ends or does not answer.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -79,21 +80,25 @@ def served(artefact: Path, flags: Sequence[str] = ()) -> Iterator[Client]:
         *FLAGS,
         *flags,
     ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_until_ready(port, server)
-        yield Client(f"http://127.0.0.1:{port}", "home", server.pid)
-    finally:
-        server.terminate()
-        server.wait()
+    with tempfile.TemporaryFile() as errors:
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            if not _is_ready(port, server):
+                errors.seek(0)
+                raise SystemExit(f"the server did not start: {errors.read().decode(errors='replace').strip()}")
+            yield Client(f"http://127.0.0.1:{port}", "home", server.pid)
+        finally:
+            server.terminate()
+            server.wait()
 
 
-def _wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
+def _is_ready(port: int, server: subprocess.Popen[bytes]) -> bool:
+    """Wait until the server answers. Return False if it ends, or after START_SECONDS."""
     until = time.monotonic() + START_SECONDS
     while server.poll() is None and time.monotonic() < until:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
-                return
+                return True
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.2)
-    raise SystemExit("the server did not start")
+    return False

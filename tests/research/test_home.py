@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 pytest.importorskip("unicode_rbnf")
 
 from research.home.chats import MAX_CHARACTERS, held_out_conversations, held_out_rows, rendered, training_chats
+from research.home.client import served
 from research.home.homes import LIST_MARK, RECORDED, TOOLS, Entity, Home
 from research.home.requests import DONE, KINDS, NO_DEVICE, PHRASES, SAFETY, Turn
 from research.home.score import Outcome, converse, effects_of
@@ -231,3 +233,8 @@ def test_request_that_changes_nothing_needs_the_right_answer() -> None:
     assert outcome_of(turn, {"content": NO_DEVICE}).is_right
     assert not outcome_of(turn, {"content": DONE}).is_right
     assert outcome_of(turn, turn_on("Work Lamp"), {"content": NO_DEVICE}).is_wrong_act
+
+
+def test_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"did not start: error: .*nothing"), served(tmp_path / "nothing"):
+        pass
