@@ -49,6 +49,10 @@ SINK_TOKENS = 32
 """First tokens that a sliding window keeps, because they act as attention sinks (arXiv 2309.17453)."""
 
 
+MAX_REPEATS = 64
+"""Times that one token in a row ends an answer which nothing else limits. Small models may repeat without end."""
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     """Log-probability of a token, before sampling options."""
@@ -175,6 +179,7 @@ class Generation:
         self._logprobs = [TokenLogprob(prompt[0], None, ())] if options.scores_prompt else []
         room = engine.context_length - len(prompt)
         self.max_tokens = options.max_tokens if options.overflow == "slide" else min(options.max_tokens, room)
+        self._is_unlimited = options.max_tokens > room
         self.sampler = Sampler(options.sampling.with_defaults(engine.sampling_defaults), prompt, options.logit_bias)
         self.text = TextStream(options.stop, options.stop_until)
         self._proposer = engine.proposer(prompt)
@@ -300,7 +305,7 @@ class Generation:
         # stop strings and grammars before the limit: an answer that ends with its last token has the reason "stop"
         if self.text.stopped or (self.constraint is not None and self.constraint.is_complete):
             self._stop()
-        elif self.stats.completion_tokens >= self.max_tokens:
+        elif self.stats.completion_tokens >= self.max_tokens or (self._is_unlimited and self._repeats()):
             self.is_over = True
         elif len(self.tokens) <= self.engine.context_length:
             self.lease.tokens.append(token)
@@ -308,6 +313,9 @@ class Generation:
             self._slide()
             self.engine.begin(self.lease, self.tokens)
         return piece
+
+    def _repeats(self) -> bool:
+        return len(self.answer) >= MAX_REPEATS and len({*self.answer[-MAX_REPEATS:]}) == 1
 
     def _stop(self) -> str:
         self.is_over = True

@@ -11,6 +11,8 @@ import httpx
 import pytest
 from serving import http_client, served
 
+from efficientllm.runtime.generation import MAX_REPEATS
+
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
 
 
@@ -69,8 +71,11 @@ def test_completion_names_the_reason_of_its_end(client: httpx.Client) -> None:
     end = client.post("/tokenize", json={"content": "<|im_end|>"}).json()["tokens"][0]
     ended = complete(client, logit_bias=[[end, 99.0]], n_predict=-1)
     assert (ended["content"], ended["stop_type"]) == ("", "eos")
-    full = complete(client, n_predict=-1, logit_bias=[[end, False]])
+    full = complete(client, n_predict=-1, logit_bias=[[end, False]], temperature=2, top_k=0, seed=1)
     assert (full["stop_type"], full["tokens_predicted"]) == ("limit", 256 - 4)
+    endless = complete(client, n_predict=-1, logit_bias=[["z", 99.0]])
+    assert (endless["stop_type"], endless["tokens_predicted"]) == ("limit", MAX_REPEATS)
+    assert complete(client, n_predict=70, logit_bias=[["z", 99.0]])["tokens_predicted"] == 70
 
 
 def test_a_prompt_may_only_be_evaluated(client: httpx.Client) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 START_SECONDS = 120
 
-FLAGS = ("--tool-arguments", "listed", "--context", "2048")
-"""Flags for a home: names that Home Assistant lists, and an answer without end that stays short."""
+FLAGS = ("--tool-arguments", "listed")
+"""Flags for a home: names that Home Assistant lists."""
 
 
 @dataclass
