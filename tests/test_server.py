@@ -87,7 +87,7 @@ def test_disconnected_client_frees_its_place(client: openai.OpenAI, address: str
     stream = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=400, stream=True, seed=3)
     next(iter(stream))
     stream.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while httpx.get(f"{address}/health").json()["in_flight"]:
         assert time.monotonic() < deadline
         time.sleep(0.02)

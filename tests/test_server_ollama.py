@@ -199,7 +199,7 @@ def test_embeddings_equal_those_of_openai_api(client: httpx.Client) -> None:
 
 
 def until_loaded(client: httpx.Client, names: list[str]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while [one["name"] for one in client.get("/api/ps").json()["models"]] != names:
         assert time.monotonic() < deadline
         time.sleep(0.02)
