@@ -251,8 +251,9 @@ class Speaker:
             if not 2 <= len(same) <= 3:
                 continue
             action = self._action(domain, False)
-            said = f"the {self.chance.choice(PHRASES['kinds'][domain])[0]}"
-            if any(said[4:] == each.name.lower() for each in same):
+            kind = self.chance.choice(PHRASES["kinds"][domain])[0]
+            said = f"the {kind}"
+            if any(kind == each.name.lower() for each in same) or sum(kind in each.words for each in same) == 1:
                 continue
             text, values = self._fill(action, said)
             listed = ", ".join(each.name for each in same[:-1]) + f" or {same[-1].name}"

@@ -118,7 +118,9 @@ def test_template_shows_states_and_outcomes_of_results(space: str) -> None:
     asked = {"role": "assistant", "content": ""}
     live = {"role": "tool", "content": HOME.live_context()}
     assert shown("how warm is it outside", HOME, asked, live)[0] == "- sensor: Outside Temperature is 15.6 °C"
-    assert shown("is the hatch closed", HOME, asked, live)[0] == "- cover: Roof Hatch @ Attic is closed*"
+    assert shown("is the hatch closed", HOME, asked, live) == ["- cover: Roof Hatch @ Attic is closed"]
+    assert shown("which lights are on", HOME, asked, live)[-1] == "so: Star Projector"
+    assert shown("is any light in the attic on", HOME, asked, live)[-1] == "so: None"
     for word, expected in words.items():
         text = next(each["content"] for each in RECORDED["results"] if word in each["content"])
         result = {"role": "tool", "content": text.replace('":', f'":{space}')}
