@@ -147,6 +147,14 @@ def test_template_does_not_take_a_room_for_a_part_of_a_name() -> None:
     assert shown("turn on the tea room lamp", home) == ["- light: Shostakovich @ Tea Room", "turn on the tea room lamp"]
 
 
+def test_template_shows_the_last_four_requests() -> None:
+    messages = [{"role": "system", "content": HOME.prompt()}]
+    for number in range(6):
+        messages += [{"role": "user", "content": f"play song {number}"}, {"role": "assistant", "content": "Done."}]
+    assert [f"song {number}" in rendered(messages[:-1]) for number in range(6)] == [False] * 2 + [True] * 4
+    assert rendered(messages[:-1]).count("Done.") == 3
+
+
 def test_template_shows_the_area_of_the_speaker() -> None:
     lines = shown("turn on the lights", Home(HOME.entities, "Attic"))
     assert lines[:2] == ["here: Attic", "+ light: Work Lamp @ Attic"]
