@@ -147,6 +147,13 @@ def test_template_does_not_take_a_room_for_a_part_of_a_name() -> None:
     assert shown("turn on the tea room lamp", home) == ["- light: Shostakovich @ Tea Room", "turn on the tea room lamp"]
 
 
+@pytest.mark.parametrize("request_text", ["turn off the attic lamp", "turn off the lamp in the attic"])
+def test_template_takes_a_name_before_another_kind_for_a_place(request_text: str) -> None:
+    home = Home([*HOME.entities, Entity("Attic", "media_player", "Attic", "on")])
+    assert shown(request_text, home)[0] == "- light: Work Lamp @ Attic"
+    assert shown("turn off the attic", home)[0] == "= media_player: Attic @ Attic"
+
+
 def test_template_shows_the_last_four_requests() -> None:
     messages = [{"role": "system", "content": HOME.prompt()}]
     for number in range(6):
