@@ -80,9 +80,11 @@ def probe(path: Path, tokens: list[int], texts: Sequence[str] = (), runs: Sequen
 def _main(request_path: str) -> None:
     import llama_cpp
 
+    from ...runtime.base.cpu_load import FreeCores
     from ...runtime.engines.llama_context import AttentionSettings, LlamaContext
     from ...runtime.engines.protocol import Chunk
 
+    free_cores = FreeCores.where_known(os.cpu_count() or 1)
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     tokens, output = request["tokens"], Path(request["output"])
     runs = [Run(tuple(each["chunks"]), each["extra_buffers"]) for each in request["runs"]]
@@ -97,6 +99,7 @@ def _main(request_path: str) -> None:
             # an F32 cache is exact, where the default F16 moves logits by up to 0.07
             attention = AttentionSettings("f32", flash=False)
             context = LlamaContext(model, os.cpu_count() or 1, attention, len(tokens), 1)
+            context.free_cores = free_cores
             rows = [context.extend([Chunk(0, each, True, len(each) - 1)])[0] for each in _chunks(tokens, run.chunks)]
             np.save(output / f"{index}.npy", np.vstack(rows))
             context.close()
