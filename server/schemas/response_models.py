@@ -1,4 +1,4 @@
-"""Response models: the one definition of the JSON of every answer.
+"""Response models: the definition of the JSON of answers in OpenAI's APIs. The other dialects have theirs beside them.
 
 The OpenAPI document is derived from these models, and answers are sent from their instances. A field is sent in the
 order of its definition.
