@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from answering import answer_of, answer_together
 from exporting import export
 
 from efficientllm.runtime.engines import answer_loop
-from efficientllm.runtime.engines.batch import LONG_CHAT, RESERVED_TOKENS, Batch
+from efficientllm.runtime.engines.batch import LONG_CHAT, RESERVED_TOKENS, Answer, Batch
 from efficientllm.runtime.engines.cache_pool import MAX_PARKED_CHATS, Lease
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.llama_context import FIRST_SLOTS
@@ -385,15 +386,22 @@ def test_ctrl_c_in_one_thread_leaves_no_empty_pass_to_another(
     first, second = answers(engine, PROMPTS[:2])
     alone = "".join(answers(engine, PROMPTS[1:2])[0])
 
+    add, added = engine.answers.add, threading.Semaphore(0)
+
+    def add_and_count(answer: Answer) -> None:
+        add(answer)
+        added.release()
+
     def interrupt_the_first_shared_pass(sizes: list[int]) -> None:
-        until = time.monotonic() + 5
-        while len(sizes) == 1 and not engine.answers._arrived and time.monotonic() < until:
-            time.sleep(0.001)  # the other thread has not asked yet
+        if len(sizes) == 1:  # the other thread may not have asked yet
+            assert added.acquire(timeout=60)
+            assert added.acquire(timeout=60)
         if sizes[-1] == 2 and sizes.count(2) == 1:
             signal.raise_signal(signal.SIGINT)  # the main thread gets it, whichever evaluates
 
     sizes = watch_passes(engine, monkeypatch, interrupt_the_first_shared_pass)
     monkeypatch.setattr(answer_loop, "TOGETHER_SECONDS", 1)  # a busy machine is slow to ask again
+    monkeypatch.setattr(engine.answers, "add", add_and_count)
     monkeypatch.setattr(engine.traits, "speculation", None)
     monkeypatch.setattr(engine.traits, "pass_times", None)
     with ThreadPoolExecutor(1) as threads:

@@ -286,13 +286,14 @@ def test_vanished_model_is_unavailable_until_it_returns(artefact: Path, tmp_path
 
 def test_an_answer_has_its_time(artefact: Path) -> None:
     with served(artefact, AppOptions(overflow="slide"), PoolOptions(timeout=0.05), context=4096) as address:
-        answer = post(address, messages=MESSAGES, max_tokens=100_000, temperature=0)
+        endless: dict[str, Any] = {"max_tokens": 100_000, "temperature": 1, "logit_bias": {"50": 100, "51": 100}}
+        answer = post(address, messages=MESSAGES, **endless)
         assert answer.status_code == 408
         assert "longer than 0.05 s" in answer.json()["error"]["message"]
         with httpx.stream(
             "POST",
             f"{address}/v1/chat/completions",
-            json={"model": "tiny", "messages": MESSAGES, "max_tokens": 100_000, "temperature": 0, "stream": True},
+            json={"model": "tiny", "messages": MESSAGES, "stream": True, **endless},
         ) as stream:
             events = [line for line in stream.iter_lines() if line]
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"

@@ -39,8 +39,8 @@ from efficientllm.server.options import AppOptions
 from efficientllm.server.schemas.api_error import APIError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
-LONG: dict[str, Any] = {"max_tokens": 100_000, "temperature": 0, "logit_bias": {"0": -100, "2": -100, "50": 100}}
-"""An answer that no end token ends."""
+LONG: dict[str, Any] = {"max_tokens": 100_000, "temperature": 1, "seed": 3, "logit_bias": {"50": 100, "51": 100}}
+"""An answer that neither an end token nor one token's repetition ends."""
 
 
 @pytest.fixture(scope="module")
