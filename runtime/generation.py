@@ -315,7 +315,7 @@ class Generation:
         return piece
 
     def _repeats(self) -> bool:
-        return len(self.answer) >= MAX_REPEATS and len({*self.answer[-MAX_REPEATS:]}) == 1
+        return self.answer[-MAX_REPEATS:] == self.answer[-1:] * MAX_REPEATS
 
     def _stop(self) -> str:
         self.is_over = True
