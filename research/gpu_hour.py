@@ -32,16 +32,16 @@ from efficientllm.train.compute import loss as loss_module
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.compute.optimizer import make_optimizer
+from efficientllm.train.compute.stop_signal import StopSignal
 from efficientllm.train.compute.trained_model import TrainedModel, configure
 from efficientllm.train.config.presets import preset
 from efficientllm.train.config.sections import TrainConfig
+from efficientllm.train.loop.training_step import TrainingStep
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.irregular import build
 from efficientllm.train.pruning.plan import make_pruning_plan
 from efficientllm.train.pruning.pruner import Pruner
 from efficientllm.train.reporting.metrics import RunProgress, read_metrics
-from efficientllm.train.stop_signal import StopSignal
-from efficientllm.train.training_step import TrainingStep
 
 LLAMA_1B = Architecture("llama", 2048, 64, 128_256, True, (LayerShape(32, 8, 8192),) * 16)
 SHAPES = {

@@ -14,7 +14,7 @@ import torch
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.loss import TrainingLoss, frozen_copy
 from efficientllm.train.config.sections import OptimizerConfig, SourceConfig, TrainConfig
-from efficientllm.train.shards import load_for_ranks, read_shards, sharded_teacher
+from efficientllm.train.loop.shards import load_for_ranks, read_shards, sharded_teacher
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,9 @@ from typing import Any
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DataError
-from efficientllm.train import cli, run, trainer
+from efficientllm.train import cli, run
 from efficientllm.train.compute.distributed import Parallel
+from efficientllm.train.loop import trainer
 
 MARK = "== several_runs"
 UNREADABLE = "text.jsonl: line 7 cannot be read"

@@ -28,7 +28,7 @@ from efficientllm.train.data.chat import Chat, ChatFormat, Encoder
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts
 from efficientllm.train.data.packing import PackedStream
 from efficientllm.train.data.self_chat import OPENINGS, sample_chats
-from efficientllm.train.run_text import RunText
+from efficientllm.train.loop.run_text import RunText
 
 CHAT = Chat.of(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Ciao"))
 

@@ -24,7 +24,7 @@ from efficientllm.train.data.chat import Encoder, tokenize
 from efficientllm.train.data.documents import DataSpec, check_held_out, is_held_out, open_documents, open_texts, text_of
 from efficientllm.train.data.packing import LANES, PackedStream, PrefetchedStream, held_out_windows
 from efficientllm.train.data.tokens import open_tokens, write_tokens
-from efficientllm.train.run_text import RunText
+from efficientllm.train.loop.run_text import RunText
 
 TEXTS = [f"text number {index}, with a few words" for index in range(30)]
 

@@ -22,6 +22,7 @@ from efficientllm.runtime.latency.shape import Workload
 from efficientllm.runtime.latency.table import Surcharge
 from efficientllm.train.cli import build_parser, configuration
 from efficientllm.train.config.pruning import LatencyTarget, PruneConfig
+from efficientllm.train.loop.request import check_request
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.file_types import gguf_bytes
 from efficientllm.train.model.groups import BLOCKS, KINDS, counts
@@ -30,7 +31,6 @@ from efficientllm.train.pruning.budget import Budget, check_budget
 from efficientllm.train.pruning.measures import PARAMETERS, Measure, bytes_of_file, decoder_shape
 from efficientllm.train.pruning.rules import SelectionRules, smallest_architecture
 from efficientllm.train.pruning.selection import Ranking, select_removal
-from efficientllm.train.request import check_request
 
 SPACE = ("--prune", "attention,ffn,blocks")
 ARCHITECTURE = tiny_architecture(layers=LAYERS)

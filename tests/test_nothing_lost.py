@@ -36,11 +36,12 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.files import folder_written_atomically
 from efficientllm.runtime.base.output import check_output, locked_output
-from efficientllm.train import OptimizerConfig, RunConfig, TrainConfig, trainer
+from efficientllm.train import OptimizerConfig, RunConfig, TrainConfig
 from efficientllm.train.checkpoint import writer
 from efficientllm.train.checkpoint.run_folder import damage, foreign_files
-from efficientllm.train.measuring import Measuring
-from efficientllm.train.training_step import TrainingStep
+from efficientllm.train.loop import trainer
+from efficientllm.train.loop.measuring import Measuring
+from efficientllm.train.loop.training_step import TrainingStep
 
 
 @pytest.fixture(scope="module")
@@ -459,8 +460,8 @@ def with_bad_line(corpus: Path, folder: Path) -> Path:
 def test_a_bad_line_late_in_the_text_loses_nothing_that_was_trained(
     source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
-    from efficientllm.train import run_text
     from efficientllm.train.data import documents, packing
+    from efficientllm.train.loop import run_text
 
     monkeypatch.setattr(packing, "SHUFFLE_BLOCK", 60)
     monkeypatch.setattr(documents, "SCANNED_CHARACTERS", 0)  # in a large file

@@ -12,7 +12,6 @@ import pytest
 from training import ERRORS, command, run
 
 from efficientllm.train import run as training_run
-from efficientllm.train import trainer
 from efficientllm.train.checkpoint.run_folder import (
     ASIDE,
     delete_replaced_run,
@@ -22,6 +21,7 @@ from efficientllm.train.checkpoint.run_folder import (
     stash_run,
 )
 from efficientllm.train.data import packing
+from efficientllm.train.loop import trainer
 
 
 @pytest.fixture(scope="module")

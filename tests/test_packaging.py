@@ -37,14 +37,13 @@ MAY_IMPORT = {
     | {"runtime/base", "runtime/latency", "train/config", "train/vocabulary", "train/checkpoint"},
     "train/family": RUNTIME
     | TRAINED
-    | {"runtime/latency", "train/config", "train/checkpoint", "train/evaluation", "train/pruning"}
-    | {"train/reporting"},
+    | {"train/config", "train/checkpoint", "train/evaluation", "train/pruning", "train/reporting"},
     "train/quantisation": {"train/config", "train/model", "train/compute"},
     "train/evaluation": RUNTIME | TRAINED | {"train/config"},
-    "train": RUNTIME
-    | {"runtime/latency", "train/config", "train/reporting", "train/checkpoint", "train/vocabulary", "train/pruning"}
-    | {"train/quantisation", "train/evaluation", "train/family"}
-    | TRAINED,
+    "train/loop": {*RUNTIME, *TRAINED, "train/config", "train/reporting", "train/checkpoint", "train/vocabulary"}
+    | {"train/pruning", "train/quantisation", "train/evaluation", "train/family"},
+    "train": {*RUNTIME, *TRAINED, "train/config", "train/reporting", "train/checkpoint", "train/pruning"}
+    | {"train/evaluation", "train/family", "train/loop"},
     "export": RUNTIME | SOURCES,
     "export/gguf": RUNTIME | SOURCES | {"export"},
     "export/onnx": RUNTIME | SOURCES | {"export"},

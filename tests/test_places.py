@@ -15,7 +15,7 @@ from training import ERRORS, command, metrics, one_line, run
 from efficientllm.runtime.base import output as outputs
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.output import LOCK_NAME, check_output, check_place, locked_output
-from efficientllm.train import trainer
+from efficientllm.train.loop import trainer
 from efficientllm.train.reporting.metrics import MetricsWriter, RunProgress, read_metrics
 
 # -- links and mounted folders

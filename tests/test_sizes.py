@@ -20,11 +20,11 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.latency.shape import Workload
 from efficientllm.train.family import fit
 from efficientllm.train.family.later_steps import LaterSteps, add_later_steps, has_later_steps, link_later_steps
+from efficientllm.train.loop.trainer import Trainer
 from efficientllm.train.model.architecture import FAMILIES, Architecture
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.pruning.selection import all_groups, compose
 from efficientllm.train.pruning.surgery import remove_groups
-from efficientllm.train.trainer import Trainer
 
 RUN = ["--removals", "4", "--prune-start", "0.2", "--prune-end", "0.6", "--lr-decay", "0.25"]
 SIZES = ("0.8", "0.7", "0.6")

@@ -19,7 +19,7 @@ from training import command, expect_same_run, run, without
 
 from efficientllm.train.checkpoint import writer
 from efficientllm.train.checkpoint.state import HashingWriter
-from efficientllm.train.stop_signal import StopSignal
+from efficientllm.train.compute.stop_signal import StopSignal
 
 PLAIN = ["--checkpoint-every", "0", "--eval-every", "5"]
 RUNS: dict[str, list[str]] = {

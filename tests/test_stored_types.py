@@ -17,11 +17,11 @@ from training import command, run, weights
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.evaluation import cli as eval_cli
+from efficientllm.train.loop.shards import is_without_memory, read_shards
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.foreign_configs import known_shape
 from efficientllm.train.model.source import load_source, shape_model, stored_dtype, weights_folder
 from efficientllm.train.run import stored_weights
-from efficientllm.train.shards import is_without_memory, read_shards
 
 CPU = torch.device("cpu")
 SET_WHEN_SAVED = {"architectures": None, "auto_map": None, "model_file": None}

@@ -81,7 +81,8 @@ def test_killed_run_resumes_bit_identically(straight: Path, source_folder: Path,
 SLOW_TRAINING = """
 import time
 from efficientllm.runtime.base.command import run_command
-from efficientllm.train import cli, trainer
+from efficientllm.train import cli
+from efficientllm.train.loop import trainer
 step = trainer.Trainer._step
 def slow(self):
     time.sleep(0.1)

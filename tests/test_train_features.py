@@ -22,8 +22,8 @@ from efficientllm.train.compute.trained_model import configure
 from efficientllm.train.config.presets import PRESETS
 from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.config.sections import RunConfig, TrainConfig
+from efficientllm.train.loop.plan import Compute, _warn_of_compilations
 from efficientllm.train.model.architecture import Architecture, LayerShape
-from efficientllm.train.plan import Compute, _warn_of_compilations
 from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, ActivationCriterion
 from efficientllm.train.pruning.plan import DroppingSchedule
 

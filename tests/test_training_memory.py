@@ -17,12 +17,12 @@ from tiny import tiny_architecture, tiny_model
 from training import command, expect_equal_weights, metrics, run, run_until
 
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.train import memory
 from efficientllm.train.compute import hardware as heap
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.compute.optimizer import AdamW, clip_factor, gradient_norm, make_optimizer
 from efficientllm.train.compute.optimizer import store_gradients_as_computed as store_as_computed
 from efficientllm.train.config.sections import OptimizerConfig, TrainConfig
+from efficientllm.train.loop import memory
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.pruning import surgery
 
@@ -175,7 +175,7 @@ def test_weights_that_are_not_trained_are_not_kept(
     more: list[str], source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from efficientllm.train import run as run_module
-    from efficientllm.train.trainer import Stopped
+    from efficientllm.train.loop.trainer import Stopped
 
     arguments = command(source_folder, corpus, tmp_path / "run", *(more if more != ["--resume"] else []))
     if more == ["--resume"]:
@@ -264,8 +264,8 @@ def test_run_beyond_the_memory_is_refused_before_the_source_is_read(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("efficientllm.train.plan.device_memory", lambda *_: memory.Memory(1_000, 500))
-    monkeypatch.setattr("efficientllm.train.plan.load_for_ranks", lambda *_: pytest.fail("the source was read"))
+    monkeypatch.setattr("efficientllm.train.loop.plan.device_memory", lambda *_: memory.Memory(1_000, 500))
+    monkeypatch.setattr("efficientllm.train.loop.plan.load_for_ranks", lambda *_: pytest.fail("the source was read"))
     assert run(command(source_folder, corpus, tmp_path / "run")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"--source {source_folder}: training takes " in error

@@ -22,11 +22,11 @@ from efficientllm.train.compute.loss import LossWeights, TrainingLoss, frozen_co
 from efficientllm.train.compute.optimizer import make_optimizer
 from efficientllm.train.evaluation.scoring import ScoreRequest
 from efficientllm.train.evaluation.torch_model import TorchModel
-from efficientllm.train.measuring import evaluated
+from efficientllm.train.loop.measuring import evaluated
+from efficientllm.train.loop.training_step import TrainingStep, accumulate_gradients
 from efficientllm.train.pruning.plan import make_tracker
 from efficientllm.train.pruning.running_scores import RunningScores
 from efficientllm.train.reporting.metrics import RunProgress
-from efficientllm.train.training_step import TrainingStep, accumulate_gradients
 
 CPU = torch.device("cpu")
 KINDS = ("kv_group", "ffn")

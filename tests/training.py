@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli
-from efficientllm.train.trainer import Trainer
+from efficientllm.train.loop.trainer import Trainer
 
 SETTINGS = [
     *("--sequence-length", "32", "--eval-tokens", "256", "--held-out-fraction", "0.2", "--tokens", "2560"),

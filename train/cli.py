@@ -20,7 +20,7 @@ from .checkpoint.run_folder import SETTINGS_FILE, saved_config
 from .config.presets import PRESETS, preset
 from .config.pruning import NO_TARGET
 from .config.sections import TrainConfig
-from .request import check_request, check_text, in_its_folder, with_resume
+from .loop.request import check_request, check_text, in_its_folder, with_resume
 
 _log = logging.getLogger("efficientllm.train")
 

@@ -45,18 +45,18 @@ from .config.sections import TrainConfig
 from .evaluation.quality.contract import Quality, contract
 from .family.later_steps import drop_later_steps, link_later_steps
 from .family.sizes import branch_folder, lacks_sizes, members_of, resumed_branch, unfinished_sizes, write_sizes
+from .loop.plan import ResumePoint, RunPlan, allowed_changes, choose_compute, find_resume_point, make_plan
+from .loop.request import check_request, check_text, with_resume
+from .loop.run_text import RunText
+from .loop.shards import is_without_memory, load_for_ranks, read_shards, sharded_teacher
+from .loop.trainer import Finished, GoBack, Stopped, Trainer
 from .model.folder_files import read_json
 from .model.irregular import architecture_of, build, save_checkpoint
 from .model.source import load_source
-from .plan import ResumePoint, RunPlan, allowed_changes, choose_compute, find_resume_point, make_plan
 from .pruning.pruner import kept_to_json
 from .reporting.metrics import read_metrics
 from .reporting.model_card import model_card, source_card
 from .reporting.plots import plot_architecture, plot_pruning
-from .request import check_request, check_text, with_resume
-from .run_text import RunText
-from .shards import is_without_memory, load_for_ranks, read_shards, sharded_teacher
-from .trainer import Finished, GoBack, Stopped, Trainer
 
 _log = logging.getLogger("efficientllm.train")
 

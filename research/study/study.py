@@ -22,6 +22,8 @@ from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.config.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from efficientllm.train.evaluation.evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from efficientllm.train.evaluation.quality.contract import Report
+from efficientllm.train.loop.request import data_specs
+from efficientllm.train.loop.run_text import RunText
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.irregular import build, save_checkpoint
 from efficientllm.train.model.source import load_source
@@ -30,9 +32,7 @@ from efficientllm.train.pruning.budget import device_time
 from efficientllm.train.pruning.measures import DeviceTime
 from efficientllm.train.pruning.plan import make_pruning_plan
 from efficientllm.train.reporting.metrics import read_metrics
-from efficientllm.train.request import data_specs
 from efficientllm.train.run import run_training
-from efficientllm.train.run_text import RunText
 
 from ..token_law import training_flops
 from .arms import ARMS, Arm, add_arm

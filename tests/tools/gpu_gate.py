@@ -24,7 +24,7 @@ import torch
 from training import command, metrics, run
 
 from efficientllm.train import run as training_run
-from efficientllm.train.trainer import Trainer
+from efficientllm.train.loop.trainer import Trainer
 
 RUNS: dict[str, str] = {
     "taylor1": "--prune attention,ffn,stem,blocks --block-tokens 128",

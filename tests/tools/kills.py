@@ -35,7 +35,7 @@ LOADED_ONCE = ("torch", "torch.distributed.checkpoint", "efficientllm.train.run"
 """What every run imports; the runs are forked from a process that has it."""
 PHASES = {
     "checkpoint": ("efficientllm.train.checkpoint.state", "", "save_training_state"),
-    "removal": ("efficientllm.train.pruning_event", "PruningEvent", "run"),
+    "removal": ("efficientllm.train.loop.pruning_event", "PruningEvent", "run"),
 }
 """Phase of a run -> module, class and function that do it."""
 HANG_SECONDS = 120

@@ -1,7 +1,7 @@
 """State of pruning in a run: saliency, survivors, and groups that are zeroed but still in the tensors.
 
-A pruning event (train/pruning_event.py) zeroes groups in rounds, and `compact` takes zeroed groups out of the tensors
-at its end. No object here holds the model: it is an argument.
+A pruning event (train/loop/pruning_event.py) zeroes groups in rounds, and `compact` takes zeroed groups out of the
+tensors at its end. No object here holds the model: it is an argument.
 """
 
 from __future__ import annotations

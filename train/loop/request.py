@@ -7,23 +7,23 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from ..runtime.base import flags
-from ..runtime.base.errors import UsageError
-from ..runtime.base.model_names import check_adapter, check_source
-from ..runtime.base.output import check_output, check_place
-from ..runtime.chat_template import read_template_file
-from ..runtime.latency.profile import DeviceProfile
-from .checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_killed_writes, saved_config
-from .config.pruning import PruneConfig
-from .config.sections import GGUF_TYPES, TrainConfig
-from .data.chat import ChatFormat, check_answers
-from .data.documents import SELF_CHAT, DataSpec, check_documents, check_held_out, require_readers
-from .evaluation.jobs import check_examples, read_examples
-from .model.architecture import Architecture
-from .model.foreign_configs import known_shape
-from .pruning.budget import check_smallest_size
-from .pruning.criteria import uses_gradient
-from .reporting.metrics import check_tensorboard
+from ...runtime.base import flags
+from ...runtime.base.errors import UsageError
+from ...runtime.base.model_names import check_adapter, check_source
+from ...runtime.base.output import check_output, check_place
+from ...runtime.chat_template import read_template_file
+from ...runtime.latency.profile import DeviceProfile
+from ..checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_killed_writes, saved_config
+from ..config.pruning import PruneConfig
+from ..config.sections import GGUF_TYPES, TrainConfig
+from ..data.chat import ChatFormat, check_answers
+from ..data.documents import SELF_CHAT, DataSpec, check_documents, check_held_out, require_readers
+from ..evaluation.jobs import check_examples, read_examples
+from ..model.architecture import Architecture
+from ..model.foreign_configs import known_shape
+from ..pruning.budget import check_smallest_size
+from ..pruning.criteria import uses_gradient
+from ..reporting.metrics import check_tensorboard
 
 
 def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:

@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 
-from ..runtime.base.errors import DataError
-from ..runtime.base.progress import ProgressDisplay
-from ..runtime.base.quantities import format_count
-from ..runtime.engines.contract_text import one_line
-from .compute.distributed import Parallel
-from .compute.loss import perplexity
-from .compute.trained_model import TrainedModel
-from .evaluation.quality.contract import Quality, contract, measure_quality
-from .evaluation.scoring import Score, ScoreRequest
-from .evaluation.torch_model import TorchModel
-from .reporting.metrics import MetricsWriter, RunProgress
+from ...runtime.base.errors import DataError
+from ...runtime.base.progress import ProgressDisplay
+from ...runtime.base.quantities import format_count
+from ...runtime.engines.contract_text import one_line
+from ..compute.distributed import Parallel
+from ..compute.loss import perplexity
+from ..compute.stop_signal import StopSignal
+from ..compute.trained_model import TrainedModel
+from ..evaluation.quality.contract import Quality, contract, measure_quality
+from ..evaluation.scoring import Score, ScoreRequest
+from ..evaluation.torch_model import TorchModel
+from ..reporting.metrics import MetricsWriter, RunProgress
+from ..vocabulary.retokenization import ByteTokenizer
 from .run_text import RunText
-from .stop_signal import StopSignal
-from .vocabulary.retokenization import ByteTokenizer
 
 EVALUATION_BATCH_TOKENS = 2048
 """Tokens per forward pass."""

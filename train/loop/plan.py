@@ -12,29 +12,29 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..runtime.base.errors import ModelError, UsageError
-from ..runtime.base.progress import ProgressDisplay
-from ..runtime.chat_template import read_template_file
-from .checkpoint import state as training_state
-from .checkpoint.run_folder import FINISHED_FILE, foreign_files, is_finished, newest_sound_checkpoint, saved_config
-from .compute.distributed import Parallel
-from .compute.hardware import Hardware, choose_hardware
-from .compute.loss import frozen_copy
-from .config.sections import STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
-from .data.chat import set_chat_template
-from .data.documents import SELF_CHAT, DataSpec
-from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, self_chat_file
+from ...runtime.base.errors import ModelError, UsageError
+from ...runtime.base.progress import ProgressDisplay
+from ...runtime.chat_template import read_template_file
+from ..checkpoint import state as training_state
+from ..checkpoint.run_folder import FINISHED_FILE, foreign_files, is_finished, newest_sound_checkpoint, saved_config
+from ..compute.distributed import Parallel
+from ..compute.hardware import Hardware, choose_hardware
+from ..compute.loss import frozen_copy
+from ..config.sections import STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
+from ..data.chat import set_chat_template
+from ..data.documents import SELF_CHAT, DataSpec
+from ..data.self_chat import MAX_TOKENS, MIN_SEQUENCES, self_chat_file
+from ..model.architecture import Architecture
+from ..model.file_types import tokenizer_bytes
+from ..model.foreign_configs import known_shape
+from ..model.irregular import architecture_of
+from ..model.source import stored_dtype
+from ..model.target_rules import check_target
+from ..pruning.plan import PruningPlan, make_pruning_plan
+from ..vocabulary.pieces import pieces_of
 from .memory import check_memory, device_memory, training_memory
-from .model.architecture import Architecture
-from .model.file_types import tokenizer_bytes
-from .model.foreign_configs import known_shape
-from .model.irregular import architecture_of
-from .model.source import stored_dtype
-from .model.target_rules import check_target
-from .pruning.plan import PruningPlan, make_pruning_plan
 from .request import check_removals, check_shape, data_specs, pruning_settings
 from .shards import load_for_ranks
-from .vocabulary.pieces import pieces_of
 
 _log = logging.getLogger("efficientllm.train")
 

@@ -16,22 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compute.distributed import gathered
-from .compute.loss import TrainingLoss
-from .compute.trained_model import TrainedModel
-from .model.groups import BLOCKS
-from .pruning.blocks import BlockProbe
-from .pruning.measures import PARAMETERS
-from .pruning.pruner import Pruner
-from .pruning.recovery import LeastSquares, fit_inputs
-from .pruning.rows import RowProbe, choose_rows
-from .pruning.running_scores import Scores, scores_of_kept
-from .pruning.selection import Kept, Ranking, Removal, Unit, all_groups, compose, select_removal
-from .pruning.surgery import frozen_loss, zero_groups
+from ..compute.distributed import gathered
+from ..compute.loss import TrainingLoss
+from ..compute.stop_signal import StopSignal
+from ..compute.trained_model import TrainedModel
+from ..model.groups import BLOCKS
+from ..pruning.blocks import BlockProbe
+from ..pruning.measures import PARAMETERS
+from ..pruning.pruner import Pruner
+from ..pruning.recovery import LeastSquares, fit_inputs
+from ..pruning.rows import RowProbe, choose_rows
+from ..pruning.running_scores import Scores, scores_of_kept
+from ..pruning.selection import Kept, Ranking, Removal, Unit, all_groups, compose, select_removal
+from ..pruning.surgery import frozen_loss, zero_groups
+from ..vocabulary.frequency import expected_splits
+from ..vocabulary.retokenization import TokenAligner
 from .run_text import RunText
-from .stop_signal import StopSignal
-from .vocabulary.frequency import expected_splits
-from .vocabulary.retokenization import TokenAligner
 
 
 def switch_vocabulary(pruner: Pruner, trained: TrainedModel, text: RunText) -> None:

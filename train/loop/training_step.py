@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..runtime.base.errors import DataError
-from .compute.distributed import Parallel, without_sync
-from .compute.hardware import peak_flops
-from .compute.loss import LossWeights, SourceText, count_predicted, source_texts, to_device
-from .compute.optimizer import clip_factor, gradient_norm
-from .compute.trained_model import TrainedModel
-from .config.sections import OptimizerConfig
-from .data.packing import PackedStream
-from .pruning.pruner import Pruner
-from .reporting.metrics import RunProgress
-from .stop_signal import StopRequested, StopSignal
+from ...runtime.base.errors import DataError
+from ..compute.distributed import Parallel, without_sync
+from ..compute.hardware import peak_flops
+from ..compute.loss import LossWeights, SourceText, count_predicted, source_texts, to_device
+from ..compute.optimizer import clip_factor, gradient_norm
+from ..compute.stop_signal import StopRequested, StopSignal
+from ..compute.trained_model import TrainedModel
+from ..config.sections import OptimizerConfig
+from ..data.packing import PackedStream
+from ..pruning.pruner import Pruner
+from ..reporting.metrics import RunProgress
 
 _log = logging.getLogger("efficientllm.train")
 

@@ -14,13 +14,13 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedTokenizerBase
 
-from .compute.distributed import Parallel, fill
-from .compute.loss import frozen_copy
-from .config.sections import TrainConfig
-from .data.documents import SELF_CHAT
-from .model.irregular import architecture_of, make_buffers
-from .model.source import load_source, load_tokenizer, shape_model, weights_folder
-from .model.stored_tensors import parameters_of
+from ..compute.distributed import Parallel, fill
+from ..compute.loss import frozen_copy
+from ..config.sections import TrainConfig
+from ..data.documents import SELF_CHAT
+from ..model.irregular import architecture_of, make_buffers
+from ..model.source import load_source, load_tokenizer, shape_model, weights_folder
+from ..model.stored_tensors import parameters_of
 from .request import data_specs
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..runtime.base.quantities import display_name, format_count
-from .config.sections import SourceConfig
-from .data.chat import Document, Encoder
-from .data.documents import DataSpec, local_files, open_documents, text_of
-from .data.packing import PackedStream, PrefetchedStream, held_out_windows
-from .vocabulary.frequency import count_tokens
-from .vocabulary.tokenizer_pruning import prune_tokenizer
+from ...runtime.base.quantities import display_name, format_count
+from ..config.sections import SourceConfig
+from ..data.chat import Document, Encoder
+from ..data.documents import DataSpec, local_files, open_documents, text_of
+from ..data.packing import PackedStream, PrefetchedStream, held_out_windows
+from ..vocabulary.frequency import count_tokens
+from ..vocabulary.tokenizer_pruning import prune_tokenizer
 
 COUNTED_CHARACTERS = 20_000_000
 """Characters of a corpus up to which its documents are counted, in about two seconds of CPU time."""

@@ -11,33 +11,33 @@ from typing import Any
 
 import torch
 
-from ..runtime.base.progress import ProgressDisplay
-from .checkpoint import state as training_state
-from .checkpoint.milestone import Milestone
-from .checkpoint.state import PartState
-from .checkpoint.writer import Checkpoints, Part
-from .compute.distributed import reshard
-from .compute.loss import TrainingLoss, perplexity
-from .compute.optimizer import make_optimizer
-from .compute.trained_model import TrainedModel, configure
-from .data.documents import corpus_fingerprint
-from .evaluation.torch_model import TorchModel
-from .family.later_steps import AddLaterSteps, RecordLaterSteps
-from .family.score_keeper import ScoreCheck, ScoreKeeper
-from .family.sizes import Branches
+from ...runtime.base.progress import ProgressDisplay
+from ..checkpoint import state as training_state
+from ..checkpoint.milestone import Milestone
+from ..checkpoint.state import PartState
+from ..checkpoint.writer import Checkpoints, Part
+from ..compute.distributed import reshard
+from ..compute.loss import TrainingLoss, perplexity
+from ..compute.optimizer import make_optimizer
+from ..compute.stop_signal import StopSignal
+from ..compute.trained_model import TrainedModel, configure
+from ..data.documents import corpus_fingerprint
+from ..evaluation.torch_model import TorchModel
+from ..family.later_steps import AddLaterSteps, RecordLaterSteps
+from ..family.score_keeper import ScoreCheck, ScoreKeeper
+from ..family.sizes import Branches
+from ..model.architecture import Architecture
+from ..model.irregular import architecture_of
+from ..pruning.plan import DroppingSchedule
+from ..pruning.pruner import Pruner
+from ..quantisation.weights import RoundedWeights
+from ..reporting.metrics import MetricsWriter, RunProgress, Throughput
+from ..vocabulary.tokenizer_pruning import renumber_settings
 from .measuring import Measuring, evaluated
-from .model.architecture import Architecture
-from .model.irregular import architecture_of
 from .plan import RunPlan
-from .pruning.plan import DroppingSchedule
-from .pruning.pruner import Pruner
 from .pruning_event import switch_vocabulary
-from .quantisation.weights import RoundedWeights
-from .reporting.metrics import MetricsWriter, RunProgress, Throughput
 from .run_text import RunText
-from .stop_signal import StopSignal
 from .training_step import TrainingStep
-from .vocabulary.tokenizer_pruning import renumber_settings
 
 _log = logging.getLogger("efficientllm.train")
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.base.errors import DataError, TrainingDivergedError
-from ..runtime.base.quantities import format_count
-from .checkpoint.run_folder import checkpoint_folders, has_stashed_run
-from .compute.distributed import reshard
-from .family.score_keeper import ScoreTooLowError
-from .pruning.pruner import Pruner
+from ...runtime.base.errors import DataError, TrainingDivergedError
+from ...runtime.base.quantities import format_count
+from ..checkpoint.run_folder import checkpoint_folders, has_stashed_run
+from ..compute.distributed import reshard
+from ..compute.stop_signal import StopRequested
+from ..family.score_keeper import ScoreTooLowError
+from ..pruning.pruner import Pruner
 from .pruning_event import PruningEvent
 from .run_state import RunState, UnfinishedStep
-from .stop_signal import StopRequested
 
 _log = logging.getLogger("efficientllm.train")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ..runtime.base.errors import UsageError
-from ..runtime.base.quantities import format_bytes
-from .config.sections import TrainConfig
-from .model.architecture import Architecture
+from ...runtime.base.errors import UsageError
+from ...runtime.base.quantities import format_bytes
+from ..config.sections import TrainConfig
+from ..model.architecture import Architecture
 
 CONTROL_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Memory limits of a Linux container, by version of control groups."""
