@@ -17,7 +17,6 @@ from ..runtime.base.progress import PROGRESS_LOGGER
 from ..runtime.sampling import SamplingDefaults
 from .access.guard import LOCAL_HOSTS, Guard
 from .access.log import AccessLog, escaped
-from .anthropic import AnthropicEndpoints
 from .endpoints import Endpoints
 from .llama_server import LlamaServerEndpoints
 from .models.pool import ModelPool
@@ -56,7 +55,6 @@ def create_app(
     endpoints = Endpoints(pool, options, sampling or SamplingDefaults())
     app.include_router(endpoints.router)
     app.include_router(OllamaEndpoints(endpoints, pool).router)
-    app.include_router(AnthropicEndpoints(endpoints).router)
     app.include_router(LlamaServerEndpoints(endpoints, pool).router)
     app.include_router(endpoints.short)  # last: /completions is llama-server's own
     _complete_document(app, () if options.keys else pool.artefacts)  # the document needs no key
@@ -83,10 +81,8 @@ def _complete_document(app: FastAPI, models: Iterable[str]) -> None:
 def refuse(scope: Any, error: APIError) -> JSONResponse:
     """Return the answer to a request that fails, in the shape of the API that its path belongs to."""
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-    body = error.body
-    for dialect in (OllamaEndpoints, AnthropicEndpoints):
-        if f"{scope['path']}/".startswith(f"{dialect.prefix}/"):
-            body = dialect.error_body(error)
+    is_ollama = f"{scope['path']}/".startswith(f"{OllamaEndpoints.prefix}/")
+    body = OllamaEndpoints.error_body(error) if is_ollama else error.body
     return JSONResponse(body, error.status, headers)
 
 

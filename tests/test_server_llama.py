@@ -148,7 +148,7 @@ def test_prompt_may_mix_tokens_and_texts(client: httpx.Client) -> None:
     assert first["embedding"] == second["embedding"]
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions", "/responses", "/v1/messages"])
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions", "/responses"])
 def test_any_name_means_only_model_on_paths_without_prefix(client: httpx.Client, path: str) -> None:
     asked = {"input": "Hello"} if "responses" in path else {"messages": MESSAGES[1:]}
     limit = {"max_tokens": 2} if "responses" not in path else {}

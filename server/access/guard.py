@@ -86,7 +86,7 @@ class Guard:
 
     def _has_key(self, headers: Mapping[bytes, bytes]) -> bool:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        given = given.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")  # Anthropic's
+        given = given.strip() if scheme.lower() == b"bearer" else b""
         # a comparison that ends at the first wrong byte would tell by its time how many bytes are right
         return not self.api_keys or any(hmac.compare_digest(given, key) for key in self.api_keys)
 

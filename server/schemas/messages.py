@@ -90,7 +90,7 @@ class RequestPart(BaseModel):
 
 
 class TextPart(RequestPart):
-    without_effect = ("cache_control",)  # Anthropic's field, which gateways pass on
+    without_effect = ("cache_control",)  # a field of Anthropic's API, which gateways pass on
     type: Literal["text"]
     text: Text
 

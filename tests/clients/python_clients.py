@@ -81,7 +81,7 @@ def litellm(address: str) -> None:
 
     common: Any = {"model": "openai/tiny", "api_base": f"{address}/v1", "api_key": KEY, "messages": MESSAGES}
     v1 = ("openai", "text-completion-openai", "hosted_vllm", "lm_studio", "llamafile")
-    for provider in (*v1, "anthropic", "ollama", "ollama_chat"):
+    for provider in (*v1, "ollama", "ollama_chat"):
         base = f"{address}/v1" if provider in v1 else address
         asked: Any = {**common, "model": f"{provider}/tiny", "api_base": base, "max_tokens": 8, "temperature": 0}
         assert completion(**asked).choices[0].message.content, provider

@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 import pytest
 
-FILES = ("tokenize", "completion", "chat_completion", "compat_anthropic", "compat_oai_responses", "embedding")
+FILES = ("tokenize", "completion", "chat_completion", "compat_oai_responses", "embedding")
 MODEL_NAMES = {"n_prompt", "n_cache", "n_tokens", "bosId", "re_content", "match_regex", "re_prefill"}
 """Names in assertions about the texts and token counts of llama.cpp's test model."""
 SKIPPED = "vision or library_stops or with_fa"
