@@ -52,33 +52,17 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def pick(index: int, count: int) -> list[str]:
         return [words[(index + step) % len(words)] for step in range(count)]
 
+    def choices(index: int) -> dict[str, list[str]]:
+        return {"text": pick(index, 4), "label": [*"ABCD"]}
+
     several = range(6)
     for task in ("arc_easy", "arc_challenge"):
-        write(
-            task,
-            [
-                {
-                    "id": str(i),
-                    "question": f"What follows {i}\u2028?",  # a line separator inside a row is no new row
-                    "choices": {"text": pick(i, 4), "label": ["A", "B", "C", "D"]},
-                    "answerKey": "ABCD"[i % 4],
-                }
-                for i in several
-            ],
-        )
+        asked = [{"id": str(i), "question": f"Then {i}\u2028?"} for i in several]  # no new row at a line separator
+        write(task, [{**row, "choices": choices(i), "answerKey": "ABCD"[i % 4]} for i, row in enumerate(asked)])
     write("boolq", [{"passage": f"P {i}.", "question": f"is {i} even", "label": 1 - i % 2, "idx": i} for i in several])
     write("hellaswag", [{"query": f"He took {words[i]}", "choices": pick(i, 4), "gold": i % 4} for i in several])
-    write(
-        "openbookqa",
-        [
-            {
-                "question_stem": f"The {i}th is",
-                "choices": {"text": pick(i, 4), "label": ["A", "B", "C", "D"]},
-                "answerKey": "B",
-            }
-            for i in several
-        ],
-    )
+    stems = enumerate(f"The {i}th is" for i in several)
+    write("openbookqa", [{"question_stem": stem, "choices": choices(i), "answerKey": "B"} for i, stem in stems])
     write("piqa", [{"goal": f"do {i}", "sol1": words[i], "sol2": words[i - 1], "label": i % 2} for i in several])
     write(
         "winogrande",

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shutil
-import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from efficientllm.runtime.tool_format import LEARNED_MARK
 from efficientllm.server.schemas.messages import ResponseFormat
 from efficientllm.train.checkpoint.run_folder import foreign_files
 from efficientllm.train.data.chat import Chat
-from efficientllm.train.evaluation import cli, jobs, sql
+from efficientllm.train.evaluation import cli, jobs
 from efficientllm.train.evaluation.evaluate import Evaluation
 from efficientllm.train.evaluation.job_metrics import Example, calls_in, macro_f1, metric_named
 from efficientllm.train.evaluation.job_score import stored_scores
@@ -110,80 +109,15 @@ def test_a_refusal_is_right_without_a_call() -> None:
         ("json", '{"b": 1, "a": 2}', '{"a": 2, "b": 1}', 1),
         ("json", "{", "{}", 0),
         ("label", "Translate\nmore", "translate", 1),
-        ("sql", "select A from T where B = 'X' ;", "SELECT a FROM t WHERE b = 'X'", 1),
-        ("sql", "SELECT a FROM t WHERE b = 'x'", "SELECT a FROM t WHERE b = 'X'", 0),
-        ("sql", "SELECT\n a FROM t WHERE b = 'x  y' ", "SELECT a  FROM t WHERE b = 'x  y';", 1),
-        ("sql", "SELECT a FROM t WHERE b = 'x  y'", "SELECT a FROM t WHERE b = 'x y'", 0),
     ],
 )
 def test_metrics_of_texts(metric: str, answer: str, expected: str, value: float) -> None:
     assert next(iter(metric_named(metric)(answer, example(expected)).values())) == value
 
 
-SCHEMA = """CREATE TABLE song (title TEXT, year INTEGER);
-INSERT INTO song VALUES ('Sun', 1991), ('Moon', 1975), ('Rain', 2003);"""
-
-QUERIES = {
-    "SELECT title FROM song WHERE year > 1980": 1,
-    "select s.title from song s where not year <= 1980;": 1,
-    "SELECT title FROM song WHERE year > 1980 ORDER BY year DESC": 1,
-    "SELECT title FROM song": 0,
-    "SELECT title, year FROM song WHERE year > 1980": 0,
-    "SELECT titel FROM song": 0,
-    "not a query": 0,
-    "": 0,
-    "SELECT 1\0": 0,
-    "DELETE FROM song": 0,
-    "DELETE FROM song RETURNING title": 0,
-    "SELECT title FROM song WHERE year > 1980; DROP TABLE song": 0,
-    "ATTACH 'other.sqlite' AS other": 0,
-    "PRAGMA writable_schema = 1": 0,
-    "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n": 0,
-    "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x FROM n": 0,
-    "SELECT zeroblob(1000000000)": 0,
-}
-"""Answers, and 1 if their rows are those of the first one."""
-
-
-@pytest.mark.parametrize("kind", ["schema", "database"])
-@pytest.mark.parametrize("query", QUERIES)
-def test_a_query_is_right_if_its_rows_are(
-    query: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sql, "MAX_STEPS", 100_000)
-    path = tmp_path / "a b?.sqlite"
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.executescript(SCHEMA)
-    before = path.read_bytes()
-    record = {"database": str(path)} if kind == "database" else {"schema": SCHEMA}
-    found = metric_named("sql")(query, example(next(iter(QUERIES)), **record))
-    assert found == {"execution": QUERIES[query], "exact": float(query == next(iter(QUERIES)))}
-    assert path.read_bytes() == before
-    assert [each.name for each in tmp_path.iterdir()] == [path.name]
-
-
-def test_the_order_of_rows_counts_where_the_expected_query_has_one() -> None:
-    ordered = example("SELECT title FROM song ORDER BY year", schema=SCHEMA)
-    assert metric_named("sql")("SELECT title FROM song ORDER BY -year", ordered)["execution"] == 0
-    assert metric_named("sql")("SELECT title FROM song ORDER BY year + 1", ordered)["execution"] == 1
-
-
-def test_a_database_equals_that_of_the_record_or_of_the_flag(tmp_path: Path) -> None:
-    chat = {"prompt": "Which?", "completion": "SELECT 1"}
-    rows = [chat, {**chat, "database": "own.sqlite"}, {**chat, "schema": SCHEMA}]
-    path = tmp_path / "test.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    found = [each.record.get("database") for each in read_examples(path, database="all.sqlite")]
-    assert found == ["all.sqlite", str(tmp_path / "own.sqlite"), None]
-
-
 @pytest.mark.parametrize(
     ("metric", "row", "reason"),
     [
-        ("sql", {"completion": "SELECT x", "schema": SCHEMA}, "the expected query fails (no such column: x); correct"),
-        ("sql", {"completion": "SELECT 1", "schema": "CREATE"}, 'the "schema" of an example cannot be opened: '),
-        ("sql", {"completion": "SELECT 1", "database": "no.sqlite"}, 'no.sqlite" cannot be opened: unable to open'),
         ("json", {"completion": "{"}, "Expecting property name"),
     ],
 )

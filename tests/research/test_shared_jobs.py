@@ -15,7 +15,7 @@ from efficientllm.train.evaluation.jobs import check_examples, read_examples
 from research.jobs import shared
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "jobs"
-METRICS = {"clinc150": "label", "sgd_calls": "call", "wikisql": "sql", "e2e": "contains"}
+METRICS = {"clinc150": "label", "sgd_calls": "call", "wikisql": "exact", "e2e": "contains"}
 CALL = {"name": "find", "arguments": {"city": "Bern"}}
 
 

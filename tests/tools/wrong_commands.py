@@ -128,7 +128,7 @@ COMMANDS: dict[str, str] = {
     "eval no-such-folder": "no-such-folder: no such folder or file, and not demo, the built-in model",
     "eval MODEL --task no.jsonl --metric call": "--task no.jsonl: no such file",
     "eval MODEL --task broken.jsonl --metric exact": "--task broken.jsonl: line 31 is not JSON: Expecting value: line",
-    "eval MODEL --task chats.jsonl --metric cal": "--metric cal: known are exact, contains, json, call, label, sql,",
+    "eval MODEL --task chats.jsonl --metric cal": "--metric cal: known are exact, contains, json, call, label, chrf,",
     "eval MODEL --task chats.jsonl --metric call": "--metric call: no example of --task has tools or expects a",
     "eval MODEL --task chats.jsonl --constrain schema --metric exact": "--constrain schema has no effect: no",
     "eval MODEL --task chats.jsonl --metric python:no_module:score": "--metric python:no_module:score: cannot be",

@@ -53,10 +53,7 @@ class MeasureConfig:
     """Held-out examples of a job to answer and score, a .jsonl or .jsonl.gz of chats. Nothing else is measured then,
     unless --text or --tasks ask for it."""
     metric: str = "exact"
-    """Score of an answer to --task: exact, json, call, label, sql, contains, chrf, rouge, or python:MODULE:FUNCTION."""
-    database: str = ""
-    """SQLite file for --metric sql: queries are compared by their rows. An example may name its own: "database" or
-    "schema"."""
+    """Score of an answer to --task: exact, json, call, label, contains, chrf, rouge, or python:MODULE:FUNCTION."""
     task_limit: int = flags.number(0, at_least=0)
     """Examples of --task to answer. 0: all."""
     task_tokens: int = flags.count(256, at_least=1)
@@ -77,8 +74,8 @@ class MeasureConfig:
         flags.require(self, "min_context", is_within, f"must be at most the window of {self.window}")
         is_left = not self.document_tokens or self.min_context <= self.document_tokens
         flags.require(self, "min_context", is_left, f"must be at most --document-tokens {self.document_tokens}")
-        scores = self.metric != "exact" or bool(self.database) or bool(self.task_limit) or self.constrain != "none"
-        needed = "missing; give the examples that --metric, --database, --task-limit and --constrain are for"
+        scores = self.metric != "exact" or bool(self.task_limit) or self.constrain != "none"
+        needed = "missing; give the examples that --metric, --task-limit and --constrain are for"
         flags.require(self, "task", bool(self.task) or not scores, needed)
         has_measure = self.quality or bool(self.task_names) or bool(self.text) or bool(self.task)
         flags.require(self, "quality", has_measure, "there is nothing to measure; give --text or --tasks")
@@ -86,7 +83,7 @@ class MeasureConfig:
     @cached_property
     def examples(self) -> list[Example]:
         """Read the examples of the job, once. Raises UsageError or DataError."""
-        return read_examples(Path(self.task), self.task_limit, self.database)
+        return read_examples(Path(self.task), self.task_limit)
 
     @property
     def task_names(self) -> tuple[str, ...]:

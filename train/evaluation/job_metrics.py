@@ -21,7 +21,6 @@ from ...runtime.base.extras import extra
 from ...runtime.chat_template import Message
 from ...runtime.grammar import answer_schema
 from ..data.chat import Chat
-from .sql import gives_same_rows, has_database, normalised
 
 FORM = "response_format"
 """Field of a record with the form of its answer."""
@@ -216,17 +215,6 @@ def macro_f1(expected: Sequence[str], answers: Sequence[str]) -> float:
     return statistics.fmean(2 * right[label] / (wanted[label] + given[label]) for label in wanted)
 
 
-def sql(answer: str, example: Example) -> Values:
-    """Return whether the query gives the rows of the expected one, if there is a database, and whether it is the same.
-
-    White space and case outside quotes do not count.
-    """
-    exact = float(normalised(answer) == normalised(example.expected))
-    if not has_database(example.record):
-        return {"exact": exact}
-    return {"execution": float(gives_same_rows(answer, example.expected, example.record)), "exact": exact}
-
-
 def chrf(answer: str, example: Example) -> Values:
     """Return chrF (Popovic 2015) against all references, by sacrebleu."""
     with extra("eval", "sacrebleu"):
@@ -249,7 +237,6 @@ METRICS: dict[str, Metric] = {
     "json": json_value,
     "call": call,
     "label": label,
-    "sql": sql,
     "chrf": chrf,
     "rouge": rouge,
 }

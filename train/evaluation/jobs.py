@@ -1,4 +1,4 @@
-"""Score a model's answers on the held-out examples of a job: calls, labels, JSON, SQL or text.
+"""Score a model's answers on the held-out examples of a job: calls, labels, JSON or text.
 
 An example is a conversation up to an answer that is expected, one for each answer of a chat. The model answers greedily
 after the messages before it.
@@ -42,11 +42,10 @@ that are copied from the request, those examples of their schemas that occur in 
 lists."""
 
 
-def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Example]:
+def read_examples(path: Path, limit: int = 0) -> list[Example]:
     """Read the examples of a .jsonl or .jsonl.gz file, at most `limit` (0: all).
 
-    Each answer of a chat that is learned (see `Chat.is_learned`) is an example, with the messages before it. A record's
-    `database` is relative to the file's folder. `database` is that of records without one.
+    Each answer of a chat that is learned (see `Chat.is_learned`) is an example, with the messages before it.
     Raises UsageError for a missing file or another kind of file, and DataError for a malformed record.
     """
     if not path.exists():
@@ -70,10 +69,6 @@ def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Exampl
         references = record.get("references") or []
         if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
             raise DataError(f"--task {path}: line {number}: references must be a list of texts")
-        if record.get("database"):
-            record["database"] = str(path.parent / str(record["database"]))
-        elif database and not record.get("schema"):
-            record["database"] = database
         examples += _examples(chat, record)
         if 0 < limit <= len(examples):
             del examples[limit:]
