@@ -8,7 +8,6 @@ import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 from .base.errors import UsageError
@@ -93,15 +92,13 @@ class CopiedArguments:
         *,
         are_spaced: bool = False,
         only_examples: bool = False,
-        examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
         records: Sequence[Record] = (),
     ) -> None:
         """Look for examples in `texts`. The words to copy from are those of `words_rule`.
 
-        With `are_spaced`, a free text begins with a space (see spaced_texts). `examples` are more examples of texts, by
-        the name of the argument.
+        With `are_spaced`, a free text begins with a space (see spaced_texts).
         """
-        self._only_examples, self._examples, self._are_spaced = only_examples, examples, are_spaced
+        self._only_examples, self._are_spaced = only_examples, are_spaced
         self._records, self._fields = records, {field for record in records for field in record}
         self._listed: dict[str, _Listed] = {}
         self._chains: dict[tuple[tuple[_Slot, ...], State, bool], str] = {}
@@ -129,7 +126,6 @@ class CopiedArguments:
         for key, schema in properties.items():
             value = "COPIED" if key in listed.absent and key in required else ""
             if key not in listed.arrays and key not in listed.absent:
-                schema = _with_annotations(schema, {"examples": self._examples.get(key, ())})
                 value = self._value(schema, definitions, format) or ("COPIED" if key in required else "")
             if value or key in listed.arrays:
                 slots.append(_Slot(_quoted(key), value, key in required, listed.arrays.get(key, False)))

@@ -39,8 +39,6 @@ class ToolUse:
     strict: Collection[str] | None = None
     """Names of functions whose keywords must all be enforced. Those of others are ignored if they cannot be. None:
     all."""
-    examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """More examples of texts in arguments, by the name of the argument."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,6 @@ def _grammar(calls: _Calls, format: ToolFormat, control: tuple[int, ...]) -> Gra
             calls.examined,
             are_spaced=format.has_spaced_texts,
             only_examples=use.arguments == "examples",
-            examples=use.examples,
             records=calls.records,
         )
     tools = [tool for tool in use.tools if use.only in ("", tool["function"]["name"])]

@@ -64,7 +64,7 @@ def check_files(limits: PoolOptions, app_options: AppOptions, engine_options: En
             raise UsageError(f"--pin {path}: no such file; give a text or a .json file with messages")
         if not Path(path).stat().st_size:
             raise UsageError(f"--pin {path}: is empty; write a text or messages into it")
-    _ = app_options.keys, app_options.argument_examples  # the app finds them read
+    _ = app_options.keys  # the app finds them read
 
 
 def bind_socket(host: str, port: int) -> socket.socket:

@@ -95,7 +95,6 @@ class Endpoints:
 
     def __init__(self, pool: ModelPool, options: AppOptions, sampling: SamplingDefaults) -> None:
         self._pool, self._options, self.sampling = pool, options, sampling
-        self._examples = options.argument_examples
         self.router = router = APIRouter(route_class=BodyRoute)
         self.short = APIRouter(route_class=BodyRoute, include_in_schema=False)
         """OpenAI's routes without /v1, as llama-server also has them."""
@@ -242,10 +241,8 @@ class Endpoints:
 
     def choices(self, engine: EngineScheduler, request: CompletionRequest) -> list[Choice]:
         """Return the answers to a request, with this server's defaults. They are not computed yet."""
-        if isinstance(request, ChatRequest):
-            request.set_examples(self._examples)
-            if "tool_arguments" not in request.model_fields_set:
-                request.tool_arguments = self._options.tool_arguments
+        if isinstance(request, ChatRequest) and "tool_arguments" not in request.model_fields_set:
+            request.tool_arguments = self._options.tool_arguments
         return make_choices(engine, request, self._options.overflow, self.sampling)
 
     async def until_disconnect(self, http: Request, work: Coroutine[Any, Any, ResponseModel | Response]) -> Response:

@@ -36,7 +36,7 @@ from .schemas.completions import (
     TranslatedRequest,
 )
 from .schemas.messages import MAX_TOOLS, Bool, Float, Int, Json, Name, RequestPart, Text, Tool
-from .schemas.response_models import Embeddings, ResponseModel
+from .schemas.response_models import UNLESS_NONE, ResponseModel
 
 DEFAULT_TAG = ":latest"
 """Tag that Ollama's clients add to the name of a model."""
@@ -48,8 +48,6 @@ LONGEST_SECONDS = 10**9
 
 SECONDS_OF_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 """Units of durations in Go, such as those of keep_alive."""
-
-UNLESS_NONE: Any = Field(exclude_if=lambda value: value is None)
 
 
 class Options(LlamaSampling):
@@ -202,15 +200,6 @@ class OllamaEmbed(RequestPart):
     keep_alive: KeepAlive | None = None
 
 
-class OllamaEmbedPrompt(RequestPart):
-    """POST /api/embeddings, the older form."""
-
-    without_effect = ("options",)
-    model: Text
-    prompt: Text
-    keep_alive: KeepAlive | None = None
-
-
 class ModelName(RequestPart):
     """POST /api/show."""
 
@@ -258,10 +247,6 @@ class OllamaEmbeddings(ResponseModel):
     model: str
     embeddings: list[list[float]]
     prompt_eval_count: int
-
-
-class OllamaEmbedding(ResponseModel):
-    embedding: list[float]
 
 
 class OllamaBuilder(ChatBuilder):
@@ -362,7 +347,6 @@ class OllamaEndpoints:
         router.post("/show")(self.show)
         router.get("/ps")(self.running)
         router.post("/embed")(self.embed)
-        router.post("/embeddings")(self.embed_prompt)
         router.post("/chat")(self.chat)
         router.post("/generate")(self.generate)
 
@@ -402,26 +386,14 @@ class OllamaEndpoints:
 
     async def embed(self, request: OllamaEmbed, http: Request) -> Response:
         async def answer() -> OllamaEmbeddings:
-            found = await self._embed(request.model, request.input, request.keep_alive, request.truncate)
+            model = self._kept(request.model, request.keep_alive)
+            fields = {"model": model, "input": request.input, "truncate": request.truncate}
+            found = await self._endpoints.embed(EmbeddingsRequest.model_validate(fields))
             vectors: Any = [each.embedding for each in found.data]
             count = found.usage.prompt_tokens
             return OllamaEmbeddings(model=request.model, embeddings=vectors, prompt_eval_count=count)
 
         return await self._endpoints.until_disconnect(http, answer())
-
-    async def embed_prompt(self, request: OllamaEmbedPrompt, http: Request) -> Response:
-        async def answer() -> OllamaEmbedding:
-            found = await self._embed(request.model, request.prompt, request.keep_alive)
-            vector: Any = found.data[0].embedding
-            return OllamaEmbedding(embedding=vector)
-
-        return await self._endpoints.until_disconnect(http, answer())
-
-    async def _embed(
-        self, model: str, input: str | list[str], keep_alive: float | None, truncate: bool = True
-    ) -> Embeddings:
-        fields = {"model": self._kept(model, keep_alive), "input": input, "truncate": truncate}
-        return await self._endpoints.embed(EmbeddingsRequest.model_validate(fields))
 
     async def chat(self, request: OllamaChat, http: Request) -> Response:
         return await self._answer(request, http)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,9 +60,6 @@ class AppOptions:
     """Default of the field tool_arguments. copy: free texts in arguments of calls are words of the request; examples:
     those with examples in their schema are examples that occur in the request. listed: those with the name of a field
     are values of one record of the conversation, as the model's chat template describes them."""
-    examples: str = ""
-    """JSON file with texts of arguments by name, such as {"area": ["kitchen", "loft"]}: more examples for the schemas
-    of all requests. Needs --tool-arguments copy, examples or listed."""
     overflow: Overflow = "error"
     """Action when a chat exceeds the context window: error, or slide (remove the oldest tokens)."""
 
@@ -71,23 +67,6 @@ class AppOptions:
         flags.check_fields(self)
         for text in self.allow_host:
             flags.require(self, "allow_host", "/" not in text, "must be a name without http:// and path", value=text)
-        is_used = not self.examples or self.tool_arguments != "any"
-        flags.require(self, "examples", is_used, "needs --tool-arguments copy, examples or listed")
-
-    @cached_property
-    def argument_examples(self) -> dict[str, list[str]]:
-        """Return the texts of --examples by the name of the argument. UsageError for a file of another form."""
-        if not self.examples:
-            return {}
-        try:
-            values = json.loads(Path(self.examples).read_text(encoding="utf-8"))
-            json.dumps(values, ensure_ascii=False).encode()  # refuses half of a surrogate pair, which JSON may escape
-        except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"--examples {self.examples}: {error}") from error
-        lists = values.values() if isinstance(values, dict) else [None]
-        if not all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in lists):
-            raise UsageError(f'--examples {self.examples}: is not like {{"area": ["kitchen", "loft"]}}')
-        return values
 
     @cached_property
     def keys(self) -> tuple[str, ...]:

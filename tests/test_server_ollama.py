@@ -194,7 +194,6 @@ def test_embeddings_equal_those_of_openai_api(client: httpx.Client) -> None:
     assert found["embeddings"] == [each["embedding"] for each in expected["data"]]
     assert found["prompt_eval_count"] == expected["usage"]["prompt_tokens"]
     assert ask(client, "embed", input="Hello")[0]["embeddings"] == found["embeddings"][:1]
-    assert ask(client, "embeddings", prompt="Hello") == [{"embedding": found["embeddings"][0]}]
     assert ask(client, "embed", input="a " * 2000)[0]["prompt_eval_count"] == 1024
 
 

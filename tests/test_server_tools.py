@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.options import AppOptions
 from efficientllm.train.model.irregular import save_checkpoint
@@ -112,39 +111,6 @@ def test_a_flag_copies_arguments_of_all_requests(artefact: Path) -> None:
 
         assert json.loads(arguments())["city"].casefold() in "how is rome?"
         assert arguments(tool_arguments="any") != arguments() == arguments(tool_arguments="copy")
-
-
-def test_a_file_has_the_examples_of_all_requests(artefact: Path, tmp_path: Path) -> None:
-    file = tmp_path / "home.json"
-    file.write_text('{"city": ["Rome", "Oslo"], "room": ["attic"]}', encoding="utf-8")
-    pool = loaded_pool({"plain": str(artefact)}, EngineOptions(threads=1, context=1024))
-    options = AppOptions(tool_arguments="examples", examples=str(file))
-    with serve(pool, options) as address, httpx.Client(base_url=address) as client:
-        for seed in range(3):
-            answer = client.post("/v1/chat/completions", json={**asked("room", "city"), "seed": seed}).json()
-            (called,) = answer["choices"][0]["message"]["tool_calls"]
-            assert json.loads(called["function"]["arguments"]) == {"city": "Rome"}
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("[1]", "is not like"),
-        ('{"area": "attic"}', "is not like"),
-        ("{", "Expecting"),
-        ("[" * 100_000, "recursion"),
-        (r'{"area": ["\ud800"]}', "surrogates not allowed"),
-        (None, "No such file"),
-    ],
-)
-def test_a_file_of_examples_of_another_form_is_refused(content: str | None, reason: str, tmp_path: Path) -> None:
-    file = tmp_path / "home.json"
-    if content is not None:
-        file.write_text(content, encoding="utf-8")
-    with pytest.raises(UsageError, match=rf"^--examples .*home.json: .*{reason}"):
-        _ = AppOptions(tool_arguments="copy", examples=str(file)).argument_examples
-    with pytest.raises(UsageError, match="needs --tool-arguments copy, examples or listed"):
-        AppOptions(examples=str(file))
 
 
 @both

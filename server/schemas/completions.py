@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
@@ -325,12 +325,6 @@ class ChatRequest(CompletionRequest):
     continue_final_message: Bool | None = None
     """Names of vLLM and llama-server for what follows from the role of the last message."""
 
-    _examples: Mapping[str, Sequence[str]] = PrivateAttr({})
-
-    def set_examples(self, examples: Mapping[str, Sequence[str]]) -> None:
-        """Add examples to the texts in arguments, by the name of the argument."""
-        self._examples = examples
-
     @model_validator(mode="after")
     def _check_together(self) -> ChatRequest:
         names = [tool.function.name for tool in self.tools]
@@ -370,7 +364,7 @@ class ChatRequest(CompletionRequest):
         otherwise = self.response_format.answer_schema()
         strict = {tool.function.name for tool in self.tools if tool.function.strict}
         must_call, arguments = self.tool_choice == "required", self.tool_arguments
-        return ToolUse(tools, must_call, only, self.parallel_tool_calls, otherwise, arguments, strict, self._examples)
+        return ToolUse(tools, must_call, only, self.parallel_tool_calls, otherwise, arguments, strict)
 
     @property
     def stops(self) -> list[str]:

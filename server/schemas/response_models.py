@@ -15,6 +15,7 @@ FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
+UNLESS_NONE: Any = Field(exclude_if=lambda value: value is None)
 UNLESS_EMPTY: Any = Field(exclude_if=operator.not_)
 """Mark a field that is not sent while its value is empty or 0."""
 

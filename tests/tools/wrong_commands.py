@@ -113,7 +113,6 @@ COMMANDS: dict[str, str] = {
     "serve demo --allow-host http://x/": "--allow-host http://x/: must be a name without http:// and path",
     "serve demo --pin no.txt": "--pin no.txt: no such file; give a text or a .json file with messages",
     "serve demo --api-key-file no.txt": "--api-key-file no.txt: cannot be read: [Errno 2] ",
-    "serve demo --examples nothing.jsonl --tool-arguments copy": "--examples nothing.jsonl: Expecting value",
     "serve MODEL": EXPORT_FIRST,
     "serve demo --port 99999": "--port 99999: must be between 1 and 65535",
     "serve demo --model demo": "--model demo: must be NAME=PATH",
