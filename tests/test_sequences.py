@@ -264,10 +264,10 @@ def test_a_shared_prefix_takes_room_once(engine: EngineScheduler, monkeypatch: p
 
 
 def test_long_chats_wait_for_long_ones_in_a_crowded_cache(artefact: Path) -> None:
-    """Two of four long chats are answered at once. Short ones wait for none."""
+    """Answer only the last two of four long chats at once. Short ones wait for none."""
     engine = load_engine(artefact, replace(EXACT, context=512, parallel=6, cache_memory=10_000_000))
     assert engine.traits.crowded_slots == MIN_CROWDED_SLOTS
-    engine.traits.crowded_slots = 2 * (LONG_CHAT + RESERVED_TOKENS)
+    engine.traits.crowded_slots = LONG_CHAT + RESERVED_TOKENS
     prompts = [[5 + (11 * index + step) % 290 for step in range(LONG_CHAT)] for index in range(4)] + PROMPTS[:2]
     alone = ["".join(generation) for generation in answers(engine, prompts)]
     together, at_once = answers(engine, prompts), []
@@ -280,7 +280,7 @@ def test_long_chats_wait_for_long_ones_in_a_crowded_cache(artefact: Path) -> Non
         is_long = [len(answer.generation.tokens) >= LONG_CHAT for answer in batch._active]
         at_once.append((is_long.count(True), is_long.count(False)))
     assert [texts[id(generation)] for generation in together] == alone
-    assert max(at_once) == (2, 2)
+    assert (at_once[0], max(at_once)) == ((1, 1), (2, 0))
     engine.close()
 
 
@@ -400,7 +400,7 @@ def test_ctrl_c_in_one_thread_leaves_no_empty_pass_to_another(
             signal.raise_signal(signal.SIGINT)  # the main thread gets it, whichever evaluates
 
     sizes = watch_passes(engine, monkeypatch, interrupt_the_first_shared_pass)
-    monkeypatch.setattr(answer_loop, "TOGETHER_SECONDS", 1)  # a busy machine is slow to ask again
+    monkeypatch.setattr(answer_loop, "TOGETHER_SECONDS", 20)  # a busy machine is slow to ask again
     monkeypatch.setattr(engine.answers, "add", add_and_count)
     monkeypatch.setattr(engine.traits, "speculation", None)
     monkeypatch.setattr(engine.traits, "pass_times", None)

@@ -217,12 +217,15 @@ class Batch:
         return len(answer.generation.tokens) - shared >= LONG_CHAT
 
     def _is_crowded_for(self, answer: Answer) -> bool:
-        """Return True if a long chat is answered sooner after others, because each slows all of them.
+        """Return True if a long chat is answered sooner after another, because each slows the others.
 
-        Two long chats are answered at once in any case, and short ones wait for none.
+        Two long chats without a third are answered at once in any case, and short ones wait for none.
         """
-        long = [one for one in self._active if len(one.generation.tokens) >= LONG_CHAT]
-        return len(long) >= 2 and self._needed_slots([*long, answer]) > self._engine.traits.crowded_slots
+        groups = (self._active, self._waiting)
+        active, waiting = ([one for one in group if len(one.generation.tokens) >= LONG_CHAT] for group in groups)
+        if not active or len(active) + len(waiting) < 3:
+            return False
+        return self._needed_slots([*active, answer]) > self._engine.traits.crowded_slots
 
     def _preempt_youngest(self, error: CacheFullError) -> list[AnswerProgress]:
         """Put the youngest answer back into the queue. Its tokens are evaluated again later. The only one fails."""
