@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +49,6 @@ Overflow = Literal["error", "slide"]
 SINK_TOKENS = 32
 """First tokens that a sliding window keeps, because they act as attention sinks (arXiv 2309.17453)."""
 
-
 MAX_REPEATS = 64
 """Times that one token in a row ends an answer which nothing else limits. Small models may repeat without end."""
 
@@ -88,6 +88,10 @@ class GenerationStats:
     """Time for the tokens of later passes: evaluation, mask, sampling and detokenization."""
     mask_seconds: float = 0.0
     """Time of the constraint for the masks of all tokens."""
+    log_probability: float = 0.0
+    """Sum of the log-probabilities of the chosen tokens in nats, before a grammar (with `measures_probability`)."""
+    chosen_tokens: int = 0
+    """Tokens of that sum: neither end tokens nor those that a grammar forces."""
     finish_reason: str = ""
     """"stop" (end token or stop string) or "length"."""
 
@@ -95,6 +99,11 @@ class GenerationStats:
     def prefill_tokens_per_second(self) -> float:
         """Return the speed of the prefill, over the tokens that were evaluated."""
         return self.prefilled_tokens / (self.time_to_first_token_ms / 1e3) if self.time_to_first_token_ms else 0.0
+
+    @property
+    def mean_probability(self) -> float | None:
+        """Return the geometric mean of the probabilities of the chosen tokens, None if there are none."""
+        return math.exp(self.log_probability / self.chosen_tokens) if self.chosen_tokens else None
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -116,6 +125,8 @@ class AnswerOptions:
     """Text, such as the marker of a call, after which `stop` is ignored."""
     top_logprobs: int | None = None
     """Record the log-probability of every token and of this many best ones (see `Generation.pop_logprobs`)."""
+    measures_probability: bool = False
+    """Measure `GenerationStats.mean_probability`."""
     scores_prompt: bool = False
     """Record the log-probabilities of the prompt's tokens as well. Needs `top_logprobs`, and the prompt must fit."""
     overflow: Overflow = "error"
@@ -170,7 +181,7 @@ class Generation:
         self.tokens = list(prompt[: len(prompt) - len(self._unscored)])
         """Input of the next token: prompt and answer without the tokens that were dropped from the window."""
         self.answer: list[int] = []
-        self.top_logprobs = options.top_logprobs
+        self.top_logprobs, self._measures_probability = options.top_logprobs, options.measures_probability
         self.constraint = constraint
         # Log-probabilities need the logits of every token, and a bias may forbid a forced one.
         self._may_force = constraint is not None and options.top_logprobs is None and not options.logit_bias
@@ -327,7 +338,8 @@ class Generation:
         """Return the next token, None if the constraint forbids all."""
         # log-probabilities are those of the model, and mask, biases and penalties change the logits in place
         changes = self.constraint is not None or self.sampler.changes_logits
-        found = logits.copy() if self.top_logprobs is not None and changes else logits
+        is_scored = self.top_logprobs is not None or self._measures_probability
+        found = logits.copy() if is_scored and changes else logits
         if self.constraint is not None:
             began = time.perf_counter()
             self.constraint.mask(logits)
@@ -335,8 +347,16 @@ class Generation:
             if logits.max() == -np.inf:
                 return None
         token = self.sampler.choose(logits)
-        if self.top_logprobs is not None and token not in self.engine.end_ids:
+        if token in self.engine.end_ids:
+            return token
+        if self.top_logprobs is not None:
             self._logprobs.append(token_logprob(found, token, self.top_logprobs))
+        if not self._measures_probability:
+            return token
+        # log-probabilities and biases evaluate forced tokens as well, which show no choice of the model
+        if self.constraint is None or self._may_force or not self.constraint.forced_tokens():
+            self.stats.log_probability += float(found[token]) - log_sum(found)
+            self.stats.chosen_tokens += 1
         return token
 
     def _count_time(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import sys
@@ -13,7 +14,8 @@ from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
-from ..runtime.engines.artefact import ARTEFACT_HELP, open_or_export
+from ..runtime.engines.artefact import ARTEFACT_HELP, Artefact, open_or_export
+from ..runtime.engines.calibration import CONSTRAINTS
 from ..runtime.engines.engine import EngineOptions, find_engine
 from ..runtime.engines.memory import use_one_heap
 from ..runtime.sampling import SamplingDefaults
@@ -67,6 +69,18 @@ def check_files(limits: PoolOptions, app_options: AppOptions, engine_options: En
     _ = app_options.keys  # the app finds them read
 
 
+def check_calibration(artefact: Artefact, options: AppOptions) -> None:
+    """Raise UsageError if nothing tells which calls of a model are sure enough."""
+    found = artefact.calibrations.get(options.tool_arguments)
+    if found is None:
+        constrain = next(name for name, arguments in CONSTRAINTS.items() if arguments == options.tool_arguments)
+        command = f"efficientllm-eval {artefact.path} --task FILE --metric call --constrain {constrain} --write"
+        raise UsageError(f"--wrong-acts: no score of {artefact.path} has calls of this kind; run {command}")
+    if math.isinf(found.least(options.wrong_acts)[0]):
+        least = f"allow {min(wrong for _, _, wrong in found.curve):.3f}"
+        raise UsageError(f"--wrong-acts {options.wrong_acts:g}: the surest calls were wrong more often; {least}")
+
+
 def bind_socket(host: str, port: int) -> socket.socket:
     """Return a socket bound to an address. UsageError if the address is in use or belongs to another machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -99,6 +113,8 @@ def body(argv: Sequence[str]) -> int:
     for name, path in artefacts.items():
         opened = open_or_export(path)
         find_engine(opened)
+        if app_options.wrong_acts < 1:
+            check_calibration(opened, app_options)
         artefacts[name] = str(opened.path)
     use_one_heap()  # before threads start
     with bind_socket(options.host, options.port) as listener:  # before packages and models are loaded

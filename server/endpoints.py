@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from ..runtime.base.errors import EfficientLLMError
+from ..runtime.cautious_reader import agreed_question
 from ..runtime.engines.memory import memory_bytes
 from ..runtime.engines.scheduler import EngineScheduler
 from ..runtime.prompt import text_prompt
@@ -243,7 +244,22 @@ class Endpoints:
         """Return the answers to a request, with this server's defaults. They are not computed yet."""
         if isinstance(request, ChatRequest) and "tool_arguments" not in request.model_fields_set:
             request.tool_arguments = self._options.tool_arguments
-        return make_choices(engine, request, self._options.overflow, self.sampling)
+        if not isinstance(request, ChatRequest) or request.tool_use is None:
+            return make_choices(engine, request, self._options.overflow, self.sampling)
+        calibration = self._pool.artefacts[request.model].calibrations.get(request.tool_arguments)
+        # a call that the request demands is no guess of the model
+        has_limit = self._options.wrong_acts < 1 and request.tool_choice == "auto"
+        if calibration is None and has_limit:
+            reason = f"tool_arguments: {request.tool_arguments} has no calibration, which --wrong-acts needs"
+            raise APIError(400, f"{reason}; leave it out")
+        agreed = agreed_question([each.as_template_value() for each in request.messages[-3:]]) if has_limit else ""
+        if agreed:  # the request before the question is answered again
+            request = request.model_copy(update={"messages": request.messages[:-2]})
+        found = make_choices(engine, request, self._options.overflow, self.sampling, calibration is not None)
+        if calibration is None:
+            return found
+        least = calibration.least(self._options.wrong_acts)[0] if has_limit else 0.0
+        return [each.with_caution(calibration, least, agreed) for each in found]
 
     async def until_disconnect(self, http: Request, work: Coroutine[Any, Any, ResponseModel | Response]) -> Response:
         """Return the response of `work`, and cancel `work` if the client disconnects before it ends."""

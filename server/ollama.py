@@ -241,6 +241,8 @@ class OllamaAnswer(ResponseModel):
     prompt_eval_duration: Annotated[int | None, UNLESS_NONE] = None
     eval_count: Annotated[int | None, UNLESS_NONE] = None
     eval_duration: Annotated[int | None, UNLESS_NONE] = None
+    confidence: Annotated[float | None, UNLESS_NONE] = None
+    """Probability that the calls are right."""
 
 
 class OllamaEmbeddings(ResponseModel):
@@ -323,6 +325,7 @@ class OllamaBuilder(ChatBuilder):
             prompt_eval_duration=int(NANOSECONDS * first_seconds),
             eval_count=stats.completion_tokens,
             eval_duration=int(NANOSECONDS * stats.decode_seconds),
+            confidence=self.confidence(),
         )
 
 

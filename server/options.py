@@ -60,6 +60,10 @@ class AppOptions:
     """Default of the field tool_arguments. copy: free texts in arguments of calls are words of the request; examples:
     those with examples in their schema are examples that occur in the request. listed: those with the name of a field
     are values of one record of the conversation, as the model's chat template describes them."""
+    wrong_acts: float = flags.number(1.0, at_least=0, at_most=1)
+    """Share of requests with wrong calls that is allowed, such as 0.02. Less sure calls become a question, and a yes
+    makes them. Needs a model whose calls efficientllm-eval --task FILE --metric call --write has scored. 1: all calls
+    pass."""
     overflow: Overflow = "error"
     """Action when a chat exceeds the context window: error, or slide (remove the oldest tokens)."""
 

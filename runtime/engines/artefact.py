@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..base.files import sha256_of
 from ..base.ggml_types import FILE_TYPES, TENSOR_TYPES
 from ..base.gguf_header import READ_ERRORS, read_header
 from ..base.model_names import demo_source_path, may_be_hub_id, source_path
+from .calibration import CONSTRAINTS, Calibration
 from .file_cache import cached
 from .manifest import MANIFEST_NAME, Manifest
 
@@ -196,6 +198,16 @@ class Artefact:
         except ArtefactError:  # a file of another program
             return None
         return beside if beside.model_file == self.model_file.name else None
+
+    @functools.cached_property
+    def calibrations(self) -> dict[str, Calibration]:
+        """Return the calibration of calls by their `tool_arguments`, each by the score with the most examples."""
+        jobs = self.known_manifest.jobs if self.known_manifest is not None else ()
+        scored = [job for job in jobs if "calibration" in job and job["constrain"] in CONSTRAINTS]
+        found: dict[str, Calibration] = {}
+        for job in sorted(scored, key=itemgetter("examples"), reverse=True):
+            found.setdefault(CONSTRAINTS[job["constrain"]], Calibration(**job["calibration"]))
+        return found
 
     def verify(self) -> None:
         """Raise ArtefactError if a file differs from the exported one. Without a `known_manifest`, nothing is checked.

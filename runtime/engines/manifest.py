@@ -11,6 +11,7 @@ from typing import Any
 
 from ..base.errors import ArtefactError
 from ..base.files import json_text, sha256_of, write_text_atomically
+from .calibration import Calibration
 
 MANIFEST_NAME = "manifest.json"
 JOB_FILE = "job.json"
@@ -108,6 +109,9 @@ class Manifest:
         """Raise an exception if a field that loading reads has a wrong type or value."""
         if self.model_file not in self.files:
             raise ValueError(f"model_file {self.model_file!r} is not listed in files")
+        for job in self.jobs:
+            if "calibration" in job:
+                Calibration(**job["calibration"])
         for name, entry in self.files.items():
             # somebody's manifest must not let a later copy or deletion reach other files
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

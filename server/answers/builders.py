@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ...runtime.call_reader import ArgumentsEvent, CallEvent, Event, ReasoningEvent, TextEvent
+from ...runtime.cautious_reader import CautiousReader
 from ...runtime.generation import TokenLogprob
 from ..models.worker import Piece
 from ..schemas.api_error import APIError
@@ -111,7 +112,13 @@ class CompletionBuilder(abc.ABC):
             predicted_per_second=stats.decode_tokens_per_second,
             draft_n=stats.drafted_tokens,
             draft_n_accepted=stats.accepted_tokens,
+            confidence=self.confidence(choice),
         )
+
+    def confidence(self, choice: int = 0) -> float | None:
+        """Return the probability that the calls of a choice are right. None without calls or without a calibration."""
+        reader = self.choices[choice].reader
+        return reader.confidence if isinstance(reader, CautiousReader) else None
 
     def usage(self) -> Usage:
         """Return the token counts. A prompt counts once for all its choices; its first choice tells its cached part."""
@@ -179,10 +186,10 @@ class CompletionBuilder(abc.ABC):
             async for piece in with_first(first, pieces):
                 if piece.is_ping:
                     yield self.ping
-                timed = {}
+                choices, timed = [*self._piece_choices(piece)], {}
                 if piece.finish_reason or (self.request.timings_per_token and not piece.is_ping):
                     timed = {"timings": self.timings(piece.choice).model_dump()}
-                for choice in self._piece_choices(piece):
+                for choice in choices:
                     yield self._event(choices=[choice], **timed)
         except APIError as error:  # the status was sent with the first event, so only the stream can tell
             yield f"data: {json.dumps(error.body)}\n\n"

@@ -8,6 +8,8 @@ from functools import partial
 
 from ...runtime.base.errors import ContextOverflowError, EfficientLLMError
 from ...runtime.call_reader import CallReader, ReasoningReader
+from ...runtime.cautious_reader import CautiousReader
+from ...runtime.engines.calibration import Calibration
 from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.generation import AnswerOptions, Generation, Overflow
 from ...runtime.grammar import GrammarConstraint
@@ -23,16 +25,26 @@ class Choice:
     """One of the answers to a request."""
 
     generation: Generation
-    reader: CallReader | ReasoningReader | None = None
+    reader: CallReader | ReasoningReader | CautiousReader | None = None
     """Separates reasoning and calls from text. None if the answer can have neither."""
     echo: str = ""
     """Prompt that the answer begins with."""
     prompt: str = ""
     """Text of the prompt, if it is one."""
 
+    def with_caution(self, calibration: Calibration, least: float, agreed: str) -> Choice:
+        """Return this choice with a confidence of its calls, see `CautiousReader`."""
+        if not isinstance(self.reader, CallReader | ReasoningReader):
+            return self
+        return replace(self, reader=CautiousReader(self.reader, self.generation.stats, calibration, least, agreed))
+
 
 def make_choices(
-    engine: EngineScheduler, request: CompletionRequest, overflow: Overflow, defaults: SamplingDefaults
+    engine: EngineScheduler,
+    request: CompletionRequest,
+    overflow: Overflow,
+    defaults: SamplingDefaults,
+    measures_probability: bool = False,
 ) -> list[Choice]:
     """Return the choices of every prompt. APIError 400 if the engine refuses the request."""
     try:
@@ -44,6 +56,7 @@ def make_choices(
             top_logprobs=request.top_count,
             scores_prompt=isinstance(request, TextRequest) and request.echo and request.top_count is not None,
             overflow=overflow,
+            measures_probability=measures_probability,
         )
         # each choice of a seeded request has its own random numbers
         seeds = [None if request.seed is None else request.seed + index for index in range(request.n)]

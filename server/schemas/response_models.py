@@ -76,6 +76,8 @@ class Timings(ResponseModel):
     predicted_per_second: float
     draft_n: int
     draft_n_accepted: int
+    confidence: Annotated[float | None, UNLESS_NONE] = None
+    """Probability that the calls are right, in the last event of an answer with calls of a calibrated model."""
 
 
 class TokenCount(ResponseModel):

@@ -18,6 +18,7 @@ from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import markdown_table, print_rows
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.contract_text import ALL_TEXTS, with_bits
+from . import confidence
 from .evaluate import ANSWERS, DIGITS, ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from .job_score import check_target, job_score, write_score
 from .jobs import JobResult, misses_page
@@ -124,6 +125,7 @@ def _job_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     for function, count in counts if len(counts) > 1 else ():
         cells = [f"{_mean_of(job, function):.3f}" for job in jobs]
         table.append([f"job, {first.score_name} of {function}", f"{count} examples", *cells])
+    table += confidence.rows(jobs)
     table.append(["tokens per answer", "", *[f"{job.tokens_per_answer:.1f}" for job in jobs]])
     table.append(["ms per answer", "", *[f"{job.ms_per_answer:.0f}" for job in jobs]])
     return table

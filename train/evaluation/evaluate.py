@@ -24,7 +24,7 @@ from .tasks import TASKS, TaskResult, check_names
 DIGITS = 16
 """Digits of a model's fingerprint at the start of the names of its caches."""
 
-ANSWERS = "-answers.jsonl"
+ANSWERS = "-job.jsonl"
 """End of the name of the cache with a model's answers to --task."""
 
 

@@ -2,7 +2,8 @@
 
 A score is a JSON object: task and task_sha256 (the file of examples), metric, constrain, examples, score (the name of
 the first value), values {name: {mean, stderr}}, source {model, mean, stderr, difference, difference_stderr} or null,
-ms_per_answer, tokens_per_answer, measured_on. The standard errors of a single example are null.
+ms_per_answer, tokens_per_answer, measured_on. The calls of an exported file also have a calibration (see
+`Calibration`). The standard errors of a single example are null.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ...runtime.base.quantities import display_name
 from ...runtime.doctor import cpu
 from ...runtime.engines.contract_text import with_jobs
 from ...runtime.engines.manifest import JOB_FILE, MANIFEST_NAME, Manifest
+from .confidence import calibration
 from .evaluate import ComputeConfig, Evaluation, MeasureConfig
 from .jobs import JobResult
 from .scoring import is_checkpoint
@@ -50,7 +52,7 @@ def job_score(
     values = {each: _mean_and_error(job, each) for each in job.values if not math.isnan(job.mean(each))}
     values |= {each: {"mean": value, "stderr": None} for each, value in job.whole.items()}
     path = Path(evaluation.model)
-    engine = f"torch {compute.dtype}"
+    engine, sure = f"torch {compute.dtype}", calibration(job)
     if (path / MANIFEST_NAME).is_file():
         manifest = Manifest.read(path)
         engine = f"{manifest.engine} {manifest.quantization}"
@@ -69,6 +71,7 @@ def job_score(
         "ms_per_answer": job.ms_per_answer,
         "tokens_per_answer": job.tokens_per_answer,
         "measured_on": f"{engine}, {machine}",
+        **({"calibration": asdict(sure)} if sure is not None else {}),
     }
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from ...runtime.base.errors import ContextOverflowError, DataError, UsageError
 from ...runtime.chat_template import Message
+from ...runtime.engines.calibration import CONSTRAINTS
 from ...runtime.grammar import Grammar
 from ...runtime.tool_format import tool_format, why_not_called
 from ..data.chat import Chat, ChatFormat
@@ -35,6 +36,9 @@ WORST = 20
 
 SHOWN_CHARACTERS = 4000
 """Characters of an earlier message on that page, from its beginning and its end."""
+
+NO_CALL = "no call"
+"""Name of the function that a refusal calls, in tables."""
 
 Constrain = Literal["none", "schema", "copy", "examples", "listed"]
 """Grammar of answers: none, the functions and the response format of the example, or in addition texts in arguments
@@ -178,6 +182,8 @@ class JobResult:
     """{name: value of all answers together}, such as the macro F1 of labels."""
     functions: list[str] = field(default_factory=list)
     """Function that each example expects, "no call" for a refusal. [] for metrics other than call."""
+    probabilities: list[float | None] = field(default_factory=list)
+    """`GenerationStats.mean_probability` of each answer, None for that of a checkpoint."""
 
     @property
     def score_name(self) -> str:
@@ -247,10 +253,12 @@ def run_job(
         except (ContextOverflowError, UsageError) as error:
             raise DataError(f"--task: example {index + 1}: {error}") from error
         now = time.perf_counter()
-        cache[keys[index]] = text, 1e3 * (now - began)
+        sure = model.mean_probability if isinstance(model, EngineModel) else None
+        cache[keys[index]] = (text, sure), 1e3 * (now - began)
         began = now
         advance(done, len(examples))
-    written, elapsed_ms = zip(*(cache[key] for key in keys), strict=True)
+    found_answers, elapsed_ms = zip(*(cache[key] for key in keys), strict=True)
+    written, probabilities = zip(*found_answers, strict=True)
     tokens = sum(len(model.tokenize(text)) for text in written)
     format = tool_format(model.chat_template, model.bos_token, model.eos_token)
     answers = [format.plain(text) for text in written]
@@ -262,8 +270,9 @@ def run_job(
     if metric == "label":
         whole["macro F1"] = macro_f1([each.expected for each in examples], answers)
     calls = [calls_in(each.expected) for each in examples] if metric == "call" else []
-    functions = [found[0][0] if found else "no call" for found in calls]
-    return JobResult(metric, values, answers, tokens / len(answers), sum(elapsed_ms) / len(answers), whole, functions)
+    functions = [found[0][0] if found else NO_CALL for found in calls]
+    mean_tokens, mean_ms = tokens / len(answers), sum(elapsed_ms) / len(answers)
+    return JobResult(metric, values, answers, mean_tokens, mean_ms, whole, functions, [*probabilities])
 
 
 def _answered(
@@ -277,7 +286,7 @@ def _answered(
         if not isinstance(model, EngineModel):
             raise UsageError(f"--constrain {constrain} needs an exported file; a Hugging Face folder answers freely")
         chats = [(examples[index].prompt, examples[index].schema) for index in chosen]
-        return model.answer_in_form(chats, "any" if constrain == "schema" else constrain, max_tokens)
+        return model.answer_in_form(chats, CONSTRAINTS[constrain], max_tokens)
     prompts: list[list[int]] = []
     for index in chosen:
         try:

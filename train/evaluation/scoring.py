@@ -95,6 +95,8 @@ class EngineModel:
         self.chat_template = self.engine.chat_template
         self.bos_token, self.eos_token = self.engine.bos_token, self.engine.eos_token
         self._bos = self.engine.tokenize(self.engine.bos_token, True) if self.engine.adds_bos else []
+        self.mean_probability: float | None = None
+        """`GenerationStats.mean_probability` of the last answer."""
 
     def tokenize(self, text: str) -> list[int]:
         return [*self._bos, *self.engine.tokenize(text, special=True)]
@@ -104,7 +106,14 @@ class EngineModel:
 
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[str]:
         for prompt in prompts:
-            yield Generation(self.engine, prompt, AnswerOptions(max_tokens=max_tokens)).whole()
+            yield self._whole(prompt, max_tokens)
+
+    def _whole(self, prompt: Sequence[int], max_tokens: int, constraint: GrammarConstraint | None = None) -> str:
+        options = AnswerOptions(max_tokens=max_tokens, measures_probability=True)
+        generation = Generation(self.engine, prompt, options, constraint)
+        text = generation.whole()
+        self.mean_probability = generation.stats.mean_probability
+        return text
 
     def answer_in_form(
         self, chats: Sequence[tuple[Chat, Mapping[str, Any] | None]], arguments: ToolArguments, max_tokens: int
@@ -120,8 +129,7 @@ class EngineModel:
             constraint = prompt.constraint(self.engine)
             if use is None and schema is not None:
                 constraint = GrammarConstraint(self.engine, Grammar.json_schema(schema))
-            limits = AnswerOptions(max_tokens=max_tokens)
-            yield Generation(self.engine, prompt.tokens, limits, constraint).whole()
+            yield self._whole(prompt.tokens, max_tokens, constraint)
 
     def num_bytes(self, tokens: Sequence[int]) -> int:
         return sum(len(self.engine.token_bytes(token)) for token in tokens)

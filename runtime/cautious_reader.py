@@ -1,0 +1,106 @@
+"""Read an answer with calls, and ask the user where its calls are not sure enough."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .call_reader import ArgumentsEvent, CallEvent, CallReader, Event, ReasoningReader, TextEvent
+from .engines.calibration import Calibration
+from .generation import GenerationStats
+
+QUESTION = "I am not sure. Do you mean {}?"
+"""Answer in place of calls that are not sure enough, with their names and values."""
+UNSURE = "I am not sure. Could you say it in other words?"
+"""Answer in place of calls that are cut short."""
+AGREEMENTS = frozenset(
+    ("yes", "yes please", "yeah", "yep", "sure", "ok", "okay", "right", "correct", "do it", "yes do it")
+)
+
+
+def agreed_question(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the QUESTION that the last of these three messages says yes to, "" if there is none."""
+    begin, end = QUESTION.split("{}")
+    if [message["role"] for message in messages] not in (["user", "assistant", "user"], ["tool", "assistant", "user"]):
+        return ""
+    asked, said = (message["content"] for message in messages[1:])
+    is_yes = re.sub(r"[^a-z ]", "", said.lower()).strip() in AGREEMENTS
+    return asked if is_yes and asked.startswith(begin) and asked.endswith(end) else ""
+
+
+def question(events: Sequence[Event]) -> str:
+    """Return the QUESTION about the calls in `events`, or UNSURE if a text at which answers stop cut one short."""
+    said = []
+    for call in events:
+        if isinstance(call, CallEvent):
+            pieces = [each for each in events if isinstance(each, ArgumentsEvent) and each.index == call.index]
+            try:
+                values = ", ".join(_values(json.loads("".join(each.text for each in pieces))))
+            except ValueError:
+                return UNSURE
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", call.name).lower()
+            said.append(f"{name} ({values})" if values else name)
+    return QUESTION.format(" and ".join(said))
+
+
+def _values(value: Any) -> Iterator[str]:
+    """Yield the values in JSON as text, without the names of fields."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _values(each)
+    else:
+        yield value if isinstance(value, str) else json.dumps(value)
+
+
+class CautiousReader:
+    """Reads an answer as `reader` does, and replaces one whose calls are less sure than `least` by a question."""
+
+    def __init__(
+        self,
+        reader: CallReader | ReasoningReader,
+        stats: GenerationStats,
+        calibration: Calibration,
+        least: float,
+        agreed: str = "",
+    ) -> None:
+        """Read an answer with these `stats`. With `least` 0 all events pass at once, else at the end of the answer.
+
+        `agreed`: the question about calls that pass in any case.
+        """
+        self._reader, self._stats, self._calibration = reader, stats, calibration
+        self._least, self._agreed = least, agreed
+        self._held: list[Event] = []
+        self._is_refused = False
+        self.confidence: float | None = None
+        """Probability that the calls are right, after the end of a whole answer with calls."""
+
+    @property
+    def num_calls(self) -> int:
+        """Return the number of calls so far, 0 if they are replaced."""
+        return 0 if self._is_refused else self._reader.num_calls
+
+    def push(self, text: str) -> list[Event]:
+        """Add a piece and return the events that are certain now."""
+        self._held += self._reader.push(text)
+        # text before a call may announce it
+        return [] if self._least else self._taken()
+
+    def finish(self) -> list[Event]:
+        """Return the events that were held back, at the end of the answer."""
+        self._held += self._reader.finish()
+        sure = self._stats.mean_probability
+        if not self._reader.num_calls or sure is None:
+            return self._taken()
+        is_cut = self._stats.finish_reason == "length"
+        self.confidence = None if is_cut else self._calibration.probability(sure)
+        if not self._least or (sure >= self._least and not is_cut):
+            return self._taken()
+        text = UNSURE if is_cut else question(self._held)
+        self._is_refused = text != self._agreed
+        return [TextEvent(text)] if self._is_refused else self._taken()
+
+    def _taken(self) -> list[Event]:
+        held, self._held = self._held, []
+        return held
