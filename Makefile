@@ -93,7 +93,7 @@ quickstart: $(VENV)/.quickstart
 
 # After make quickstart: the unpruned model, fine-tuned on the same tokens. Its rows join the table and the picture.
 quickstart-whole: $(VENV)/.quickstart
-	$(BIN)/efficientllm-train --functions learned --chat-template research/home/template.jinja --sequence-length 256 --learning-rate 4e-4 --tokens $(TOKENS) --prune none --no-quality --data $(OUT)/data/train.jsonl --output $(OUT)/whole --overwrite
+	$(BIN)/efficientllm-train --functions learned --chat-template research/home/template.jinja --sequence-length 256 --batch-size 2 --learning-rate 4e-4 --tokens $(TOKENS) --prune none --no-quality --data $(OUT)/data/train.jsonl --output $(OUT)/whole --overwrite
 	for type in q8_0 q4_0; do \
 	  $(BIN)/efficientllm-export $(OUT)/whole --target gguf --quantize $$type --output $(OUT)/whole-$$type --overwrite && \
 	  $(BIN)/python -m research.home.score $(OUT)/whole-$$type --conversations $(EXAMPLES) --output $(OUT)/scores || exit; \

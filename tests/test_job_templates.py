@@ -287,13 +287,25 @@ def test_stock_runtimes_render_the_template_of_the_home(trained: Path, tmp_path:
     flags = ("--quantize", "f32", "--no-verify", "--chat-template", str(HOME_TEMPLATE))
     assert export(trained.parent / "run", "gguf", tmp_path / "gguf", *flags) == 0
     template = HOME_TEMPLATE.read_text(encoding="utf-8")
-    requests = "turn on the work lamp and the fan", "and the other one", "open the 台所 lamp"
-    said = [("system", HOME_PROMPT), *(("user", each) for each in requests)]
-    messages: list[Message] = [{"role": role, "content": content} for role, content in said]
-    ours = render_chat(template, messages, "", "", tools=TOOLS)
-    assert "= light: Work Lamp @ Attic\n~ fan: Roof Fan @ Attic\nturn on the work lamp and the fan" in ours
-    for renderer in (llama_cpp_python, llama_server, transformers_tokenizer):
-        assert renderer(tmp_path / "gguf", template, messages) == ours
+    first = "turn on the work lamp and the fan", "and the other one", "open the 台所 lamp"
+    live = HOME_PROMPT.replace("\n  areas", "\n  state: 'on'\n  attributes:\n    brightness: '180'\n  areas")
+    then = (
+        "dim the work lamp to forty five percent",
+        "don't keep the work lamp on",
+        "keep the fan at 20%",
+        "which lights are on",
+    )
+    text = f"Live Context: An overview of the areas and the {live[10:]}"
+    result = json.dumps({"success": True, "result": text}, ensure_ascii=False)
+    for requests, results in ((first, ()), (then, (("assistant", ""), ("tool", result)))):
+        said = [("system", HOME_PROMPT), *(("user", each) for each in requests), *results]
+        messages: list[Message] = [{"role": role, "content": content} for role, content in said]
+        ours = render_chat(template, messages, "", "", tools=TOOLS)
+        expected = "= light: Work Lamp @ Attic\n~ fan: Roof Fan @ Attic\nturn on the work lamp and the fan"
+        assert ("\nso: Work Lamp, 台所" if results else expected) in ours
+        for renderer in (llama_cpp_python, llama_server, transformers_tokenizer):
+            assert renderer(tmp_path / "gguf", template, messages) == ours
+    assert all(each in ours for each in ("number: 45\n", "leave\n", "question\n", "is on, brightness 71"))
 
 
 def test_an_export_names_runtimes_that_render_differently(

@@ -92,12 +92,7 @@ def test_the_developer_is_the_system(address: str) -> None:
 
 
 def test_server_passes_several_system_messages_to_the_template(address: str) -> None:
-    messages = [
-        *MESSAGES,
-        {"role": "assistant", "content": "Hi"},
-        {"role": "system", "content": "Be brief."},
-        *MESSAGES,
-    ]
+    messages = [*MESSAGES, {"role": "assistant", "content": "Hi"}, {"role": "system", "content": "Short."}, *MESSAGES]
     assert post(address, messages=messages, **GREEDY).status_code == 200
 
 

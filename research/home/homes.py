@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from .names import FOLDER, WORDS, Names
+from .names import FOLDER, WORDS, Names, title
 
 RECORDED: Mapping[str, Any] = json.loads((FOLDER / "assist.json").read_text(encoding="utf-8"))
 """Prompt, tools and results of a real Home Assistant, written by `host.py record`."""
@@ -160,9 +160,15 @@ def _draw_entity(chance: random.Random, names: Names, domain: str, area: str) ->
     elif domain == "climate":
         attributes = {"current_temperature": str(chance.randint(12, 28)), "temperature": str(chance.randint(16, 25))}
     elif domain in ("cover", "valve") and chance.random() < 0.5:
-        attributes = {"current_position": str(100 if state == "open" else 0)}
+        attributes = {"current_position": str(chance.randint(2, 20) * 5 if state == "open" else 0)}
     elif domain == "fan":
         attributes = {"percentage": str(chance.choice((33, 50, 66, 100)) if state == "on" else 0)}
+    elif domain == "light" and state == "on":
+        attributes = {"brightness": str(chance.randint(3, 255))}
+    elif domain == "humidifier":
+        attributes = {"humidity": str(chance.randint(30, 70))}
+    elif domain == "media_player" and state in ("playing", "paused"):
+        attributes = {"volume_level": f"{chance.randint(1, 20) / 20}", "media_title": title(names.query())}
     alias = (names.device(domain, ""),) if chance.random() < 0.05 and domain not in ("sensor", "todo") else ()
     return Entity(name, domain, area, state, alias, attributes)
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from efficientllm.train.reporting.plots import KEPT_COLOR, SOURCE_COLOR
+from efficientllm.train.reporting.plots import KEPT_COLOR, SOURCE_COLOR, save_figure
 
 OTHER_COLOR = "0.35"
 
@@ -41,7 +41,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xlabel("bytes of the file")
     axes.set_ylabel("right of the requests, %")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -197,6 +197,8 @@ class Speaker:
             return []
         if new.entity is None:
             new = replace(new, said=self.chance.choice((f"the {new.area.lower()}", f"in the {new.area.lower()}")))
+        elif self._is_alone(new.entity) and self.chance.random() < 0.3:
+            new = replace(new, said=f"the one in the {new.entity.area.lower()}")
         text = self._one("follow_ups", "same").replace("{it}", new.said)
         self.last = (action, new)
         return [Turn("follow_up", self._polite(text), DONE, [(tool, {**new.arguments(tool), **values})], [DONE_RESULT])]
@@ -245,8 +247,10 @@ class Speaker:
         return [Turn("calendar", self._polite(text, "?"), answer, [call], [compact({"success": True, "result": rows})])]
 
     def _asks_back(self) -> list[Turn]:
-        """Draw a request that fits two devices, the question back, and the user's choice."""
-        for domain in self._shuffled({each.domain for each in self.home.entities} & {*PHRASES["kinds"]}):
+        """Draw a request that fits two or three devices, the question back, and the user's choice."""
+        number = self.chance.choice((2, 3))
+        domains = self._shuffled({each.domain for each in self.home.entities} & {*PHRASES["kinds"]})
+        for domain in sorted(domains, key=lambda each: len(self.home.of(each)) != number):
             same = self.home.of(domain)
             if not 2 <= len(same) <= 3:
                 continue
@@ -259,7 +263,7 @@ class Speaker:
             listed = ", ".join(each.name for each in same[:-1]) + f" or {same[-1].name}"
             chosen = self.chance.choice(same)
             words = [chosen.name.lower(), f"the {chosen.name.lower()}", chosen.name]
-            if chosen.area and len(self.home.of(domain, chosen.area)) == 1:
+            if self._is_alone(chosen):
                 words += [f"the one in the {chosen.area.lower()}", f"in the {chosen.area.lower()}"]
             target = Target(self.chance.choice(words), domain, chosen)
             call = (action["tool"], {**target.arguments(action["tool"]), **values})
@@ -278,7 +282,9 @@ class Speaker:
             return []
         entity = self.chance.choice(entities)
         said = self._mention(entity)
-        if self.chance.random() < 0.6:
+        if entity.domain in PHRASES["questions"]["attributes"] and self.chance.random() < 0.25:
+            text = self.chance.choice(PHRASES["questions"]["attributes"][entity.domain]).replace("{it}", said)
+        elif self.chance.random() < 0.6:
             asked = self.chance.choice(STATES[entity.domain])
             text = self._one("questions").replace("{it}", said).replace("{state}", asked)
         else:
@@ -378,8 +384,8 @@ class Speaker:
 
     def _talk(self) -> list[Turn]:
         answers = PHRASES["unseen_talk" if self.is_test else "talk"]
-        answer = self.chance.choice([*answers])
-        return [Turn("talk", self._polite(self.chance.choice(answers[answer])), answer)]
+        text, answer = self.chance.choice([(text, answer) for answer, says in answers.items() for text in says])
+        return [Turn("talk", self._polite(text), answer)]
 
     def _unknown(self) -> list[Turn]:
         """Draw a request about a device or an area that the home does not have, often beside a similar one."""
@@ -473,6 +479,10 @@ class Speaker:
         areas = [area for area in self.home.areas if area != target.area and self.home.of(target.domain, area)]
         return self._in_area(target.domain, self.chance.choice(areas)) if areas and target.area else None
 
+    def _is_alone(self, entity: Entity) -> bool:
+        """Tell whether a device is the only one of its domain in its area."""
+        return bool(entity.area) and len(self.home.of(entity.domain, entity.area)) == 1
+
     def _one_of(self, domains: Collection[str]) -> Entity | None:
         """Choose a device of the domains, None if there is none."""
         able = [each for each in self.home.entities if each.domain in domains]
@@ -493,6 +503,8 @@ class Speaker:
             "switch",
             "lock",
             "media_player",
+            "vacuum",
+            "valve",
         }
         if not domains:
             return None
@@ -527,7 +539,7 @@ class Speaker:
         kinds = [singular for singular, _ in PHRASES["kinds"].get(entity.domain, ())]
         if len(self.home.of(entity.domain)) == 1:
             said += [f"the {kind}" for kind in kinds[:2]] * 2
-        elif entity.area and len(self.home.of(entity.domain, entity.area)) == 1:
+        elif self._is_alone(entity):
             low = entity.area.lower()
             said += [text for kind in kinds[:1] for text in (f"the {low} {kind}", f"the {kind} in the {low}")]
         if entity.area and entity.area.lower() not in name:
@@ -606,9 +618,9 @@ class Speaker:
 
 
 KINDS: Mapping[str, float] = {
-    "device": 40, "group": 15, "two": 20, "except": 5, "follow_up": 2, "fails": 3, "asks_back": 5,
-    "script": 4, "calendar": 2, "question": 8, "sensor": 4, "which": 7, "past": 4, "exists": 2, "list": 3,
-    "time": 1.5, "unrelated": 7, "unknown": 14, "impossible": 14, "negation": 8, "talk": 3,
+    "device": 40, "group": 15, "two": 20, "except": 5, "follow_up": 2, "fails": 3, "asks_back": 7,
+    "script": 4, "calendar": 2, "question": 9, "sensor": 4, "which": 7, "past": 4, "exists": 3, "list": 3,
+    "time": 1.5, "unrelated": 7, "unknown": 14, "impossible": 14, "negation": 8, "talk": 6,
 }  # fmt: skip
 """How often a request is of a kind."""
 
@@ -616,11 +628,17 @@ SAFETY = ("unknown", "question", "past", "negation", "impossible", "unrelated", 
 """Kinds of requests after which no state may change."""
 
 
+ATTRIBUTES: Mapping[str, str] = {
+    "unit_of_measurement": " ", "current_temperature": ", temperature ", "temperature": ", set to ",
+    "humidity": ", humidity ", "brightness": ", brightness ", "percentage": ", speed ", "media_title": ", plays ",
+    "current_position": ", position ", "volume_level": ", volume ",
+}  # fmt: skip
+"""What the chat template writes before the attributes of a device, in its order."""
+
+
 def _shown_state(entity: Entity) -> str:
-    """Return the state as the chat template shows it."""
-    state = entity.state
-    if unit := entity.attributes.get("unit_of_measurement"):
-        state += f" {unit}"
-    if temperature := entity.attributes.get("current_temperature"):
-        state += f", temperature {temperature}"
-    return state
+    """Return the state as the chat template shows it, with the brightness, of at most 255, as a percentage."""
+    shown = {**entity.attributes}
+    if "brightness" in shown:
+        shown["brightness"] = str((int(shown["brightness"]) * 100 + 127) // 255)
+    return entity.state + "".join(f"{label}{shown[name]}" for name, label in ATTRIBUTES.items() if name in shown)

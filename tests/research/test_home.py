@@ -154,6 +154,60 @@ def test_template_takes_a_name_before_another_kind_for_a_place(request_text: str
     assert shown("turn off the attic", home)[0] == "= media_player: Attic @ Attic"
 
 
+@pytest.mark.parametrize(
+    ("request_text", "line"),
+    [
+        ("did i close the roof hatch", "question"),
+        ("have you closed the roof hatch", "question"),
+        ("can you tell me if the roof hatch is open", "question"),
+        ("have the roof hatch closed", ""),
+        ("what about the roof hatch", ""),
+        ("don't close the roof hatch", "leave"),
+        ("keep the roof hatch open", "leave"),
+        ("don't forget to close the roof hatch", ""),
+        ("keep the roof hatch at 20 percent", ""),
+        ("close every cover but the roof hatch", ""),
+        ("set the roof hatch to seventy five percent", "number: 75"),
+    ],
+)
+def test_template_tells_the_kind_of_a_request(request_text: str, line: str) -> None:
+    lines = [each for each in shown(request_text)[:-1] if ": " not in each or each.startswith("number")]
+    assert lines == [line] * bool(line)
+
+
+def test_template_shows_attributes_beside_a_state() -> None:
+    lamp = Entity("Lamp", "light", "Den", "on", (), {"brightness": "180"})
+    player = Entity("Radio", "media_player", "Den", "playing", (), {"volume_level": "0.5", "media_title": "Song"})
+    for entity, text in ((lamp, "on, brightness 71"), (player, "playing, plays Song, volume 0.5")):
+        live = {"role": "assistant", "content": ""}, {"role": "tool", "content": Home([entity]).live_context()}
+        lines = shown(f"how is the {entity.name.lower()}", Home([entity]), *live)
+        assert lines == [f"= {entity.domain}: {entity.name} @ Den is {text}"]
+
+
+def test_devices_named_in_full_are_in_the_order_of_the_request() -> None:
+    for request_text in (
+        "turn on the attic fan and the star projector",
+        "turn on the star projector and the attic fan",
+    ):
+        names = [line.split(": ")[1].split(" @ ")[0].lower() for line in shown(request_text)[:2]]
+        assert names == request_text.removeprefix("turn on the ").split(" and the ")
+
+
+def test_template_lists_only_devices_of_the_kind_that_a_question_means() -> None:
+    asked, live = {"role": "assistant", "content": ""}, {"role": "tool", "content": HOME.live_context()}
+    assert shown("are the star projector and the work lamp on", HOME, asked, live)[-1].startswith("= light: ")
+    home = Home([Entity("Fan", "fan", "Den", "on"), Entity("Other", "fan", "Attic", "off")])
+    live = {"role": "tool", "content": home.live_context()}
+    assert shown("which fans are running", home, asked, live)[-1] == "so: Fan"
+    before = ({"role": "assistant", "content": "Done."}, {"role": "user", "content": "how warm is it outside"})
+    assert shown("close the roof hatch", HOME, *before)[-2] == "question"
+    assert not any("Roof Hatch" in line for line in shown("close the roof hatch", HOME, *before)[-3:])
+    thermostat = Entity("Nest", "climate", "Den", "heat", (), {"current_temperature": "23"})
+    home = Home([thermostat, Entity("Den", "media_player", "", "playing")])
+    live = {"role": "tool", "content": home.live_context()}
+    assert shown("how warm is it in the den", home, asked, live)[0] == "- climate: Nest @ Den is heat, temperature 23"
+
+
 def test_template_shows_the_last_four_requests() -> None:
     messages = [{"role": "system", "content": HOME.prompt()}]
     for number in range(6):
@@ -168,7 +222,7 @@ def test_template_shows_the_area_of_the_speaker() -> None:
 
 
 def test_every_kind_of_request_is_drawn() -> None:
-    found = {turn.kind for _, turns in held_out_conversations(600, 1) for turn in turns}
+    found = {turn.kind for _, turns in held_out_conversations(600, 2) for turn in turns}
     assert found == {*KINDS, "asked_back"} - {"sensor", "which"}  # both are questions
 
 

@@ -20,11 +20,12 @@ pytestmark = [
 
 
 def in_order(tools: Any) -> Any:
-    """Sort the lists of schemas whose order differs from start to start: choices and required arguments."""
-    return json.loads(
+    """Sort what differs from start to start: the tools themselves, choices and required arguments."""
+    ordered = json.loads(
         json.dumps(tools),
         object_hook=lambda each: {**each, **{key: sorted(each.get(key, ())) for key in ("enum", "required")}},
     )
+    return sorted(ordered, key=lambda tool: tool["function"]["name"])
 
 
 def test_home_assistant_sends_the_recorded_requests(tmp_path: Path) -> None:
