@@ -49,12 +49,8 @@ def test_measures_artefacts_and_bare_files(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, output = save_tiny(tiny_architecture()), tmp_path / "gguf"
-    training = {
-        "tokens": 1000,
-        "seconds": 2.5,
-        "held_out_tokens": 64,
-        "perplexity": {"source": 10.0, "after_pruning": 20.0, "final": 12.5},
-    }
+    perplexity = {"source": 10.0, "after_pruning": 20.0, "final": 12.5}
+    training = {"tokens": 1000, "seconds": 2.5, "held_out_tokens": 64, "perplexity": perplexity}
     (checkpoint / "training.json").write_text(json.dumps(training))
     arguments = [str(checkpoint), "--target", "gguf", "--quantize", "q8_0", "--output", str(output)]
     assert run_command(export_cli.body, arguments) == 0

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficientllm.train.reporting.plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
+from efficientllm.train.reporting.plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR, save_figure
 
 from .arms import ARMS
 from .result import StudyResult, of_arm
@@ -39,4 +39,4 @@ def plot_perplexities(results: Sequence[StudyResult], keep: float, path: Path) -
         axes.set_yticks(range(len(arms)), [f"{arm.title}, {found[0].parameters / 1e6:.2f}M" for arm, found in arms])
         axes.set_xlabel(f"perplexity, {text}")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
