@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from disks import grow, small_disk
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 from training import ERRORS, command, expect_equal_weights, run
 
 from efficientllm.export import cli as export_cli
@@ -103,10 +104,8 @@ def test_a_full_disk_is_recognised_behind_every_library(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=0))
-    with (
-        pytest.raises(DiskFullError, match=r"/target cannot be written: the disk is full \(0 B are free\)"),
-        folder_written_atomically(tmp_path / "target") as temporary,
-    ):
+    refused = pytest.raises(DiskFullError, match=r"/target cannot be written: the disk is full \(0 B are free\)")
+    with refused, folder_written_atomically(tmp_path / "target") as temporary:
         write(temporary)
     assert not any(tmp_path.iterdir())
 
@@ -122,19 +121,20 @@ def test_full_quota_is_recognised_without_a_message_of_torch(
 
     monkeypatch.setattr(os, "fsync", refuses)
     reason = "the quota of its owner is used up" if code == errno.EDQUOT else r"\d.*B are free"
-    with (
-        pytest.raises(DiskFullError, match=rf"/target cannot be written: the disk is full \({reason}\)"),
-        folder_written_atomically(tmp_path / "target") as temporary,
-    ):
+    refused = pytest.raises(DiskFullError, match=rf"/target cannot be written: the disk is full \({reason}\)")
+    with refused, folder_written_atomically(tmp_path / "target") as temporary:
         fails_as_torch(temporary)
     assert not any(tmp_path.iterdir())
 
 
+def test_rank_names_the_full_disk_after_another_made_room(tmp_path: Path) -> None:
+    failures: Any = {0: (OSError(28, "No space left on device"), None)}
+    with pytest.raises(DiskFullError, match=r"the disk is full \(\d.*B are free\)"), disk.writing(tmp_path / "a"):
+        raise CheckpointException("write", failures)
+
+
 def test_other_failures_keep_their_names(tmp_path: Path) -> None:
-    with (
-        pytest.raises(RuntimeError, match="unexpected pos"),
-        folder_written_atomically(tmp_path / "target") as temporary,
-    ):
+    with pytest.raises(RuntimeError, match="unexpected pos"), folder_written_atomically(tmp_path / "a") as temporary:
         fails_as_torch(temporary)
     with pytest.raises(KeyboardInterrupt), disk.writing(tmp_path):
         raise KeyboardInterrupt

@@ -89,11 +89,12 @@ def _full_disk_reason(path: Path, error: BaseException) -> str:
 
 def _errno_of(error: BaseException | None) -> int:
     """Return the errno of a full disk in `error` or its causes, 0 if there is none."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
-            return int(error.errno)
-        error = error.__cause__ or error.__context__
-    return 0
+    if isinstance(error, OSError) and error.errno in FULL:
+        return int(error.errno)
+    # torch's CheckpointException has those of all ranks: by now the main one may have deleted what filled the disk
+    failures = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    causes = [*failures, error.__cause__ or error.__context__] if error is not None else []
+    return next(filter(None, map(_errno_of, causes)), 0)
 
 
 def _size_limit(error: BaseException) -> int:
