@@ -33,7 +33,6 @@ GROUPS = {
     "make": {
         "train": Command("train.cli", "prune and train a model"),
         "data": Command("train.data.check", "check files of examples before training"),
-        "corpus": Command("train.data.corpus", "write a training corpus as one file"),
         "fit": Command("train.family.fit", "choose a size of a run for a budget of bytes, time and memory"),
     },
     "ship": {"export": Command("export.cli", "write a checkpoint as GGUF, ONNX, ExecuTorch, ...")},

@@ -91,7 +91,7 @@ def test_ctrl_c_during_imports_gives_one_line(module: str) -> None:
 def test_an_unknown_command_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = output_of("efficientllm", "exprot", "x", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
-    assert err.startswith("error: efficientllm exprot: unknown command; known: train, data, corpus, ")
+    assert err.startswith("error: efficientllm exprot: unknown command; known: train, data, fit, ")
     assert err.endswith("; did you mean export?\n")
 
 

@@ -23,7 +23,6 @@ from efficientllm.train.data import packing
 from efficientllm.train.data.chat import Encoder, tokenize
 from efficientllm.train.data.documents import DataSpec, check_held_out, is_held_out, open_documents, open_texts, text_of
 from efficientllm.train.data.packing import LANES, PackedStream, PrefetchedStream, held_out_windows
-from efficientllm.train.data.tokens import open_tokens, write_tokens
 from efficientllm.train.loop.run_text import RunText
 
 TEXTS = [f"text number {index}, with a few words" for index in range(30)]
@@ -148,49 +147,6 @@ def test_an_error_of_text_that_is_read_ahead_comes_with_its_windows(
     ahead.load_state(position)
     plain.next_windows(3)
     assert np.array_equal(ahead.next_windows(3), plain.next_windows(3))
-
-
-@pytest.mark.parametrize("taken", [1, 37, 400])
-def test_stored_tokens_give_the_windows_of_the_text(
-    taken: int, corpus: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where a run resumes, and after its tokenizer was pruned, which needs the text again."""
-    monkeypatch.setattr(packing, "SHUFFLE_BLOCK", 50)
-    chats = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]} for text in TEXTS
-    ]
-    path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats) + corpus.read_text())
-    of_text = stream(path, tokenizer)
-    num_tokens = write_tokens(DataSpec(str(path)), of_text.encoder)
-    assert num_tokens == sum(len(of_text.encoder.encode([each])[0]) for each in open_documents(DataSpec(str(path))))
-    expected = of_text.next_windows(taken)
-    assert (expected < 0).any() or taken == 1
-    state = as_arrays(as_tensors(of_text.state()))
-    following = of_text.next_windows(9)
-    with monkeypatch.context() as patch:
-        patch.setattr(packing, "open_documents", lambda spec: pytest.fail("the text is read"))
-        assert np.array_equal(stream(path, tokenizer).next_windows(taken), expected)
-        resumed = stream(path, tokenizer)
-        resumed.load_state(state)
-        assert np.array_equal(resumed.next_windows(9), following)
-    for each in (of_text, resumed):
-        each.switch_tokenizer(tokenizer)
-    assert np.array_equal(resumed.next_windows(60), of_text.next_windows(60))
-
-
-def test_stored_tokens_of_other_text_are_not_read(
-    corpus: Path, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "text.jsonl"
-    path.write_text(corpus.read_text())
-    encoder = stream(path, tokenizer).encoder
-    write_tokens(DataSpec(str(path)), encoder)
-    assert open_tokens(DataSpec(str(path)), encoder, 0.2) is not None
-    path.write_text(corpus.read_text() + json.dumps({"text": "one more"}) + "\n")
-    with caplog.at_level("INFO"):
-        assert open_tokens(DataSpec(str(path)), encoder, 0.2) is None
-    assert "is of another tokenizer, chat template or text" in caplog.text
 
 
 def test_epochs_are_shuffled_differently_and_complete(corpus: Path, tokenizer: Any) -> None:

@@ -31,7 +31,6 @@ from efficientllm.train.cli import build_parser as train_parser
 from efficientllm.train.cli import configuration
 from efficientllm.train.config.presets import PRESETS
 from efficientllm.train.data.check import build_parser as data_parser
-from efficientllm.train.data.corpus import build_parser as corpus_parser
 from efficientllm.train.evaluation.cli import build_parser as eval_parser
 from efficientllm.train.family.fit import build_parser as fit_parser
 
@@ -42,7 +41,6 @@ PLUGIN = ROOT / "tests" / "plugin"
 PARSERS = {
     "efficientllm-train": train_parser,
     "efficientllm-data": data_parser,
-    "efficientllm-corpus": corpus_parser,
     "efficientllm-fit": fit_parser,
     "efficientllm-export": export_parser,
     "efficientllm-chat": chat_parser,

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -148,15 +147,6 @@ def written_atomically(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def remove_stale_temporaries(path: Path) -> None:
-    """Remove temporary files of `path` that killed processes left. No other process may write `path` meanwhile."""
-    place = path.resolve()
-    pattern = re.compile(re.escape(f".{place.name}.") + r"\d+\.tmp")
-    for entry in place.parent.iterdir():
-        if pattern.fullmatch(entry.name) and entry.is_file():
-            entry.unlink()
 
 
 def write_json_atomically(path: Path, value: Any) -> None:

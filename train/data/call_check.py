@@ -41,6 +41,7 @@ def request_of(chat: Chat) -> str:
 
 
 def _last_answer(chat: Chat) -> int:
+    """Return the index of the assistant's last message."""
     return max(index for index, message in enumerate(chat.messages) if message["role"] == "assistant")
 
 

@@ -19,7 +19,7 @@ from ...runtime.chat_template import Message, render_chat
 from ...runtime.prompt import in_plain_roles
 from ...runtime.tool_format import JOB_MARK, LEARNED_MARK, ToolFormat, tool_format
 
-if TYPE_CHECKING:  # efficientllm-corpus and the evaluation of artefacts need no transformers
+if TYPE_CHECKING:  # the evaluation of artefacts needs no transformers
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -183,6 +183,7 @@ class ChatFormat:
         return spans
 
     def _spans_by_turns(self, chat: Chat) -> list[Span]:
+        """Render the chat up to the start and the end of each answer."""
         spans: list[Span] = []
         rendered = ""
         for index in chat.answers:

@@ -72,6 +72,7 @@ class Refusals(BadLines):
         self.errors: list[DataError] = []
 
     def add(self, error: DataError) -> None:
+        """Keep an error and read on."""
         self.errors.append(error)
 
 
@@ -96,6 +97,7 @@ class FileReport:
 
     @property
     def whole_tokens(self) -> list[int]:
+        """Return the number of tokens of each document."""
         pairs = zip(self.prompt_tokens, self.learned_tokens, strict=True)
         return [prompt + learned for prompt, learned in pairs]
 

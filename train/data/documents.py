@@ -91,6 +91,7 @@ def open_texts(spec: DataSpec) -> Iterator[str]:
 
 
 def text_of(document: Document) -> str:
+    """Return the text of a document. That of a chat has no roles."""
     return document.text if isinstance(document, Chat) else document
 
 
@@ -202,10 +203,13 @@ def _is_hub_dataset(name: str) -> bool:
 def is_held_out(document: Document, fraction: float) -> bool:
     """Return True if a document belongs to the held-out part."""
     # by its hash: all runs and ranks agree, and a document moves to no other part when the corpus grows
-    return split_hash(document) < fraction * 2**64
+    text = document.to_json() if isinstance(document, Chat) else document
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def nothing_held_out(spec: DataSpec) -> DataError:
+    """Return the error for a corpus of which nothing is held out."""
     return DataError(
         f"{spec.flag} {spec.path}: holds back no text; give more documents or a larger --held-out-fraction"
     )
@@ -219,13 +223,6 @@ def check_held_out(spec: DataSpec, fraction: float) -> None:
     first = list(itertools.islice(documents, FEW_DOCUMENTS + 1))
     if len(first) <= FEW_DOCUMENTS and not any(is_held_out(each, fraction) for each in first):
         raise nothing_held_out(spec)
-
-
-def split_hash(document: Document) -> int:
-    """Return the 64-bit hash that decides whether a document is held out."""
-    text = document.to_json() if isinstance(document, Chat) else document
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
 
 
 def corpus_fingerprint(path: str) -> str:

@@ -27,8 +27,7 @@ import numpy as np
 
 from ...runtime.base.errors import DataError
 from .chat import Chat, Encoder
-from .documents import DataSpec, HubPlace, is_held_out, nothing_held_out, open_documents
-from .tokens import StoredTokens, open_tokens
+from .documents import DataSpec, Document, HubPlace, is_held_out, nothing_held_out, open_documents
 
 if TYPE_CHECKING:  # the help of efficientllm-data needs no transformers
     from transformers import PreTrainedTokenizerBase
@@ -66,22 +65,16 @@ class CorpusPosition:
 
 
 class ShuffledDocuments:
-    """Endless shuffled documents of one corpus, without its held-out part.
+    """Endless shuffled documents of one corpus, without its held-out part."""
 
-    With stored tokens, documents are numbers and a seek reads nothing before its place.
-    """
-
-    def __init__(
-        self, spec: DataSpec, held_out_fraction: float, seed: int, index: int, stored: StoredTokens | None = None
-    ) -> None:
+    def __init__(self, spec: DataSpec, held_out_fraction: float, seed: int, index: int) -> None:
         self.spec = spec
         self.held_out_fraction = held_out_fraction
         self.seed = (seed, index)
-        self.stored = stored
         self.state = CorpusPosition()
-        self._blocks: Iterator[list[Any]] | None = None
+        self._blocks: Iterator[list[Document]] | None = None
         self._place = HubPlace()
-        self._current: list[Any] = []
+        self._current: list[Document] = []
 
     def block_size(self) -> int:
         """Return the number of documents in the current block, which is all of a small corpus."""
@@ -93,17 +86,7 @@ class ShuffledDocuments:
         """Continue from another position."""
         self.state, self._blocks = state, None
 
-    def read_text(self) -> None:
-        """Read the text from the same position on, not the stored tokens."""
-        if self.stored is not None:
-            self.stored, self._blocks = None, None
-
-    def next_ids(self, count: int, encoder: Encoder) -> list[np.ndarray]:
-        """Return the tokens of up to `count` documents, all from one block."""
-        documents = self.next_documents(count)
-        return encoder.encode(documents) if self.stored is None else [self.stored[each] for each in documents]
-
-    def next_documents(self, count: int) -> list[Any]:
+    def next_documents(self, count: int) -> list[Document]:
         """Return up to `count` documents, all from one block."""
         if self._blocks is None:
             self._open()
@@ -119,19 +102,15 @@ class ShuffledDocuments:
     def _open(self) -> None:
         """Open the corpus at the position of `state`."""
         start = self.state.block * SHUFFLE_BLOCK
-        documents: Iterator[Any]
-        if self.stored is not None:
-            documents = iter(self.stored.documents[start:])
-        else:
-            self._place = HubPlace(**self.state.hub)
-            opened = open_documents(self.spec, place=self._place)
-            # held-out documents are left out before the count, so that blocks are the same for stored tokens
-            documents = (each for each in opened if not is_held_out(each, self.held_out_fraction))
-            documents = itertools.islice(documents, 0 if self.state.hub else start, None)
+        self._place = HubPlace(**self.state.hub)
+        opened = open_documents(self.spec, place=self._place)
+        learned = (each for each in opened if not is_held_out(each, self.held_out_fraction))
+        documents = itertools.islice(learned, 0 if self.state.hub else start, None)
         self._blocks = iter(lambda: list(itertools.islice(documents, SHUFFLE_BLOCK)), [])
         self._load_block()
 
     def _load_block(self) -> None:
+        """Shuffle the next block, or the first one of the next epoch at the end."""
         assert self._blocks is not None
         place = vars(self._place).copy()
         block = next(self._blocks, None)
@@ -222,12 +201,13 @@ class CorpusWindows:
         return chat
 
     def _next_document(self) -> np.ndarray:
+        """Return the tokens of the next document, int32 [n]."""
         document = np.empty(0, np.int32)
         while not len(document):
             # not across blocks: `switch_encoder` reads the queue again from the current one
             is_of_block = self.documents.state.offset < self.documents.block_size()
             if not self._queue or (len(self._queue) < WAITING and is_of_block):
-                self._queue = self._queue + self.documents.next_ids(TOKENIZE_BATCH, self.encoder)
+                self._queue = self._queue + self.encoder.encode(self.documents.next_documents(TOKENIZE_BATCH))
             document = self._queue.pop(0)
         if len(document) > self.window and not self._has_warned and is_chat(document):
             self._has_warned = True
@@ -238,6 +218,7 @@ class CorpusWindows:
         return document
 
     def _order(self, visit: int) -> np.ndarray:
+        """Return the order in which a visit reads the lanes, int64 [lanes]."""
         return self._random(ORDER, visit).permutation(len(self.buffers))
 
     def _random(self, *purpose: int) -> np.random.Generator:
@@ -247,7 +228,6 @@ class CorpusWindows:
     def switch_encoder(self, encoder: Encoder) -> None:
         """Continue with another encoder and empty lanes. The rest of the documents in lanes is dropped."""
         self.encoder = encoder
-        self.documents.read_text()
         # documents in the queue are the last ones taken, all from the current block, and are read again, with the few
         # chats between them that were taken before their turn
         self.documents.state.offset -= len(self._queue)
@@ -260,6 +240,7 @@ class CorpusWindows:
         return {"documents": vars(self.documents.state).copy(), "queue": list(self._queue), "lanes": lanes}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `state` of windows with the same settings."""
         self.documents.seek(CorpusPosition(**state["documents"]))
         self._queue = list(state["queue"])
         self._buffers, self.drawn = list(state["lanes"]["buffers"]), state["lanes"]["drawn"]
@@ -277,11 +258,7 @@ class PackedStream:
         seed: int,
     ) -> None:
         self.encoder = Encoder(tokenizer)
-        stored = [open_tokens(spec, self.encoder, held_out_fraction) for spec in specs]
-        documents = [
-            ShuffledDocuments(spec, held_out_fraction, seed, index, tokens)
-            for index, (spec, tokens) in enumerate(zip(specs, stored, strict=True))
-        ]
+        documents = [ShuffledDocuments(spec, held_out_fraction, seed, index) for index, spec in enumerate(specs)]
         self.corpora = [CorpusWindows(each, self.encoder, sequence_length) for each in documents]
         self.sequence_length = sequence_length
         self.has_chats = False

@@ -107,6 +107,7 @@ def _decoded(stream: IO[bytes], context: ReadContext, newline: str | None = None
 
 
 def _read_csv(stream: IO[bytes], context: ReadContext) -> Iterator[Document]:
+    """Read a column of the rows under a header."""
     csv.field_size_limit(CSV_FIELD_BYTES)
     with _decoded(stream, context, newline="") as lines:
         rows = csv.DictReader(lines, strict=True)
@@ -149,6 +150,7 @@ def _read_txt(stream: IO[bytes], context: ReadContext) -> Iterator[str]:
 
 
 def _read_parquet(stream: IO[bytes], context: ReadContext) -> Iterator[Document]:
+    """Read the rows of a column without loading the file."""
     with extra("datasets"):
         import pyarrow
         import pyarrow.parquet
