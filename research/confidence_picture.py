@@ -20,9 +20,9 @@ def draw(artefacts: Sequence[Path], path: Path) -> None:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for each in artefacts:
-        for grammar, calibration in Artefact.open(each).calibrations.items():
+        for key, calibration in Artefact.open(each).calibrations.items():
             _, acted, wrong = zip(*calibration.curve, strict=True)
-            label = f"{each.name}, {grammar}"
+            label = ", ".join(filter(None, (each.name, *key)))
             axes.step([100 * one for one in wrong], [100 * one for one in acted], where="post", label=label)
     axes.set_xlim(0, 10)
     axes.set_ylim(0, 102)

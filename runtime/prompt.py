@@ -183,6 +183,15 @@ def text_prompt(engine: EngineScheduler, text: str, special: bool = False) -> li
     return (engine.tokenize(engine.bos_token, special=True) if begins else []) + tokens
 
 
+def in_job(messages: Sequence[Message], job: str) -> list[Message]:
+    """Return messages whose system message begins with the name of a job, as training has it. "": as they are."""
+    if not job:
+        return [*messages]
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    said = f"{job}\n{messages[0]['content']}" if has_system else job
+    return [{"role": "system", "content": said}, *messages[has_system:]]
+
+
 def in_plain_roles(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], format: ToolFormat
 ) -> tuple[list[dict[str, Any]], Sequence[Mapping[str, Any]]]:

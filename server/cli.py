@@ -71,13 +71,13 @@ def check_files(limits: PoolOptions, app_options: AppOptions, engine_options: En
 
 def check_calibration(artefact: Artefact, options: AppOptions) -> None:
     """Raise UsageError if nothing tells which calls of a model are sure enough."""
-    found = artefact.calibrations.get(options.tool_arguments)
-    if found is None:
+    found = [each for (_, kind), each in artefact.calibrations.items() if kind == options.tool_arguments]
+    if not found:
         constrain = next(name for name, arguments in CONSTRAINTS.items() if arguments == options.tool_arguments)
         command = f"efficientllm-eval {artefact.path} --task FILE --metric call --constrain {constrain} --write"
         raise UsageError(f"--wrong-acts: no score of {artefact.path} has calls of this kind; run {command}")
-    if math.isinf(found.least(options.wrong_acts)[0]):
-        least = f"allow {min(wrong for _, _, wrong in found.curve):.3f}"
+    if any(math.isinf(each.least(options.wrong_acts)[0]) for each in found):
+        least = f"allow {max(min(wrong for _, _, wrong in each.curve) for each in found):.3f}"
         raise UsageError(f"--wrong-acts {options.wrong_acts:g}: the surest calls were wrong more often; {least}")
 
 
@@ -128,7 +128,7 @@ def body(argv: Sequence[str]) -> int:
             reason = f"other machines may reach --host {options.host} and use the server"
             print(f"warning: {reason}; set an --api-key to prevent it", file=sys.stderr)
         pool = ModelPool(artefacts, engine_options, limits)
-        names = ", ".join(artefacts)
+        names = ", ".join(pool.names)
         print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, API: /openapi.json)", flush=True)
         app = create_app(pool, app_options, is_local, sampling)
         protocol = limited_protocol(options.max_connections, app_options.body_timeout)

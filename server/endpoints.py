@@ -130,9 +130,11 @@ class Endpoints:
         self.short.api_route(path, methods=[method])(endpoint)
 
     async def page(self) -> Response:
+        """Return the chat page."""
         return page_file("index.html")
 
     async def health(self, http: Request, response: Response) -> Health:
+        """Return whether the first model is loaded, and to clients with the key what is loaded."""
         if not self._pool.is_ready:
             response.status_code = 503
         workers = self._pool.loaded.items() if http.scope.get(TRUSTED) else ()  # without the key no model is named
@@ -142,9 +144,11 @@ class Endpoints:
         return Health(status=status, in_flight=self._pool.in_flight, loaded=loaded, **memory)
 
     async def models(self) -> ModelList:
-        return ModelList(data=[self._card(name) for name in self._pool.artefacts])
+        """List the models and their jobs."""
+        return ModelList(data=[self._card(name) for name in self._pool.names])
 
     async def model(self, name: str) -> ModelCard:
+        """Return the card of a model or job. APIError 404 for an unknown one."""
         self._pool.require(name)
         return self._card(name)
 
@@ -152,11 +156,12 @@ class Endpoints:
         return ModelCard(id=name, max_model_len=self._pool.context_length(name))
 
     async def embeddings(self, request: EmbeddingsRequest, http: Request) -> Response:
+        """Return an embedding for each text."""
         return await self.until_disconnect(http, self.embed(request))
 
     async def embed(self, request: EmbeddingsRequest) -> Embeddings:
         """Return the embeddings of the texts of a request."""
-        self._name_model(request)
+        self.name_model(request)
         deadline = self._pool.deadline()
         worker = await self._pool.enter(request.model, deadline)
         try:
@@ -168,6 +173,8 @@ class Endpoints:
             worker.leave()
 
     async def tokenize(self, request: TokenizeRequest, http: Request) -> Response:
+        """Return the tokens of a text, or their pieces."""
+
         def compute(engine: EngineScheduler) -> Tokenized:
             if request.add_special and not request.parse_special:
                 tokens = text_prompt(engine, request.content) if request.content else []
@@ -180,6 +187,8 @@ class Endpoints:
         return await self.until_disconnect(http, self.with_engine(request.model, compute))
 
     async def detokenize(self, request: DetokenizeRequest, http: Request) -> Response:
+        """Return the text of tokens."""
+
         def compute(engine: EngineScheduler) -> Detokenized:
             if request.tokens and max(request.tokens) >= engine.vocab_size:
                 raise APIError(400, f"tokens: {max(request.tokens)} is outside the vocabulary of {engine.vocab_size}")
@@ -204,30 +213,36 @@ class Endpoints:
         def compute(engine: EngineScheduler) -> TokenCount:
             return TokenCount(input_tokens=len(prompt_of(engine, request).tokens))
 
+        self.name_model(request)
         return await self.until_disconnect(http, self.with_engine(request.model, compute))
 
     async def chat_completions(self, request: ChatRequest, http: Request) -> Response:
+        """Answer a chat."""
         return await self.answer(request, partial(ChatBuilder, request), http)
 
     async def completions(self, request: TextRequest, http: Request) -> Response:
+        """Continue texts."""
         return await self.answer(request, partial(TextBuilder, request), http)
 
     async def responses(self, request: ResponsesRequest, http: Request) -> Response:
-        self._name_model(request)
+        """Answer a request of OpenAI's newer API."""
+        self.name_model(request)
         return await self.answer(request.translation, partial(ResponsesBuilder, request), http)
 
     async def answer(self, request: CompletionRequest, make_builder: MakeBuilder, http: Request) -> Response:
         """Return the answer to `request` in the form of a builder."""
         return await self.until_disconnect(http, self._answer(request, make_builder))
 
-    def _name_model(self, request: CompletionRequest | EmbeddingsRequest | ResponsesRequest) -> None:
+    def name_model(self, request: CompletionRequest | EmbeddingsRequest | ResponsesRequest) -> None:
         """Name the model that a request means, see `ModelPool.named`. APIError 400 without a name of several."""
         if not request.model and len(self._pool.artefacts) > 1:
-            raise APIError(400, f"model: is missing; this server has {', '.join(self._pool.artefacts)}")
+            raise APIError(400, f"model: is missing; this server has {', '.join(self._pool.names)}")
         request.model = self._pool.named(request.model)
+        if isinstance(request, ChatRequest):
+            request.set_job(self._pool.job_of(request.model))
 
     async def _answer(self, request: CompletionRequest, make_builder: MakeBuilder) -> ResponseModel | Response:
-        self._name_model(request)
+        self.name_model(request)
         began, deadline = time.perf_counter(), self._pool.deadline()
         worker = await self._pool.enter(request.model, deadline)
         # in a thread, because a long prompt or a large grammar takes long
@@ -246,7 +261,8 @@ class Endpoints:
             request.tool_arguments = self._options.tool_arguments
         if not isinstance(request, ChatRequest) or request.tool_use is None:
             return make_choices(engine, request, self._options.overflow, self.sampling)
-        calibration = self._pool.artefacts[request.model].calibrations.get(request.tool_arguments)
+        key = self._pool.job_of(request.model), request.tool_arguments
+        calibration = self._pool.require(request.model).calibrations.get(key)
         # a call that the request demands is no guess of the model
         has_limit = self._options.wrong_acts < 1 and request.tool_choice == "auto"
         if calibration is None and has_limit:

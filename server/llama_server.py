@@ -264,15 +264,21 @@ class LlamaServerEndpoints:
         router.get("/props")(self.properties)
 
     async def complete(self, request: LlamaCompletion, http: Request) -> Response:
+        """Continue a prompt of llama-server's API."""
         return await self._endpoints.answer(request.translation, partial(LlamaBuilder, request), http)
 
     async def apply_template(self, request: ChatRequest, http: Request) -> Response:
+        """Return the rendered chat without answering it."""
+
         def compute(engine: EngineScheduler) -> AppliedTemplate:
             return AppliedTemplate(prompt=prompt_of(engine, request).text)
 
+        self._endpoints.name_model(request)
         return await self._endpoints.until_disconnect(http, self._endpoints.with_engine(request.model, compute))
 
     async def properties(self, http: Request, model: str = "") -> Response:
+        """Return the settings of a model."""
+
         def compute(engine: EngineScheduler) -> Properties:
             sampling = self._endpoints.sampling.fill(SamplingOptions(temperature=None))
             settings = _settings(sampling.with_defaults(engine.sampling_defaults))

@@ -359,12 +359,14 @@ class OllamaEndpoints:
         return {"error": str(error)}
 
     async def version(self) -> dict[str, str]:
+        """Return the version of this package."""
         return {"version": version("efficientllm")}
 
     def tags(self) -> dict[str, Any]:
-        return {"models": [_card(name, artefact) for name, artefact in self._pool.artefacts.items()]}
+        return {"models": [_card(name, self._pool.require(name)) for name in self._pool.names]}
 
     async def show(self, request: ModelName, http: Request) -> Response:
+        """Return the shape of a model and what it can do."""
         name = self._name(request.model or request.name)
         artefact = self._pool.require(name)
         details = _details(artefact)
@@ -376,6 +378,7 @@ class OllamaEndpoints:
         return JSONResponse({"details": details, "model_info": information, "capabilities": ["completion", "tools"]})
 
     async def running(self) -> dict[str, Any]:
+        """List the loaded models."""
         models = []
         for name, worker in self._pool.loaded.items():
             card = _card(name, self._pool.artefacts[name])
@@ -388,6 +391,8 @@ class OllamaEndpoints:
         return {"models": models}
 
     async def embed(self, request: OllamaEmbed, http: Request) -> Response:
+        """Return an embedding for each text."""
+
         async def answer() -> OllamaEmbeddings:
             model = self._kept(request.model, request.keep_alive)
             fields = {"model": model, "input": request.input, "truncate": request.truncate}
@@ -399,9 +404,11 @@ class OllamaEndpoints:
         return await self._endpoints.until_disconnect(http, answer())
 
     async def chat(self, request: OllamaChat, http: Request) -> Response:
+        """Answer a chat, or load or unload the model without messages."""
         return await self._answer(request, http)
 
     async def generate(self, request: OllamaPrompt, http: Request) -> Response:
+        """Continue a prompt, or load or unload the model without one."""
         return await self._answer(request, http)
 
     async def _answer(self, request: OllamaRequest, http: Request) -> Response:
@@ -409,7 +416,7 @@ class OllamaEndpoints:
         if request.is_load:
             unloads = request.keep_alive == 0
             # also to unload: the time that `_kept` has set starts when a request leaves
-            if not unloads or name in self._pool.loaded:
+            if not unloads or self._pool.model_of(name) in self._pool.loaded:
                 worker = await self._pool.enter(name, self._pool.deadline())
                 worker.leave()
             return JSONResponse({"model": request.model, "done": True, "done_reason": "unload" if unloads else "load"})
@@ -428,7 +435,7 @@ class OllamaEndpoints:
 
     def _name(self, name: str) -> str:
         """Return the name of a model without the tag that clients add."""
-        return name if name in self._pool.artefacts else name.removesuffix(DEFAULT_TAG)
+        return name if name in self._pool.names else name.removesuffix(DEFAULT_TAG)
 
 
 def _details(artefact: Artefact) -> dict[str, Any]:

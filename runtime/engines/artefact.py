@@ -200,14 +200,20 @@ class Artefact:
         return beside if beside.model_file == self.model_file.name else None
 
     @functools.cached_property
-    def calibrations(self) -> dict[str, Calibration]:
-        """Return the calibration of calls by their `tool_arguments`, each by the score with the most examples."""
+    def calibrations(self) -> dict[tuple[str, str], Calibration]:
+        """Return the calibration of calls by job and `tool_arguments`, each by the score with the most examples."""
         jobs = self.known_manifest.jobs if self.known_manifest is not None else ()
         scored = [job for job in jobs if "calibration" in job and job["constrain"] in CONSTRAINTS]
-        found: dict[str, Calibration] = {}
+        found: dict[tuple[str, str], Calibration] = {}
         for job in sorted(scored, key=itemgetter("examples"), reverse=True):
-            found.setdefault(CONSTRAINTS[job["constrain"]], Calibration(**job["calibration"]))
+            key = job.get("job", ""), CONSTRAINTS[job["constrain"]]
+            found.setdefault(key, Calibration(**job["calibration"]))
         return found
+
+    @property
+    def job_names(self) -> tuple[str, ...]:
+        """Return the names of the jobs that the model was trained on, if its examples have them."""
+        return tuple(self.known_manifest.training.get("job_names", ())) if self.known_manifest is not None else ()
 
     def verify(self) -> None:
         """Raise ArtefactError if a file differs from the exported one. Without a `known_manifest`, nothing is checked.

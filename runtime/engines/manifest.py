@@ -109,6 +109,8 @@ class Manifest:
         """Raise an exception if a field that loading reads has a wrong type or value."""
         if self.model_file not in self.files:
             raise ValueError(f"model_file {self.model_file!r} is not listed in files")
+        if not all(isinstance(name, str) for name in self.training.get("job_names", ())):
+            raise ValueError("job_names must be texts")
         for job in self.jobs:
             if "calibration" in job:
                 Calibration(**job["calibration"])

@@ -84,8 +84,7 @@ def prompt_of(engine: EngineScheduler, request: ChatRequest) -> ChatPrompt:
     known = engine.chat_template or ""
     if request.reasoning_effort not in (None, "none") and not any(name in known for name in REASONING_VARIABLES):
         raise APIError(400, "reasoning_effort: the chat template of this model knows no reasoning; remove it")
-    messages = [message.as_template_value() for message in request.messages]
-    return tool_prompt(engine, messages, request.tool_use, request.template_variables)
+    return tool_prompt(engine, request.template_messages, request.tool_use, request.template_variables)
 
 
 def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:

@@ -45,6 +45,10 @@ class ModelPool:
     def __init__(self, artefacts: Mapping[str, str], options: EngineOptions, limits: PoolOptions | None = None) -> None:
         """Open `artefacts`, {name: path}. `load_first` compares their files and loads the first one."""
         self.artefacts = {name: Artefact.open(path) for name, path in artefacts.items()}
+        self.jobs = {
+            f"{name}:{job}": (name, job) for name, artefact in self.artefacts.items() for job in artefact.job_names
+        }
+        """{name of a model, a colon and the name of a job: both names}"""
         self.options = replace(options, parallel=options.parallel or DEFAULT_PARALLEL)
         self.limits = limits = limits or PoolOptions()
         self._pins = list(map(read_pin, limits.pin))
@@ -106,7 +110,7 @@ class ModelPool:
 
     def keep(self, name: str, seconds: float) -> None:
         """Keep a model loaded for `seconds` after its last request, from now on. A negative number means for ever."""
-        self._keep_seconds[name] = seconds if seconds >= 0 else float("inf")
+        self._keep_seconds[self.model_of(name)] = seconds if seconds >= 0 else float("inf")
 
     def expires_in(self, name: str) -> float:
         """Return the seconds until a loaded model is unloaded if no request comes."""
@@ -155,19 +159,37 @@ class ModelPool:
         """Return the number of requests that wait or are being answered."""
         return sum(worker.in_flight for worker in self._workers.values()) + sum(self._arriving.values())
 
+    @property
+    def names(self) -> list[str]:
+        """Return the names of all models, each followed by those of its jobs."""
+        return [*self.artefacts, *self.jobs]
+
     def named(self, name: str) -> str:
-        """Return the name of the model that a request for `name` means: any name means the only one, "" the first."""
+        """Return the name of the model or job that a request for `name` means.
+
+        Any name means the only model, but for one that begins with a model that has jobs. "" means the first model.
+        """
         first, *others = self.artefacts
-        return name if name and others else first
+        is_exact = bool(others) or (bool(self.jobs) and name.startswith(f"{first}:"))
+        return name if name and is_exact else first
+
+    def model_of(self, name: str) -> str:
+        """Return the name of the model that has a job. Raises APIError 404 for an unknown name."""
+        if name not in self.names:
+            raise unknown_model_error(name, self.names)
+        return self.jobs.get(name, (name, ""))[0]
+
+    def job_of(self, name: str) -> str:
+        """Return the name of the job that a name has after the model's, "" for a model."""
+        return self.jobs.get(name, (name, ""))[1]
 
     def require(self, name: str) -> Artefact:
-        """Return the artefact of a model. Raises APIError 404 for an unknown one."""
-        if name not in self.artefacts:
-            raise unknown_model_error(name, self.artefacts)
-        return self.artefacts[name]
+        """Return the artefact of a model or job. Raises APIError 404 for an unknown one."""
+        return self.artefacts[self.model_of(name)]
 
     def context_length(self, name: str) -> int | None:
         """Return the tokens of prompt and answer together, or None if only loading can tell."""
+        name = self.model_of(name)
         if name in self._workers:
             return self._workers[name].engine.context_length
         trained = self.artefacts[name].context_length
@@ -185,7 +207,7 @@ class ModelPool:
         503 if it does not fit beside models that are busy until `deadline`, or if the server stops. A cancelled call
         keeps no place.
         """
-        self.require(name)
+        name = self.model_of(name)
         # a model that is not loaded has no worker yet, whose places would limit the queue
         if self._arriving[name] >= self.limits.waiting + self.options.parallel:
             raise busy_error()
@@ -289,7 +311,7 @@ def read_pin(path: str) -> ChatRequest:
 
 def pinned_tokens(engine: EngineScheduler, pin: ChatRequest) -> list[int]:
     """Return the tokens that every prompt begins with that continues the chat `pin` with a question."""
-    messages = [message.as_template_value() for message in pin.messages]
+    messages = pin.template_messages
 
     def prompt_with(question: str) -> list[int]:
         asked = [*messages, {"role": "user", "content": question}]

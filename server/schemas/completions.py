@@ -11,9 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from ...runtime.base.errors import UsageError
+from ...runtime.chat_template import Message
 from ...runtime.copied_arguments import ToolArguments
 from ...runtime.grammar import lark_of
-from ...runtime.prompt import ToolUse
+from ...runtime.prompt import ToolUse, in_job
 from ...runtime.sampling import REQUEST_RANGES, SamplingOptions
 from .api_error import validation_message
 from .messages import (
@@ -324,6 +325,17 @@ class ChatRequest(CompletionRequest):
     add_generation_prompt: Bool | None = None
     continue_final_message: Bool | None = None
     """Names of vLLM and llama-server for what follows from the role of the last message."""
+
+    _job: str = PrivateAttr("")
+
+    def set_job(self, job: str) -> None:
+        """Set the name of the job that the system message begins with."""
+        self._job = job
+
+    @property
+    def template_messages(self) -> list[Message]:
+        """Return the messages for the chat template."""
+        return in_job([message.as_template_value() for message in self.messages], self._job)
 
     @model_validator(mode="after")
     def _check_together(self) -> ChatRequest:

@@ -24,7 +24,7 @@ class SourceConfig:
     """Training text, PATH[:WEIGHT], repeatable: .txt, .jsonl, .json, .csv (each also .gz or .zst), .parquet, a folder
     of them, a hub dataset id (owner/name[@config]), 'demo' (Wikipedia lead sections) or 'self-chat' (chats sampled from
     the source). Records with "messages" instead of text are chats: they use the source's chat template, and only the
-    answers and ends of turns are learned."""
+    answers and ends of turns are learned. FILE@JOB[:WEIGHT] names the job of its chats, for several in one model."""
     text_field: str = "text"
     """Field (of JSON) or column (of .csv, .parquet and hub datasets) with the text."""
     skip_bad_lines: int = flags.number(0, at_least=0)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...runtime.base.errors import ArtefactError, DataError, UsageError
 from ...runtime.chat_template import Message, render_chat
-from ...runtime.prompt import in_plain_roles
+from ...runtime.prompt import in_job, in_plain_roles
 from ...runtime.tool_format import JOB_MARK, LEARNED_MARK, ToolFormat, tool_format
 
 if TYPE_CHECKING:  # the evaluation of artefacts needs no transformers
@@ -48,6 +48,10 @@ class Chat:
     def of(cls, *turns: tuple[str, str], is_cut: bool = False) -> Chat:
         """Return a chat of (role, content) pairs."""
         return cls(tuple({"role": role, "content": content} for role, content in turns), is_cut=is_cut)
+
+    def in_job(self, job: str) -> Chat:
+        """Return this chat with the name of a job in its system message."""
+        return replace(self, messages=tuple(in_job(self.messages, job)))
 
     @property
     def text(self) -> str:

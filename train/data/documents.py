@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -36,7 +37,7 @@ FEW_DOCUMENTS = 200
 
 @dataclass(frozen=True)
 class DataSpec:
-    """One `--data` value: the location of a corpus and its share of the tokens."""
+    """One `--data` value: the location of a corpus, its share of the tokens, and the job of its chats."""
 
     path: str
     weight: float = 1.0
@@ -46,10 +47,12 @@ class DataSpec:
     """Field or column that holds the text."""
     flag: str = "--data"
     """Flag that named the corpus, for messages."""
+    job: str = ""
+    """Name that the system messages of its chats begin with, see `in_job`."""
 
     @classmethod
     def parse(cls, text: str, skip_bad_lines: int = 0, text_field: str = "text", flag: str = "--data") -> DataSpec:
-        """Parse 'PATH' or 'PATH:WEIGHT'. Raises UsageError."""
+        """Parse 'PATH', 'PATH:WEIGHT' or, for a file or folder of chats, 'PATH@JOB:WEIGHT'. Raises UsageError."""
         path, _, suffix = text.rpartition(":")
         try:
             weight = float(suffix)
@@ -59,7 +62,19 @@ class DataSpec:
             raise UsageError(f"{flag} {text!r} has no path; name a file, a folder or a hub dataset")
         if not 0 < weight < float("inf"):
             raise UsageError(f"{flag} {text}: the weight must be positive")
-        return cls(path, weight, skip_bad_lines, text_field, flag)
+        path, job = split_job(path, flag)
+        return cls(path, weight, skip_bad_lines, text_field, flag, job)
+
+
+def split_job(text: str, flag: str) -> tuple[str, str]:
+    """Split the 'PATH@JOB' of a file or folder into its path and the name of its job. Raises UsageError."""
+    path, _, job = text.rpartition("@")
+    is_local = bool(path) and (Path(path).exists() or reader_of(Path(path)) is not None)
+    if not is_local or Path(text).exists():
+        return text, ""
+    if not re.fullmatch(r"[\w.-]+", job):
+        raise UsageError(f"{flag} {text}: the name of a job has letters, digits, '-', '_' and '.' only")
+    return path, job
 
 
 @dataclass
@@ -82,7 +97,16 @@ def open_documents(
     """
     bad_lines = bad_lines or BadLines(spec.skip_bad_lines, flag=spec.flag)
     documents = itertools.chain.from_iterable(_open_files(spec, bad_lines, place))
-    return (each for each in documents if (text := text_of(each)) and not text.isspace())
+    return (_in_its_job(each, spec) for each in documents if (text := text_of(each)) and not text.isspace())
+
+
+def _in_its_job(document: Document, spec: DataSpec) -> Document:
+    """Return a document with the name of its job. Raises DataError for a text in a job."""
+    if not spec.job:
+        return document
+    if not isinstance(document, Chat):
+        raise DataError(f"{spec.flag} {spec.path}@{spec.job}: holds text; the examples of a job are chats")
+    return document.in_job(spec.job)
 
 
 def open_texts(spec: DataSpec) -> Iterator[str]:
@@ -113,7 +137,7 @@ def check_documents(spec: DataSpec) -> None:
     for documents in _open_files(spec, BadLines(spec.skip_bad_lines, silent=True, flag=spec.flag)):
         for document in documents:
             num_documents += 1
-            characters += len(text_of(document))
+            characters += len(text_of(_in_its_job(document, spec)))
             if characters > SCANNED_CHARACTERS:
                 break
     if not num_documents:

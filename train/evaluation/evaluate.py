@@ -50,8 +50,8 @@ class MeasureConfig:
     document_tokens: int = flags.count(512, at_least=0)
     """First tokens of each document of a text to use. 0: all."""
     task: str = ""
-    """Held-out examples of a job to answer and score, a .jsonl or .jsonl.gz of chats. Nothing else is measured then,
-    unless --text or --tasks ask for it."""
+    """Held-out examples of a job to answer and score, a .jsonl or .jsonl.gz of chats, or FILE@JOB for a job of
+    several. Nothing else is measured then, unless --text or --tasks ask for it."""
     metric: str = "exact"
     """Score of an answer to --task: exact, json, call, label, contains, chrf, rouge, or python:MODULE:FUNCTION."""
     task_limit: int = flags.number(0, at_least=0)
@@ -83,7 +83,7 @@ class MeasureConfig:
     @cached_property
     def examples(self) -> list[Example]:
         """Read the examples of the job, once. Raises UsageError or DataError."""
-        return read_examples(Path(self.task), self.task_limit)
+        return read_examples(self.task, self.task_limit)
 
     @property
     def task_names(self) -> tuple[str, ...]:

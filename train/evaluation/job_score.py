@@ -2,8 +2,8 @@
 
 A score is a JSON object: task and task_sha256 (the file of examples), metric, constrain, examples, score (the name of
 the first value), values {name: {mean, stderr}}, source {model, mean, stderr, difference, difference_stderr} or null,
-ms_per_answer, tokens_per_answer, measured_on. The calls of an exported file also have a calibration (see
-`Calibration`). The standard errors of a single example are null.
+ms_per_answer, tokens_per_answer, measured_on. Its job is the name that the model has for it, or empty. The calls of an
+exported file also have a calibration (see `Calibration`). The standard errors of a single example are null.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ...runtime.base.quantities import display_name
 from ...runtime.doctor import cpu
 from ...runtime.engines.contract_text import with_jobs
 from ...runtime.engines.manifest import JOB_FILE, MANIFEST_NAME, Manifest
+from ..data.documents import split_job
 from .confidence import calibration
 from .evaluate import ComputeConfig, Evaluation, MeasureConfig
 from .jobs import JobResult
@@ -42,7 +43,8 @@ def job_score(
     evaluation: Evaluation, source: Evaluation | None, measures: MeasureConfig, compute: ComputeConfig
 ) -> dict[str, Any]:
     """Return the score of an evaluation's job as a JSON object, with that of its source if there is one."""
-    job, task = evaluation.job, Path(measures.task)
+    (examples, name_of_job), job = split_job(measures.task, "--task"), evaluation.job
+    task = Path(examples)
     assert job is not None
     name, beside = job.score_name, None
     if source is not None and source.job is not None:
@@ -62,6 +64,7 @@ def job_score(
     return {
         "task": task.name,
         "task_sha256": sha256_of(task),
+        "job": name_of_job,
         "metric": measures.metric,
         "constrain": measures.constrain,
         "examples": len(job.answers),

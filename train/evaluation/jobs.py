@@ -24,6 +24,7 @@ from ...runtime.engines.calibration import CONSTRAINTS
 from ...runtime.grammar import Grammar
 from ...runtime.tool_format import tool_format, why_not_called
 from ..data.chat import Chat, ChatFormat
+from ..data.documents import split_job
 from ..data.records import BadLines, ReadContext, document_of
 from .job_metrics import FORM, Example, Values, calls_in, macro_f1, metric_named, text_of
 from .scoring import Advance, EngineModel, EvaluatedModel, LineCache, cache_key
@@ -46,12 +47,14 @@ that are copied from the request, those examples of their schemas that occur in 
 lists."""
 
 
-def read_examples(path: Path, limit: int = 0) -> list[Example]:
-    """Read the examples of a .jsonl or .jsonl.gz file, at most `limit` (0: all).
+def read_examples(task: str | Path, limit: int = 0) -> list[Example]:
+    """Read the examples of a .jsonl or .jsonl.gz file, or of FILE@JOB, at most `limit` (0: all).
 
     Each answer of a chat that is learned (see `Chat.is_learned`) is an example, with the messages before it.
     Raises UsageError for a missing file or another kind of file, and DataError for a malformed record.
     """
+    name, job = split_job(str(task), "--task")
+    path = Path(name)
     if not path.exists():
         raise UsageError(f"--task {path}: no such file")
     if not path.is_file() or not path.name.removesuffix(".gz").endswith(".jsonl"):
@@ -73,7 +76,7 @@ def read_examples(path: Path, limit: int = 0) -> list[Example]:
         references = record.get("references") or []
         if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
             raise DataError(f"--task {path}: line {number}: references must be a list of texts")
-        examples += _examples(chat, record)
+        examples += _examples(chat.in_job(job), record)
         if 0 < limit <= len(examples):
             del examples[limit:]
             break

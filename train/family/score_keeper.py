@@ -77,7 +77,7 @@ class ScoreKeeper:
     def __init__(self, settings: ScoreConfig, folder: Path, is_resumed: bool, display: ProgressDisplay) -> None:
         """Read the examples, and the scores of a resumed run. Raises DataError for a malformed example."""
         self.settings, self.display, self.path = settings, display, folder / SCORES_FILE
-        self.examples = read_examples(Path(settings.task), settings.task_limit)
+        self.examples = read_examples(settings.task, settings.task_limit)
         self.sizes: list[SizeScore] = []
         self.smallest: float | None = None
         if is_resumed and self.path.is_file():

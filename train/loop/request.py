@@ -17,7 +17,7 @@ from ..checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_kil
 from ..config.pruning import PruneConfig
 from ..config.sections import GGUF_TYPES, TrainConfig
 from ..data.chat import ChatFormat, check_answers
-from ..data.documents import SELF_CHAT, DataSpec, check_documents, check_held_out, require_readers
+from ..data.documents import SELF_CHAT, DataSpec, check_documents, check_held_out, require_readers, split_job
 from ..evaluation.jobs import check_examples, read_examples
 from ..model.architecture import Architecture
 from ..model.foreign_configs import known_shape
@@ -41,7 +41,7 @@ def check_text(config: TrainConfig) -> None:
     for spec in specs:
         check_documents(spec)
     if config.score.task:
-        check_examples(read_examples(Path(config.score.task), config.score.task_limit), config.score.metric)
+        check_examples(read_examples(config.score.task, config.score.task_limit), config.score.metric)
     for spec in specs:
         check_held_out(spec, config.source.held_out_fraction)
 
@@ -86,7 +86,7 @@ def check_request(config: TrainConfig) -> None:
     adapter = config.foreign.adapter
     if adapter:
         check_adapter(adapter)
-    if config.score.task and not Path(config.score.task).is_file():
+    if config.score.task and not Path(split_job(config.score.task, "--task")[0]).is_file():
         raise UsageError(f"--task {config.score.task}: no such file; give a .jsonl file of chats")
     if config.score.task and not config.pruning.prunes:
         raise UsageError(f"--task {config.score.task}: a run without pruning is scored by efficientllm-eval; omit it")
