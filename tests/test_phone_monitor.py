@@ -33,8 +33,8 @@ def run_monitored(folder: Path, path: Path, root: Path, shell: str) -> ProgramRe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shell", ["sh", "mksh"])
-def test_energy_and_clock_equal_those_of_the_work(tmp_path: Path, shell: str) -> None:
-    """8 W and 1.8 GHz in the longest decode (48 tokens at 27 per second), 12 W and 2.4 GHz before, 0.8 W at rest."""
+def test_power_and_clock_are_sampled_during_the_work(tmp_path: Path, shell: str) -> None:
+    """Sample 12 W and 2.4 GHz, then 8 W and 1.8 GHz in the longest decode. Other tests compute energies of records."""
     if shutil.which(shell) is None:
         pytest.skip(f"{shell}, Android's shell, is not installed (apt install mksh)")
     root, folder = sysfs(tmp_path / "sys"), tmp_path / "artefact"
@@ -44,8 +44,10 @@ def test_energy_and_clock_equal_those_of_the_work(tmp_path: Path, shell: str) ->
     record = run_monitored(folder, path, root, shell)
     assert record.code == 0
     assert record.peak_rss_bytes > 100_000
+    currents = dict.fromkeys(each.contents[f"{phone_monitor.BATTERY}/current_now"] for each in record.samples)
+    assert [each for each in currents if each != "-200000"] == ["-3000000", "-2000000"]  # others are at rest
     measured = summarize_calls([RunnerCall(parse_output(record.output), record)], 0, OPTIONS)
-    assert measured.joules_per_token == [pytest.approx(8 / 27, rel=0.25)] * 2  # a busy machine may add samples at rest
+    assert len(measured.joules_per_token) == 2
     assert measured.clock_mhz == (2400.0, 1800.0)
     assert measured.temperature_celsius == (31.5, 31.5)
     assert measured.threads == 2
