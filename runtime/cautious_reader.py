@@ -20,14 +20,28 @@ AGREEMENTS = frozenset(
 )
 
 
-def agreed_question(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the QUESTION that the last of these three messages says yes to, "" if there is none."""
+def reply_to_question(messages: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
+    """Return the QUESTION that the last message replies to, "" without one, and how many last messages agree.
+
+    These are questions and yeses, and the request before them is answered again. A reply that is no yes agrees not.
+    """
+    asked, agreeing, said = "", 0, [*messages]
+    while _ends_with_question(said):
+        asked = asked or said[-2]["content"]
+        if " ".join(re.sub("[.,!]", " ", said[-1]["content"].lower()).split()) not in AGREEMENTS:
+            break
+        said, agreeing = said[:-2], agreeing + 2
+    return asked, agreeing
+
+
+def _ends_with_question(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if a request, a QUESTION and a reply of the user come last."""
     begin, end = QUESTION.split("{}")
-    if [message["role"] for message in messages] not in (["user", "assistant", "user"], ["tool", "assistant", "user"]):
-        return ""
-    asked, said = (message["content"] for message in messages[1:])
-    is_yes = re.sub(r"[^a-z ]", "", said.lower()).strip() in AGREEMENTS
-    return asked if is_yes and asked.startswith(begin) and asked.endswith(end) else ""
+    roles = [message["role"] for message in messages[-3:]]
+    if roles not in (["user", "assistant", "user"], ["tool", "assistant", "user"]):
+        return False
+    asked = messages[-2]["content"] or ""
+    return asked.startswith(begin) and asked.endswith(end)
 
 
 def question(events: Sequence[Event]) -> str:
@@ -37,16 +51,17 @@ def question(events: Sequence[Event]) -> str:
         if isinstance(call, CallEvent):
             pieces = [each for each in events if isinstance(each, ArgumentsEvent) and each.index == call.index]
             try:
-                values = ", ".join(_values(json.loads("".join(each.text for each in pieces))))
+                fields = json.loads("".join(each.text for each in pieces))
             except ValueError:
                 return UNSURE
             name = re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", call.name).lower()
+            values = ", ".join(f"{key} {' and '.join(_values(value)) or 'none'}" for key, value in fields.items())
             said.append(f"{name} ({values})" if values else name)
     return QUESTION.format(" and ".join(said))
 
 
 def _values(value: Any) -> Iterator[str]:
-    """Yield the values in JSON as text, without the names of fields."""
+    """Yield the values in a value of JSON as text."""
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _values(each)
@@ -63,14 +78,15 @@ class CautiousReader:
         stats: GenerationStats,
         calibration: Calibration,
         least: float,
-        agreed: str = "",
+        asked: str = "",
+        is_agreed: bool = False,
     ) -> None:
         """Read an answer with these `stats`. With `least` 0 all events pass at once, else at the end of the answer.
 
-        `agreed`: the question about calls that pass in any case.
+        `asked`: the question that the user replied to. After a yes its calls pass and no others, else only others.
         """
         self._reader, self._stats, self._calibration = reader, stats, calibration
-        self._least, self._agreed = least, agreed
+        self._least, self._asked, self._is_agreed = least, asked, is_agreed
         self._held: list[Event] = []
         self._is_refused = False
         self.confidence: float | None = None
@@ -95,11 +111,12 @@ class CautiousReader:
             return self._taken()
         is_cut = self._stats.finish_reason == "length"
         self.confidence = None if is_cut else self._calibration.probability(sure)
-        if not self._least or (sure >= self._least and not is_cut):
-            return self._taken()
         text = UNSURE if is_cut else question(self._held)
-        self._is_refused = text != self._agreed
-        return [TextEvent(text)] if self._is_refused else self._taken()
+        passes = text == self._asked if self._is_agreed else sure >= self._least and not is_cut and text != self._asked
+        if not self._least or passes:
+            return self._taken()
+        self._is_refused = True
+        return [TextEvent(UNSURE if text == self._asked else text)]
 
     def _taken(self) -> list[Event]:
         held, self._held = self._held, []

@@ -74,7 +74,8 @@ def check_calibration(artefact: Artefact, options: AppOptions) -> None:
     found = [each for (_, kind), each in artefact.calibrations.items() if kind == options.tool_arguments]
     if not found:
         constrain = next(name for name, arguments in CONSTRAINTS.items() if arguments == options.tool_arguments)
-        command = f"efficientllm-eval {artefact.path} --task FILE --metric call --constrain {constrain} --write"
+        folder = artefact.folder if artefact.known_manifest is not None else "FOLDER"
+        command = f"efficientllm-eval {folder} --task FILE --metric call --constrain {constrain} --write"
         raise UsageError(f"--wrong-acts: no score of {artefact.path} has calls of this kind; run {command}")
     if any(math.isinf(each.least(options.wrong_acts)[0]) for each in found):
         least = f"allow {max(min(wrong for _, _, wrong in each.curve) for each in found):.3f}"

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from ..runtime.base.errors import EfficientLLMError
-from ..runtime.cautious_reader import agreed_question
+from ..runtime.cautious_reader import reply_to_question
 from ..runtime.engines.memory import memory_bytes
 from ..runtime.engines.scheduler import EngineScheduler
 from ..runtime.prompt import text_prompt
@@ -266,16 +266,19 @@ class Endpoints:
         # a call that the request demands is no guess of the model
         has_limit = self._options.wrong_acts < 1 and request.tool_choice == "auto"
         if calibration is None and has_limit:
-            reason = f"tool_arguments: {request.tool_arguments} has no calibration, which --wrong-acts needs"
-            raise APIError(400, f"{reason}; leave it out")
-        agreed = agreed_question([each.as_template_value() for each in request.messages[-3:]]) if has_limit else ""
-        if agreed:  # the request before the question is answered again
-            request = request.model_copy(update={"messages": request.messages[:-2]})
+            kind = f"has no calibration for tool_arguments {request.tool_arguments}"
+            raise APIError(400, f"model {request.model!r} {kind}, which --wrong-acts needs")
+        asked, agreeing = "", 0
+        if has_limit:
+            asked, agreeing = reply_to_question([each.as_template_value() for each in request.messages])
+            # the calibration is that of greedy answers
+            changed = {"messages": request.messages[: len(request.messages) - agreeing], "temperature": 0.0}
+            request = request.model_copy(update=changed)
         found = make_choices(engine, request, self._options.overflow, self.sampling, calibration is not None)
         if calibration is None:
             return found
         least = calibration.least(self._options.wrong_acts)[0] if has_limit else 0.0
-        return [each.with_caution(calibration, least, agreed) for each in found]
+        return [each.with_caution(calibration, least, asked, agreeing > 0) for each in found]
 
     async def until_disconnect(self, http: Request, work: Coroutine[Any, Any, ResponseModel | Response]) -> Response:
         """Return the response of `work`, and cancel `work` if the client disconnects before it ends."""

@@ -20,7 +20,7 @@ from efficientllm.runtime import load
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.call_reader import ArgumentsEvent, CallEvent, CallReader, TextEvent
-from efficientllm.runtime.cautious_reader import UNSURE, CautiousReader, agreed_question, question
+from efficientllm.runtime.cautious_reader import UNSURE, CautiousReader, question, reply_to_question
 from efficientllm.runtime.engines.calibration import Calibration
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.scheduler import EngineScheduler
@@ -76,7 +76,10 @@ def test_model_that_is_right_by_chance_hardly_acts() -> None:
     always = calibration(job(np.full(50, 0.9), np.arange(50) % 2 == 0, np.ones(50, dtype=bool)))
     assert always is not None
     assert always.least(0.02) == (float("inf"), 0.0)
-    assert always.least(0.5) == (0.0, 1.0)
+    assert always.least(0.52) == (0.0, 1.0)
+    few = calibration(job(np.full(5, 0.9), np.ones(5, dtype=bool), np.ones(5, dtype=bool)))
+    assert few is not None
+    assert few.least(0.1) == (float("inf"), 0.0)  # five right calls promise no rate below one of six
     assert always.probability(0.99) == 0.5
 
 
@@ -209,10 +212,19 @@ def test_limit_refuses_requests_of_another_grammar(calibrated: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "calibration", [{}, {"points": [], "curve": []}, {"points": [[1, 1], [0, 0]], "curve": [[0, 1, 1]]}]
+    "calibration",
+    [
+        {},
+        {"points": [], "curve": []},
+        {"points": [[1, 1], [0, 0]], "curve": [[0, 1, 1]]},
+        {"points": [[0, float("nan")]], "curve": [[0, 1, 1]]},
+        {"points": [[0, 1]], "curve": [["0", 1, 1]]},
+        {"points": [[0, 7]], "curve": [[0, 1, 1]]},
+    ],
 )
 def test_calibration_of_another_shape_is_refused(calibrated: Path, calibration: Any, tmp_path: Path) -> None:
-    replace(Manifest.read(calibrated), jobs=({"calibration": calibration},)).write(tmp_path)
+    score = {"calibration": calibration, "constrain": "schema", "examples": 9}
+    replace(Manifest.read(calibrated), jobs=(score,)).write(tmp_path)
     with pytest.raises(ArtefactError, match="is incomplete: "):
         Manifest.read(tmp_path)
 
@@ -221,26 +233,48 @@ def test_calibration_of_another_shape_is_refused(calibrated: Path, calibration: 
 def test_text_before_a_refused_call_is_not_shown(cut: int) -> None:
     calibration = Calibration([(0.0, 0.1), (1.0, 0.9)], [(0.99, 0.2, 0.01), (0.0, 0.9, 0.5)])
     text = "I lock it now.<call>lock:{}</call>"
-    for (least, agreed), number in {(0.99, ""): 0, (0.99, f"{ASKED}?"): 0, (0.99, ASKED): 1, (0.0, ""): 1}.items():
+    other = ASKED.replace("lock", "open")
+    for (least, asked, is_agreed), expected in {
+        (0.99, "", False): ASKED,
+        (0.99, other, True): ASKED,
+        (0.5, other, True): ASKED,  # sure, and not what the user said yes to
+        (0.99, ASKED, True): "",
+        (0.5, ASKED, False): UNSURE,  # sure, and the user said no
+        (0.5, other, False): "",
+        (0.0, "", False): "",
+    }.items():
         stats = GenerationStats(log_probability=-0.5, chosen_tokens=1, finish_reason="stop")
         calls = CallReader(ToolFormat("<call>", ":", "", "</call>"))
-        reader = CautiousReader(calls, stats, calibration, least, agreed)
+        reader = CautiousReader(calls, stats, calibration, least, asked, is_agreed)
         events = reader.push(text[:cut]) + reader.push(text[cut:]) + reader.finish()
-        shown = [TextEvent(ASKED)] if number == 0 else [TextEvent("I lock it now."), CallEvent(0, "lock")]
-        assert (events[:2], reader.num_calls) == (shown, number)
+        shown = [TextEvent(expected)] if expected else [TextEvent("I lock it now."), CallEvent(0, "lock")]
+        assert (events[:2], reader.num_calls) == (shown, 0 if expected else 1)
 
 
 def test_question_names_the_calls_and_their_values() -> None:
-    given = ['{"name":"Attic","domain":["light"],"level":5}', "{}"]
+    given = ['{"name":"Attic","domain":["light"],"level":5,"area":[]}', "{}"]
     events = [
         each for index, text in enumerate(given) for each in (CallEvent(index, "turnOn"), ArgumentsEvent(index, text))
     ]
-    assert question(events).endswith(" turn on (Attic, light, 5) and turn on?")
+    assert question(events).endswith(" turn on (name Attic, domain light, level 5, area none) and turn on?")
     assert question([*events, CallEvent(2, "cut")]) == UNSURE
 
 
-def test_only_a_yes_to_a_question_of_the_server_is_an_agreement() -> None:
-    said = {("user", ASKED, " Yes, please!"): ASKED, ("system", ASKED, "Yes"): "", ("user", ASKED, "No"): ""}
-    for (first, asked, answer), expected in {**said, ("user", "Is it cold?", "Yes"): ""}.items():
-        turns = ((first, "Lock it"), ("assistant", asked), ("user", answer))
-        assert agreed_question([{"role": role, "content": text} for role, text in turns]) == expected
+@pytest.mark.parametrize("answer", [" Yes, please!", "ok", "yes  please", "YES."])
+def test_a_yes_to_questions_of_the_server_answers_their_request_again(answer: str) -> None:
+    other = ASKED.replace("lock", "open")
+    turns = [("user", "Lock it"), ("assistant", ASKED), ("user", answer)]
+    assert reply_to(turns) == (ASKED, 2)
+    assert reply_to([*turns, ("assistant", other), ("user", "Yes")]) == (other, 4)
+    assert reply_to([*turns[:2], ("user", "No"), ("assistant", other), ("user", "Yes")]) == (other, 2)
+    assert reply_to([("system", "Lock it"), *turns[1:]]) == ("", 0)
+    assert reply_to([turns[0], ("assistant", "Is it cold?"), turns[2]]) == ("", 0)
+
+
+@pytest.mark.parametrize("answer", ["no", "yes 21", "Yes?", "yes ❌", "ok, the other", "не yes", ""])
+def test_other_replies_agree_to_nothing(answer: str) -> None:
+    assert reply_to([("user", "Lock it"), ("assistant", ASKED), ("user", answer)]) == (ASKED, 0)
+
+
+def reply_to(turns: list[tuple[str, str]]) -> tuple[str, int]:
+    return reply_to_question([{"role": role, "content": text} for role, text in turns])

@@ -201,13 +201,12 @@ class Artefact:
 
     @functools.cached_property
     def calibrations(self) -> dict[tuple[str, str], Calibration]:
-        """Return the calibration of calls by job and `tool_arguments`, each by the score with the most examples."""
+        """Return the calibrations by job and `tool_arguments`, each of the newest score with the most examples."""
         jobs = self.known_manifest.jobs if self.known_manifest is not None else ()
         scored = [job for job in jobs if "calibration" in job and job["constrain"] in CONSTRAINTS]
         found: dict[tuple[str, str], Calibration] = {}
-        for job in sorted(scored, key=itemgetter("examples"), reverse=True):
-            key = job.get("job", ""), CONSTRAINTS[job["constrain"]]
-            found.setdefault(key, Calibration(**job["calibration"]))
+        for job in sorted(scored, key=itemgetter("examples")):
+            found[job.get("job", ""), CONSTRAINTS[job["constrain"]]] = Calibration(**job["calibration"])
         return found
 
     @property

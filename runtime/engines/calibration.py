@@ -23,12 +23,14 @@ class Calibration:
     """(mean probability, share of right calls), rising."""
     curve: Sequence[tuple[float, float, float]]
     """(least mean probability of a call, share of the requests for calls that are acted on, share of wrong calls among
-    all requests), from the largest probability down. The last one lets all calls pass."""
+    all requests, one added to those seen), from the largest probability down. The last one lets all calls pass."""
 
     def __post_init__(self) -> None:
-        points, curve = np.array(self.points, dtype=float), np.array(self.curve, dtype=float)
+        points, curve = np.array(self.points), np.array(self.curve)
         if points.shape[1:] != (2,) or curve.shape[1:] != (3,) or not len(points) or not len(curve):
             raise ValueError("a calibration has no points")
+        if not all(((each >= 0) & (each <= 1)).all() for each in (points, curve)):
+            raise ValueError("a calibration has values outside 0 to 1")
         if (np.diff(points, axis=0) < 0).any() or (np.diff(curve[:, 0]) > 0).any():
             raise ValueError("the points of a calibration are not in order")
 

@@ -114,6 +114,9 @@ class Manifest:
         for job in self.jobs:
             if "calibration" in job:
                 Calibration(**job["calibration"])
+                is_named = all(isinstance(job.get(name, ""), str) for name in ("constrain", "job"))
+                if not is_named or "constrain" not in job or type(job["examples"]) is not int:
+                    raise ValueError("a calibration has no grammar or number of examples")
         for name, entry in self.files.items():
             # somebody's manifest must not let a later copy or deletion reach other files
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

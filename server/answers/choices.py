@@ -32,11 +32,12 @@ class Choice:
     prompt: str = ""
     """Text of the prompt, if it is one."""
 
-    def with_caution(self, calibration: Calibration, least: float, agreed: str) -> Choice:
+    def with_caution(self, calibration: Calibration, least: float, asked: str, is_agreed: bool) -> Choice:
         """Return this choice with a confidence of its calls, see `CautiousReader`."""
         if not isinstance(self.reader, CallReader | ReasoningReader):
             return self
-        return replace(self, reader=CautiousReader(self.reader, self.generation.stats, calibration, least, agreed))
+        stats = self.generation.stats
+        return replace(self, reader=CautiousReader(self.reader, stats, calibration, least, asked, is_agreed))
 
 
 def make_choices(

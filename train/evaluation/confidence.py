@@ -20,17 +20,18 @@ MOST_POINTS, MOST_WRONG = 200, 0.2
 def calibration(result: JobResult) -> Calibration | None:
     """Return the thresholds and the calibration of a job, None for another metric, a checkpoint or no call at all.
 
-    The calibration is the isotonic regression of right calls on the mean probability.
+    The calibration is the isotonic regression of right calls on the mean probability. The shares of wrong calls count
+    one more than was seen, so that few examples promise little.
     """
     if result.metric != "call" or not any(result.probabilities):
         return None
     probability, is_right, fits = _calls(result)
-    if not len(probability):
+    # an answer after a result belongs to the request before it
+    requests = len(result.answers) - np.count_nonzero(~np.isnan(result.values.get("after_result", [np.nan])))
+    if not len(probability) or not requests:
         return None
     acted = np.cumsum(fits) / max(1, sum(each != NO_CALL for each in result.functions))
-    # an answer after a result belongs to the request before it
-    later = np.count_nonzero(~np.isnan(result.values.get("after_result", [np.nan])))
-    wrong = np.cumsum(~is_right) / (len(result.answers) - later)
+    wrong = (np.cumsum(~is_right) + 1) / (requests + 1)
     # The threshold lies between two calls: the same call has another rounding in the next process. All pass the last.
     least = (probability + np.append(probability[1:], -probability[-1])) / 2
     ends = np.flatnonzero(least < probability)

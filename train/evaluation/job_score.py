@@ -29,7 +29,7 @@ from .scoring import is_checkpoint
 
 CARD = "README.md"
 
-IDENTITY = ("task_sha256", "examples", "metric", "constrain", "measured_on")
+IDENTITY = ("task_sha256", "job", "examples", "metric", "constrain", "measured_on")
 """Fields of a score that a later measurement of the same kind shares and replaces."""
 
 
