@@ -187,6 +187,11 @@ def found_in(folder: Path, train: Sequence[Any], test: Sequence[Any]) -> list[st
 
 SOUND = [example(f"Set lamp {index} to {index}", name=f"lamp {index}", level=index) for index in range(30)]
 SOUND += [example(f"Lamp {index} on", name=f"lamp {index}", on=index % 2 == 0) for index in range(30)]
+REFUSED = [
+    {"messages": [{"role": "user", "content": f"Joke {index}"}, {"role": "assistant", "content": "No."}]}
+    for index in range(5)
+]
+SOUND += REFUSED
 TESTED = [
     example(f"Set oven {index} to {index}", tools=(SET,), name=f"oven {index}", level=index) for index in range(4)
 ]
@@ -195,28 +200,28 @@ PLANTED: dict[str, tuple[list[Any], list[Any], str]] = {
         [example("dim", level=1, name="hall")],
         [],
         "1 calls with arguments in another order than the properties or most calls; first: set(level, name) in "
-        "train.jsonl: line 61",
+        "train.jsonl: line 66",
     ),
     "type": (
         [example("dim", name="hall", level="one"), example("dim it", name="x", level="two")],
         [],
         "2 calls with an argument of another type than its schema or most calls; first: set(level: text) in "
-        "train.jsonl: line 61",
+        "train.jsonl: line 66",
     ),
     "argument": (
         [example("dim", name="hall", speed=3)],
         [],
-        "1 calls with arguments that no tools have; first: set(name, speed) in train.jsonl: line 61",
+        "1 calls with arguments that no tools have; first: set(name, speed) in train.jsonl: line 66",
     ),
     "function": (
         [example("dim", "dim", name="hall")],
         [],
-        "1 calls of functions that no tools have; first: dim(name) in train.jsonl: line 61",
+        "1 calls of functions that no tools have; first: dim(name) in train.jsonl: line 66",
     ),
     "answers": (
         [example("Lamp 3 on", name="lamp 4", on=True), example("Lamp 3 on", name="x", on=True)],
         [],
-        "1 requests have two different answers; first: train.jsonl: line 61",
+        "1 requests have two different answers; first: train.jsonl: line 66",
     ),
     "forbidden": (
         [],
@@ -252,6 +257,13 @@ def test_sound_examples_have_no_warning(tmp_path: Path) -> None:
     assert found_in(tmp_path, SOUND, TESTED) == []
 
 
+def test_check_warns_of_few_and_of_repeated_refusals(tmp_path: Path) -> None:
+    (few,) = found_in(tmp_path, SOUND[:-3], TESTED)
+    assert few.startswith("2 requests of the training files have no call, beside 60 calls, so")
+    repeated = found_in(tmp_path, [*SOUND, *REFUSED[:2] * 3], TESTED)
+    assert repeated == ["11 requests of the training files without a call are 5 different ones"]
+
+
 @pytest.mark.parametrize("case", PLANTED)
 def test_check_warns_of_each_planted_defect_alone(case: str, tmp_path: Path) -> None:
     train, test, expected = PLANTED[case]
@@ -266,5 +278,6 @@ def test_report_has_a_row_for_each_function_and_the_warnings(
     assert run_command(body, ["check", str(train), "--test", str(test), "--source", str(source_folder)]) == 0
     out = capsys.readouterr().out
     assert "| set | 63 | 4 | 99% of 67 |" in out
+    assert "| no call | 5 | 0 | - |" in out
     assert "\nwarning: 1 calls with arguments in another order" in out
-    assert f"\nwarning: 2 records are repeated in train.jsonl; first: {train}: line 62" in out
+    assert f"\nwarning: 2 records are repeated in train.jsonl; first: {train}: line 67" in out

@@ -19,6 +19,9 @@ from .chat import Chat
 FEWEST_CALLS = 20
 """Calls with an argument from which one value in all of them is a finding."""
 
+FEWEST_REFUSALS = 0.05
+"""Share of the training requests without a call, below which the model has seen too few."""
+
 MOST_ROWS = 40
 """Functions in the table."""
 
@@ -99,6 +102,8 @@ class CallCheck:
         self._has_tools: defaultdict[str, dict[bool, Tally]] = defaultdict(lambda: {True: Tally(), False: Tally()})
         """{file: {whether its chats have tools: chats}}."""
         self._conflicts, self._forbidden, self._unmatched = Tally(), Tally(), ""
+        self._refused: tuple[list[bytes], list[bytes]] = ([], [])
+        """Hashes of the requests without a call, of training and test."""
 
     def add(self, chat: Chat, file: str, is_test: bool) -> None:
         """Count a chat of `file`."""
@@ -116,6 +121,8 @@ class CallCheck:
             self._trained[0].add(same)
             self._trained[1].add(folded)
             self._add_answer(digest(request_of(chat)), digest(json.dumps(chat.messages[last])), chat.place)
+        if chat.messages[last - 1]["role"] == "user" and not chat.messages[last].get("tool_calls"):
+            self._refused[is_test].append(same)
         for message in chat.messages:
             for call in message.get("tool_calls", ()):
                 self._add_call(call["function"], text, chat, is_test)
@@ -169,7 +176,18 @@ class CallCheck:
             if values[""] >= FEWEST_CALLS and len(values) == 2 and not is_fixed:
                 shown = f"{name}({key}: {next(value for value in values if value)}) in {values['']:,} calls"
                 found["arguments have one value in the training files, and the model will write no other"].add(shown)
-        return [*lines_of(found), *([self._unmatched] if self._unmatched else [])]
+        return [*lines_of(found), *self._of_refusals(), *([self._unmatched] if self._unmatched else [])]
+
+    def _of_refusals(self) -> list[str]:
+        """Return a line if the training files have too few requests without a call, or repeat them."""
+        calls = sum(each.num_calls[False] for each in self._functions.values())
+        refused, different = len(self._refused[False]), len({*self._refused[False]})
+        if calls >= FEWEST_CALLS and refused < FEWEST_REFUSALS * (refused + calls):
+            beside = f"requests of the training files have no call, beside {calls:,} calls"
+            return [f"{refused:,} {beside}, so the model will call functions for what fits none"]
+        if different < refused / 2:
+            return [f"{refused:,} requests of the training files without a call are {different:,} different ones"]
+        return []
 
     def _of_calls(self) -> defaultdict[str, Tally]:
         """Return the findings about order, types and names of arguments."""
@@ -209,6 +227,7 @@ class CallCheck:
             each = self._functions[name]
             share = f"{each.num_copied / each.num_texts:.0%} of {each.num_texts:,}" if each.num_texts else "-"
             table.append([name, f"{each.num_calls[False]:,}", f"{each.num_calls[True]:,}", share])
+        table.append(["no call", *(f"{len(each):,}" for each in self._refused), "-"])
         if len(names) > MOST_ROWS:
             table.append([f"{len(names) - MOST_ROWS} more", "", "", ""])
         return table if names else []
