@@ -72,6 +72,7 @@ class Parallel:
 
     @property
     def is_main(self) -> bool:
+        """Return True for the rank that writes and prints."""
         return self.rank == 0
 
     def own_rows(self, windows: Any) -> Any:

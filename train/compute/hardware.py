@@ -23,6 +23,7 @@ class Hardware:
     """Reason of the precision, for the log."""
 
     def describe(self) -> str:
+        """Return the device, its threads and the type of its products in one line."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         return f"{name}{threads}, matrix products in {str(self.dtype).removeprefix('torch.')} ({self.reason})"

@@ -253,6 +253,7 @@ class TrainingLoss(nn.Module):
 
     @property
     def teacher(self) -> Any | None:
+        """Return the model that is distilled from, None without one."""
         return self._teacher[0]
 
     def around(self, model: Any) -> TrainingLoss:

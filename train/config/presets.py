@@ -138,6 +138,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 
 
 def preset(name: str) -> TrainConfig:
+    """Return a preset by its name. Raises UsageError for an unknown one."""
     if name not in PRESETS:
         raise unknown_name("--preset", name, PRESETS)
     return PRESETS[name]()

@@ -199,6 +199,7 @@ class QuantisationConfig:
 
     @property
     def is_on(self) -> bool:
+        """Return True if the run trains on a grid."""
         return self.qat != "none"
 
     @property

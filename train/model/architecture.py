@@ -71,6 +71,7 @@ class Architecture:
 
     @property
     def is_uniform(self) -> bool:
+        """Return True if all layers have one shape."""
         return len(set(self.layers)) == 1
 
     def attention_parameters(self, layer: LayerShape) -> int:

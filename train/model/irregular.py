@@ -37,6 +37,7 @@ FOLDER_SETTINGS = ("per_layer_config", "auto_map", "model_file")
 
 
 def architecture_of(config: Any) -> Architecture:
+    """Return the shape that a configuration of transformers describes."""
     return Architecture.from_hf_config(config.to_dict())
 
 

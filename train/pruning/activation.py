@@ -66,6 +66,7 @@ class ReaderScores(RunningScores):
         raise NotImplementedError
 
     def attach(self, model: Any) -> None:
+        """Observe every reader of a model, and no other model any longer."""
         self.detach()
         for name, module in model.named_modules():
             is_norm = "stem" in self.kinds and self._is_stem_norm(name) and not isinstance(module, nn.Identity)
@@ -73,6 +74,7 @@ class ReaderScores(RunningScores):
                 self._handles.append(self.observe(name, module))
 
     def detach(self) -> None:
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -82,6 +84,7 @@ class ReaderScores(RunningScores):
 
     @torch.no_grad()
     def finish_step(self) -> None:
+        """Average the scores of a step over ranks and into the running scores."""
         found = self.pop_scores()
         self.mean_over_ranks(found.values())
         observed = {}

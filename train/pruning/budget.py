@@ -30,6 +30,7 @@ class Budget:
         return self.measure.describe(self.target)
 
     def is_met(self, architecture: Architecture) -> bool:
+        """Return True if a shape is within the target."""
         return self.measure.of(architecture) <= self.target
 
 

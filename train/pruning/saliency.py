@@ -98,6 +98,7 @@ class SaliencyTracker(RunningScores):
 
     @torch.no_grad()
     def finish_step(self) -> None:
+        """Average the scores of a step over its samples and ranks and into the running scores."""
         # Means over samples and over ranks commute with sums, not with `combine`: a criterion that is not linear in
         # its samples (fisher) combines each one first, all others combine the mean once.
         if self.criterion.combine_each_sample:
@@ -114,6 +115,7 @@ class SaliencyTracker(RunningScores):
         self._average(observed)
 
     def discard_step(self) -> None:
+        """Forget the samples of a step that is not applied."""
         self._samples = []
 
     def _means(self, samples: Sequence[list[Tensor]]) -> list[Tensor]:

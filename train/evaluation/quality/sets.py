@@ -52,11 +52,13 @@ def texts() -> dict[str, tuple[str, ...]]:
 
 @cache
 def chats() -> tuple[ReferenceChat, ...]:
+    """Return the chats of the quality contract."""
     return tuple(ReferenceChat(row["question"], row["answer"]) for row in _rows("chat.jsonl"))
 
 
 @cache
 def facts() -> tuple[Fact, ...]:
+    """Return the questions of the quality contract, with the patterns that an answer may have."""
     return tuple(
         Fact(row["question"], tuple(re.compile(pattern, re.IGNORECASE) for pattern in row["accept"]))
         for row in _rows("questions.jsonl")
