@@ -54,6 +54,8 @@ def question(events: Sequence[Event]) -> str:
                 fields = json.loads("".join(each.text for each in pieces))
             except ValueError:
                 return UNSURE
+            if not isinstance(fields, dict):
+                return UNSURE
             name = re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", call.name).lower()
             values = ", ".join(f"{key} {' and '.join(_values(value)) or 'none'}" for key, value in fields.items())
             said.append(f"{name} ({values})" if values else name)

@@ -188,7 +188,8 @@ def in_job(messages: Sequence[Message], job: str) -> list[Message]:
     if not job:
         return [*messages]
     has_system = bool(messages) and messages[0]["role"] == "system"
-    said = f"{job}\n{messages[0]['content']}" if has_system else job
+    content = messages[0]["content"] if has_system else ""
+    said = f"{job}\n{content}" if content else job
     return [{"role": "system", "content": said}, *messages[has_system:]]
 
 

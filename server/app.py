@@ -57,7 +57,7 @@ def create_app(
     app.include_router(OllamaEndpoints(endpoints, pool).router)
     app.include_router(LlamaServerEndpoints(endpoints, pool).router)
     app.include_router(endpoints.short)  # last: /completions is llama-server's own
-    _complete_document(app, () if options.keys else pool.artefacts)  # the document needs no key
+    _complete_document(app, () if options.keys else pool.names)  # the document needs no key
     return app
 
 

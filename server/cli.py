@@ -71,7 +71,9 @@ def check_files(limits: PoolOptions, app_options: AppOptions, engine_options: En
 
 def check_calibration(artefact: Artefact, options: AppOptions) -> None:
     """Raise UsageError if nothing tells which calls of a model are sure enough."""
-    found = [each for (_, kind), each in artefact.calibrations.items() if kind == options.tool_arguments]
+    names = ("", *artefact.job_names)
+    kinds = {(name, options.tool_arguments) for name in names}
+    found = [each for key, each in artefact.calibrations.items() if key in kinds]
     if not found:
         constrain = next(name for name, arguments in CONSTRAINTS.items() if arguments == options.tool_arguments)
         folder = artefact.folder if artefact.known_manifest is not None else "FOLDER"

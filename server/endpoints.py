@@ -238,8 +238,12 @@ class Endpoints:
         if not request.model and len(self._pool.artefacts) > 1:
             raise APIError(400, f"model: is missing; this server has {', '.join(self._pool.names)}")
         request.model = self._pool.named(request.model)
+        job = self._pool.job_of(request.model)
         if isinstance(request, ChatRequest):
-            request.set_job(self._pool.job_of(request.model))
+            request.set_job(job)
+        elif job and not isinstance(request, ResponsesRequest):
+            model = self._pool.model_of(request.model)
+            raise APIError(400, f"model: {request.model} is a job of chats, which a text has not; ask for {model}")
 
     async def _answer(self, request: CompletionRequest, make_builder: MakeBuilder) -> ResponseModel | Response:
         self.name_model(request)

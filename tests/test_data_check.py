@@ -259,9 +259,9 @@ def test_sound_examples_have_no_warning(tmp_path: Path) -> None:
 
 def test_check_warns_of_few_and_of_repeated_refusals(tmp_path: Path) -> None:
     (few,) = found_in(tmp_path, SOUND[:-3], TESTED)
-    assert few.startswith("2 requests of the training files have no call, beside 60 calls, so")
+    assert few.startswith("2 of 62 requests in train.jsonl have no call, so the model will call")
     repeated = found_in(tmp_path, [*SOUND, *REFUSED[:2] * 3], TESTED)
-    assert repeated == ["11 requests of the training files without a call are 5 different ones"]
+    assert repeated == ["11 of 71 requests in train.jsonl have no call, and only 5 of these are different"]
 
 
 @pytest.mark.parametrize("case", PLANTED)

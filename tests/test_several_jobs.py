@@ -19,7 +19,9 @@ from efficientllm.runtime.base.errors import DataError, UsageError
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.prompt import in_job
+from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
+from efficientllm.train.data.chat import Chat, ChatFormat, check_jobs
 from efficientllm.train.data.documents import DataSpec, check_documents, open_documents
 from efficientllm.train.evaluation import cli as eval_cli
 from efficientllm.train.evaluation.jobs import read_examples
@@ -71,9 +73,9 @@ def test_data_names_the_job_of_its_chats(data: dict[str, Path], corpus: Path) ->
     assert chat == example.chat
     assert example.chat.messages[0] == {"role": "system", "content": "notes"}
     assert DataSpec.parse("owner/name@config").job == ""
-    with pytest.raises(UsageError, match="the name of a job has letters, digits"):
+    with pytest.raises(UsageError, match="a job's name has letters, digits"):
         DataSpec.parse(f"{data['notes']}@two words")
-    with pytest.raises(DataError, match=r"@notes: holds text; the examples of a job are chats"):
+    with pytest.raises(DataError, match=r"line 1 holds text, and the examples of the job notes are chats"):
         check_documents(DataSpec.parse(f"{corpus}@notes"))
 
 
@@ -108,18 +110,19 @@ def test_jobs_are_models_of_every_api(client: httpx.Client, trained: Path) -> No
     unknown = client.post("/v1/chat/completions", json={**body, "model": "one:other"})
     assert unknown.status_code == 404
     assert "this server has 'one', 'other', 'one:notes', 'one:replies'" in unknown.json()["error"]["message"]
+    for path, text in (("completions", {"prompt": "a"}), ("embeddings", {"input": "a"})):
+        refused = client.post(f"/v1/{path}", json={"model": "one:notes", **text})
+        assert refused.json()["error"]["message"].endswith("is a job of chats, which a text has not; ask for one")
     assert client.post("/api/generate", json={"model": "one:notes", "keep_alive": 0}).json()["done_reason"] == "unload"
 
 
 def test_a_misspelt_job_of_the_only_model_is_unknown(trained: Path) -> None:
     pool = loaded_pool({"one": str(trained)}, EngineOptions(threads=1, context=256))
-    assert [pool.named(name) for name in ("", "any", "one:notes", "one:nots")] == [
-        "one",
-        "one",
-        "one:notes",
-        "one:nots",
-    ]
+    names = {"": "one", "any": "any", "one:notes": "one:notes", "one:nots": "one:nots"}
+    assert {name: pool.named(name) for name in names} == names
     pool.close()
+    with pytest.raises(UsageError, match="--model one:notes: is the name of a job; choose another name"):
+        ModelPool({"one": str(trained), "one:notes": str(trained)}, EngineOptions(threads=1))
 
 
 def test_no_job_answers_from_the_cache_of_another(client: httpx.Client) -> None:
@@ -137,3 +140,14 @@ def test_a_score_has_the_name_of_its_job(trained: Path, data: dict[str, Path], c
     assert run_command(eval_cli.body, arguments) == 0, capsys.readouterr().err
     (score,) = Manifest.read(trained).jobs
     assert (score["job"], score["task"]) == ("notes", "notes.jsonl")
+    assert run_command(eval_cli.body, [str(trained), "--task", f"{task}s"]) == 2
+    assert "has no job notess; its jobs are notes, replies" in capsys.readouterr().err
+
+
+def test_a_greeting_stays_unlearned_and_a_template_must_write_the_name() -> None:
+    chat = Chat.of(("assistant", "Hello."), ("user", "Hi"), ("assistant", "Yes.")).in_job("notes")
+    assert list(filter(chat.is_learned, chat.answers)) == [3]
+    silent = "{% for each in messages if each.role != 'system' %}{{ each.role }}: {{ each.content }}\n{% endfor %}"
+    silent += "{% if add_generation_prompt %}assistant: {% endif %}"
+    with pytest.raises(UsageError, match="@notes: the chat template drops the system message"):
+        check_jobs(ChatFormat.of(silent, "", ""), ["", "notes"])

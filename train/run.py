@@ -46,7 +46,7 @@ from .evaluation.quality.contract import Quality, contract
 from .family.later_steps import drop_later_steps, link_later_steps
 from .family.sizes import branch_folder, lacks_sizes, members_of, resumed_branch, unfinished_sizes, write_sizes
 from .loop.plan import ResumePoint, RunPlan, allowed_changes, choose_compute, find_resume_point, make_plan
-from .loop.request import check_request, check_text, data_specs, with_resume
+from .loop.request import check_request, check_text, with_resume
 from .loop.run_text import RunText
 from .loop.shards import is_without_memory, load_for_ranks, read_shards, sharded_teacher
 from .loop.trainer import Finished, GoBack, Stopped, Trainer
@@ -322,7 +322,7 @@ def training_summary(trainer: Trainer) -> dict[str, Any]:
         "source": source,
         **asdict(source_card(trainer.config.source.source)),
         "data": [display_name(each) for each in trainer.config.source.data],
-        "job_names": sorted({spec.job for spec in data_specs(trainer.config)} - {""}),
+        "job_names": sorted({spec.job for spec in trainer.plan.data} - {""}),
         "tokens": trainer.progress.tokens,
         "seconds": round(trainer.progress.seconds, 1),
         "source_parameters": trainer.plan.architecture.num_parameters,

@@ -55,7 +55,7 @@ def job_rows(scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         change = with_error(f"{source['difference']:+.3f}", source["difference_stderr"]) if source else ""
         rows.append(
             [
-                f"{each['task']} ({each['task_sha256'][:12]})",
+                f"{each['task']}{'@' if each.get('job') else ''}{each.get('job', '')} ({each['task_sha256'][:12]})",
                 f"{metric}: {each['score']}",
                 str(each["examples"]),
                 with_error(f"{score['mean']:.3f}", score["stderr"]),

@@ -49,6 +49,8 @@ class ModelPool:
             f"{name}:{job}": (name, job) for name, artefact in self.artefacts.items() for job in artefact.job_names
         }
         """{name of a model, a colon and the name of a job: both names}"""
+        if twice := self.jobs.keys() & self.artefacts.keys():
+            raise UsageError(f"--model {min(twice)}: is the name of a job; choose another name")
         self.options = replace(options, parallel=options.parallel or DEFAULT_PARALLEL)
         self.limits = limits = limits or PoolOptions()
         self._pins = list(map(read_pin, limits.pin))
@@ -161,17 +163,16 @@ class ModelPool:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of all models, each followed by those of its jobs."""
+        """Return the names of all models, then those of all jobs."""
         return [*self.artefacts, *self.jobs]
 
     def named(self, name: str) -> str:
         """Return the name of the model or job that a request for `name` means.
 
-        Any name means the only model, but for one that begins with a model that has jobs. "" means the first model.
+        Any name means the only model, unless it has jobs. "" means the first model.
         """
         first, *others = self.artefacts
-        is_exact = bool(others) or (bool(self.jobs) and name.startswith(f"{first}:"))
-        return name if name and is_exact else first
+        return name if name and (others or self.jobs) else first
 
     def model_of(self, name: str) -> str:
         """Return the name of the model that has a job. Raises APIError 404 for an unknown name."""

@@ -102,8 +102,10 @@ class CallCheck:
         self._has_tools: defaultdict[str, dict[bool, Tally]] = defaultdict(lambda: {True: Tally(), False: Tally()})
         """{file: {whether its chats have tools: chats}}."""
         self._conflicts, self._forbidden, self._unmatched = Tally(), Tally(), ""
-        self._refused: tuple[list[bytes], list[bytes]] = ([], [])
-        """Hashes of the requests without a call, of training and test."""
+        self._called: Counter[tuple[str, bool]] = Counter()
+        """{(file, whether it is the test): requests that are answered by calls}."""
+        self._refused: defaultdict[tuple[str, bool], list[bytes]] = defaultdict(list)
+        """Hashes of the other requests."""
 
     def add(self, chat: Chat, file: str, is_test: bool) -> None:
         """Count a chat of `file`."""
@@ -121,8 +123,10 @@ class CallCheck:
             self._trained[0].add(same)
             self._trained[1].add(folded)
             self._add_answer(digest(request_of(chat)), digest(json.dumps(chat.messages[last])), chat.place)
-        if chat.messages[last - 1]["role"] == "user" and not chat.messages[last].get("tool_calls"):
-            self._refused[is_test].append(same)
+        if chat.messages[last].get("tool_calls"):
+            self._called[file, is_test] += 1
+        elif chat.messages[last - 1]["role"] == "user":
+            self._refused[file, is_test].append(same)
         for message in chat.messages:
             for call in message.get("tool_calls", ()):
                 self._add_call(call["function"], text, chat, is_test)
@@ -179,15 +183,18 @@ class CallCheck:
         return [*lines_of(found), *self._of_refusals(), *([self._unmatched] if self._unmatched else [])]
 
     def _of_refusals(self) -> list[str]:
-        """Return a line if the training files have too few requests without a call, or repeat them."""
-        calls = sum(each.num_calls[False] for each in self._functions.values())
-        refused, different = len(self._refused[False]), len({*self._refused[False]})
-        if calls >= FEWEST_CALLS and refused < FEWEST_REFUSALS * (refused + calls):
-            beside = f"requests of the training files have no call, beside {calls:,} calls"
-            return [f"{refused:,} {beside}, so the model will call functions for what fits none"]
-        if different < refused / 2:
-            return [f"{refused:,} requests of the training files without a call are {different:,} different ones"]
-        return []
+        """Return a line for each training file with too few requests without a call, or that repeats them."""
+        found = []
+        for (file, is_test), calls in self._called.items():
+            refused = self._refused[file, is_test]
+            shown = f"{len(refused):,} of {len(refused) + calls:,} requests in {file} have no call"
+            if is_test or calls < FEWEST_CALLS:
+                continue
+            if len(refused) < FEWEST_REFUSALS * (len(refused) + calls):
+                found.append(f"{shown}, so the model will call functions for what fits none")
+            elif len({*refused}) < len(refused) / 2:
+                found.append(f"{shown}, and only {len({*refused}):,} of these are different")
+        return found
 
     def _of_calls(self) -> defaultdict[str, Tally]:
         """Return the findings about order, types and names of arguments."""
@@ -227,7 +234,9 @@ class CallCheck:
             each = self._functions[name]
             share = f"{each.num_copied / each.num_texts:.0%} of {each.num_texts:,}" if each.num_texts else "-"
             table.append([name, f"{each.num_calls[False]:,}", f"{each.num_calls[True]:,}", share])
-        table.append(["no call", *(f"{len(each):,}" for each in self._refused), "-"])
+        counts = Counter({key: len(self._refused[key]) for key in self._called})
+        refused = [sum(count for (_, is_test), count in counts.items() if is_test == part) for part in (False, True)]
+        table.append(["no call", *map("{:,}".format, refused), "-"])
         if len(names) > MOST_ROWS:
             table.append([f"{len(names) - MOST_ROWS} more", "", "", ""])
         return table if names else []

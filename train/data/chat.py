@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,11 @@ class Chat:
         return cls(tuple({"role": role, "content": content} for role, content in turns), is_cut=is_cut)
 
     def in_job(self, job: str) -> Chat:
-        """Return this chat with the name of a job in its system message."""
-        return replace(self, messages=tuple(in_job(self.messages, job)))
+        """Return this chat with the name of a job in its system message. A greeting stays unlearned after it."""
+        first, *others = self.messages
+        if job and first["role"] == "assistant":
+            first = {**first, "weight": 0}
+        return replace(self, messages=tuple(in_job([first, *others], job)))
 
     @property
     def text(self) -> str:
@@ -280,6 +283,14 @@ def check_answers(format: ChatFormat | None) -> None:
             "--chat-template: it does not write an answer behind the prompt of its question; write each message, and "
             "the start of an answer if add_generation_prompt is true"
         )
+
+
+def check_jobs(format: ChatFormat | None, jobs: Collection[str]) -> None:
+    """Raise UsageError if a chat template does not write the system message that names a job."""
+    question: Message = {"role": "user", "content": "Well?"}
+    for job in filter(None, jobs):
+        if format is not None and job not in format.prompt(in_job([question], job)):
+            raise UsageError(f"@{job}: the chat template drops the system message, which names the job; write it")
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str, is_learned: bool) -> None:

@@ -22,7 +22,7 @@ from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import display_name, markdown_table
 from ...runtime.chat_template import read_template_file
 from .call_check import CallCheck, Tally, digest, lines_of, request_of
-from .chat import Chat, Document, Encoder, set_chat_template
+from .chat import Chat, Document, Encoder, check_jobs, set_chat_template
 from .documents import DataSpec, open_documents
 from .packing import is_kept_whole
 from .records import BadLines, EmptyAnswerError
@@ -225,6 +225,7 @@ def body(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(config.source)
     set_chat_template(tokenizer, template, config.functions == "learned")
     encoder = Encoder(tokenizer)
+    check_jobs(encoder.chat_format, {spec.job for spec in specs})
     reports, calls = list[FileReport](), CallCheck()
     with ProgressDisplay() as display:
         for (name, _), spec in zip(named, specs, strict=True):

@@ -72,8 +72,8 @@ def split_job(text: str, flag: str) -> tuple[str, str]:
     is_local = bool(path) and (Path(path).exists() or reader_of(Path(path)) is not None)
     if not is_local or Path(text).exists():
         return text, ""
-    if not re.fullmatch(r"[\w.-]+", job):
-        raise UsageError(f"{flag} {text}: the name of a job has letters, digits, '-', '_' and '.' only")
+    if not re.fullmatch(r"[\w.-]+", job) or job == "latest":  # Ollama's clients add this name
+        raise UsageError(f"{flag} {text}: a job's name has letters, digits, '-', '_' and '.' only, and is not latest")
     return path, job
 
 
@@ -97,16 +97,7 @@ def open_documents(
     """
     bad_lines = bad_lines or BadLines(spec.skip_bad_lines, flag=spec.flag)
     documents = itertools.chain.from_iterable(_open_files(spec, bad_lines, place))
-    return (_in_its_job(each, spec) for each in documents if (text := text_of(each)) and not text.isspace())
-
-
-def _in_its_job(document: Document, spec: DataSpec) -> Document:
-    """Return a document with the name of its job. Raises DataError for a text in a job."""
-    if not spec.job:
-        return document
-    if not isinstance(document, Chat):
-        raise DataError(f"{spec.flag} {spec.path}@{spec.job}: holds text; the examples of a job are chats")
-    return document.in_job(spec.job)
+    return (each for each in documents if (text := text_of(each)) and not text.isspace())
 
 
 def open_texts(spec: DataSpec) -> Iterator[str]:
@@ -137,7 +128,7 @@ def check_documents(spec: DataSpec) -> None:
     for documents in _open_files(spec, BadLines(spec.skip_bad_lines, silent=True, flag=spec.flag)):
         for document in documents:
             num_documents += 1
-            characters += len(text_of(_in_its_job(document, spec)))
+            characters += len(text_of(document))
             if characters > SCANNED_CHARACTERS:
                 break
     if not num_documents:
@@ -165,7 +156,7 @@ def local_files(name: str) -> list[Path]:
 def _open_files(spec: DataSpec, bad_lines: BadLines, place: HubPlace | None = None) -> list[Iterator[Document]]:
     """Return one iterator over documents for each file of a corpus. Raises UsageError."""
     name, path = spec.path, Path(spec.path)
-    context = ReadContext(name, spec.text_field, bad_lines, spec.flag)
+    context = ReadContext(name, spec.text_field, bad_lines, spec.flag, spec.job)
     if name == "demo":
         return [_demo()]
     if path.is_dir():

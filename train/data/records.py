@@ -78,6 +78,8 @@ class ReadContext:
 
     flag: str = "--data"
     """Flag that named the input."""
+    job: str = ""
+    """Name of the job of its chats."""
 
     @property
     def field_hint(self) -> str:
@@ -113,7 +115,10 @@ def document_of(context: ReadContext, record: Any, place: str) -> Document:
         raise context.error(f'{place} is not a JSON object with a "{field}" field')
     has_text = record.get(field) is not None
     if form := form_of([name for name in record if record[name] is not None or not has_text], field):
-        return replace(form.parse(context, record, place), form=form.name, place=f"{context.name}: {place}")
+        chat = form.parse(context, record, place).in_job(context.job)
+        return replace(chat, form=form.name, place=f"{context.name}: {place}")
+    if context.job:
+        raise context.error(f"{place} holds text, and the examples of the job {context.job} are chats")
     if field not in record:
         raise context.missing(f"{place} has no field", record)
     if not isinstance(record[field], str):

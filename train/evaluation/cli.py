@@ -18,6 +18,7 @@ from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import markdown_table, print_rows
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.contract_text import ALL_TEXTS, with_bits
+from ..data.documents import split_job
 from . import confidence
 from .evaluate import ANSWERS, DIGITS, ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from .job_score import check_target, job_score, write_score
@@ -211,7 +212,10 @@ def body(argv: Sequence[str]) -> int:
             remedy = f"; download it first: hf download {model} --local-dir {path.name}" if may_be_hub_id(model) else ""
             raise UsageError(f"{model}: no such folder or file, and not demo, the built-in model{remedy}")
         if not is_checkpoint(path):
-            Artefact.open(path)  # ArtefactError now, and not after the models before it
+            names = Artefact.open(path).job_names  # ArtefactError now, and not after the models before it
+            job = split_job(config.measures.task, "--task")[1]
+            if names and job not in ("", *names):
+                raise UsageError(f"--task: {model} has no job {job}; its jobs are {', '.join(names)}")
     # with --compare the first model is the source, whose folder gets no score
     first_written = 1 if len(paths) > 1 else 0
     written = list(paths.values())[first_written:] if store else []

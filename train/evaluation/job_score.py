@@ -113,5 +113,5 @@ def stored_scores(folder: Path) -> list[dict[str, Any]]:
 
 
 def _with(scores: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Any]:
-    kept = [each for each in scores if any(each.get(name) != new[name] for name in IDENTITY)]
+    kept = [each for each in scores if any(each.get(name, "") != new[name] for name in IDENTITY)]
     return [*kept, new]

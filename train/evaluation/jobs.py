@@ -59,7 +59,7 @@ def read_examples(task: str | Path, limit: int = 0) -> list[Example]:
         raise UsageError(f"--task {path}: no such file")
     if not path.is_file() or not path.name.removesuffix(".gz").endswith(".jsonl"):
         raise UsageError(f"--task {path}: give a .jsonl or .jsonl.gz file of chats")
-    context = ReadContext(str(path), "text", BadLines(0, flag="--task"), "--task")
+    context = ReadContext(str(path), "text", BadLines(0, flag="--task"), "--task", job)
     examples: list[Example] = []
     for number, line in _lines(path):
         if not line.strip():
@@ -76,7 +76,7 @@ def read_examples(task: str | Path, limit: int = 0) -> list[Example]:
         references = record.get("references") or []
         if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
             raise DataError(f"--task {path}: line {number}: references must be a list of texts")
-        examples += _examples(chat.in_job(job), record)
+        examples += _examples(chat, record)
         if 0 < limit <= len(examples):
             del examples[limit:]
             break
@@ -190,6 +190,7 @@ class JobResult:
 
     @property
     def score_name(self) -> str:
+        """Return the name of the first value, which is the score."""
         return next(iter(self.values))
 
     def mean(self, name: str) -> float:

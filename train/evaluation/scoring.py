@@ -99,16 +99,19 @@ class EngineModel:
         """`GenerationStats.mean_probability` of the last answer."""
 
     def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text that begins a document."""
         return [*self._bos, *self.engine.tokenize(text, special=True)]
 
     def encode_markup(self, text: str) -> list[int]:
         return self.engine.tokenize(text, special=True)
 
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[str]:
+        """Yield the greedy answer to each prompt, of at most `max_tokens` tokens."""
         for prompt in prompts:
             yield self._whole(prompt, max_tokens)
 
     def _whole(self, prompt: Sequence[int], max_tokens: int, constraint: GrammarConstraint | None = None) -> str:
+        """Return the greedy answer to a prompt, and keep its probability."""
         options = AnswerOptions(max_tokens=max_tokens, measures_probability=True)
         generation = Generation(self.engine, prompt, options, constraint)
         text = generation.whole()
@@ -132,6 +135,7 @@ class EngineModel:
             yield self._whole(prompt.tokens, max_tokens, constraint)
 
     def num_bytes(self, tokens: Sequence[int]) -> int:
+        """Return the bytes of the text of tokens."""
         return sum(len(self.engine.token_bytes(token)) for token in tokens)
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:

@@ -61,12 +61,14 @@ class TorchModel:
         return cls(model.to(hardware.device), tokenizer, hardware.device, autocast, batch_tokens)
 
     def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text that begins a document."""
         return self.tokenizer.encode(text, verbose=False)
 
     def encode_markup(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def num_bytes(self, tokens: Sequence[int]) -> int:
+        """Return the bytes of the text of tokens."""
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return len(text.encode("utf-8"))
 
@@ -89,6 +91,7 @@ class TorchModel:
                     yield index, _score(logits[row, begin:end], request)
 
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[str]:
+        """Yield the greedy answer to each prompt, of at most `max_tokens` tokens."""
         for start in range(0, len(prompts), ANSWER_BATCH):
             yield from self._answers(prompts[start : start + ANSWER_BATCH], max_tokens)
 

@@ -21,7 +21,7 @@ from ..compute.distributed import Parallel
 from ..compute.hardware import Hardware, choose_hardware
 from ..compute.loss import frozen_copy
 from ..config.sections import STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
-from ..data.chat import set_chat_template
+from ..data.chat import ChatFormat, check_jobs, set_chat_template
 from ..data.documents import SELF_CHAT, DataSpec
 from ..data.self_chat import MAX_TOKENS, MIN_SEQUENCES, self_chat_file
 from ..model.architecture import Architecture
@@ -176,6 +176,7 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     settings = config.source
     template = read_template_file(settings.chat_template) if settings.chat_template else ""
     set_chat_template(tokenizer, template, settings.functions == "learned")
+    check_jobs(ChatFormat.of_tokenizer(tokenizer), {spec.job for spec in data_specs(config)})
     architecture = architecture_of(source.config)
     if known is None:
         _announce_memory(config, resume, compute, architecture)

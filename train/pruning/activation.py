@@ -131,6 +131,7 @@ class ActivationScores(ReaderScores):
         """Weight [H, C] of every observed matrix."""
 
     def observe(self, name: str, module: Any) -> RemovableHandle:
+        """Add up the moments of a matrix's inputs in training passes."""
         self._weights[name] = module.weight
 
         def add_moments(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -141,6 +142,7 @@ class ActivationScores(ReaderScores):
         return module.register_forward_pre_hook(add_moments)
 
     def pop_scores(self) -> dict[str, Tensor]:
+        """Return the criterion's scores since the last call: {module: [channels or heads]}."""
         found = {}
         for name, moments in self._moments.items():
             channels = self.criterion.score(moments, full(self._weights[name].detach()).float())
@@ -151,6 +153,7 @@ class ActivationScores(ReaderScores):
         return found
 
     def discard_step(self) -> None:
+        """Forget the moments of a step that is not applied."""
         self._moments = {}
 
 
@@ -206,6 +209,7 @@ class GateScores(ReaderScores):
         """Gates of every observed module. Their gradient is the scores of the step so far."""
 
     def observe(self, name: str, module: Any) -> RemovableHandle:
+        """Multiply the values of a module by gates whose gradients are its scores."""
         channels = module.weight.shape[-1]  # [H, C] of a matrix, [H] of a norm
         count = channels // self.architecture.head_dim if name.endswith(READERS[0]) else channels
         # no parameter: neither the optimizer nor other ranks know it
@@ -219,11 +223,13 @@ class GateScores(ReaderScores):
         self.gates = {}
 
     def pop_scores(self) -> dict[str, Tensor]:
+        """Return the gradients of the gates since the last call: {module: [groups]}."""
         # in the order of the backward pass
         found = {name: gates.grad for name, gates in reversed(self.gates.items()) if gates.grad is not None}
         self.discard_step()
         return found
 
     def discard_step(self) -> None:
+        """Forget the gradients of a step that is not applied."""
         for gates in self.gates.values():
             gates.grad = None
