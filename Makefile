@@ -107,7 +107,7 @@ $(HASS)/.installed:
 	@echo "installing Home Assistant into $(HASS)"
 	@python3.13 -m venv $(HASS)
 	@$(HASS)/bin/python -m pip install --quiet homeassistant==2026.2.3
-	@touch $@
+	@$(HASS)/bin/python research/home/host.py record $@  # its first start installs the packages of the integrations
 
 home-assistant: $(VENV)/.quickstart $(HASS)/.installed
 	$(BIN)/python -m research.home.demo $(OUT)/home
