@@ -54,8 +54,8 @@ class LoadOptions:
     """Prompts of about 1,000 tokens that every endpoint evaluates before each of its measurements."""
     tokens: int = flags.number(24, at_least=1)
     """Most tokens of an answer."""
-    model: str = "model"
-    """Name of the model in the requests."""
+    model: tuple[str, ...] = flags.comma_separated("model")
+    """Names of models. The clients take them in turn."""
     api_key: str = ""
     """API key of the endpoints."""
 
@@ -107,10 +107,10 @@ def question(number: int, words: int) -> str:
     return f"{text}\n\nContinue."
 
 
-async def time_answer(client: httpx.AsyncClient, options: LoadOptions, text: str) -> AnswerTimes:
-    """Read one streamed answer to the question `text` and return its times."""
+async def time_answer(client: httpx.AsyncClient, options: LoadOptions, text: str, asker: int = 0) -> AnswerTimes:
+    """Read one streamed answer to the question `text` of a client by its number, and return its times."""
     body: dict[str, Any] = {
-        "model": options.model,
+        "model": options.model[asker % len(options.model)],
         "messages": [{"role": "user", "content": text}],
         "max_tokens": options.tokens,
         "temperature": 0,
@@ -148,7 +148,7 @@ async def load(address: str, options: LoadOptions, clients: int, words: int, fir
         for turn in range(options.requests):
             try:
                 text = question(first_number + index * options.requests + turn, words)
-                answers.append(await time_answer(client, options, text))
+                answers.append(await time_answer(client, options, text, index))
             except (httpx.HTTPError, ValueError):
                 continue
 
