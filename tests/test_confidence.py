@@ -77,6 +77,7 @@ def test_model_that_is_right_by_chance_hardly_acts() -> None:
     assert always is not None
     assert always.least(0.02) == (float("inf"), 0.0)
     assert always.least(0.52) == (0.0, 1.0)
+    assert rows([job(np.full(50, 0.9), np.arange(50) % 2 == 0, np.ones(50, dtype=bool))])[0][2] == "none"
     few = calibration(job(np.full(5, 0.9), np.ones(5, dtype=bool), np.ones(5, dtype=bool)))
     assert few is not None
     assert few.least(0.1) == (float("inf"), 0.0)  # five right calls promise no rate below one of six

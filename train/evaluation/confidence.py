@@ -84,6 +84,10 @@ def calibration_error(result: JobResult) -> float:
     return float(sum(abs((predicted - is_right)[each].sum()) for each in bins) / len(probability))
 
 
+def _acted_on(least: float, share: float) -> str:
+    return f"{share:.3f} (probability {least:.3f})" if share else "none"
+
+
 def rows(results: Sequence[JobResult]) -> list[list[str]]:
     """Return a row for each of WRONG_ACTS and one of the calibration error, with a cell for each result."""
     found = [calibration(each) for each in results]
@@ -92,7 +96,7 @@ def rows(results: Sequence[JobResult]) -> list[list[str]]:
     table: list[list[str]] = []
     for wrong in WRONG_ACTS:
         points = [each.least(wrong) if each is not None else None for each in found]
-        cells = [f"{point[1]:.3f} (probability {point[0]:.3f})" if point is not None else "" for point in points]
+        cells = [_acted_on(*point) if point is not None else "" for point in points]
         table.append([f"job, acted on with {wrong:.0%} wrong calls", "fitting requests", *cells])
     pairs = zip(results, found, strict=True)
     errors = [f"{calibration_error(each):.3f}" if one is not None else "" for each, one in pairs]
