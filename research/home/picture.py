@@ -3,7 +3,7 @@
     python -m research.home.picture docs/results/home.json docs/results/home.png
 
 Each row of the JSON file has a name, the share of right requests, whether the model is ours, and the bytes of its file,
-or null if the file is not known.
+or null if the file is not known. `offset` moves its label, in points.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             continue
         color = KEPT_COLOR if row["ours"] else OTHER_COLOR
         axes.plot(row["bytes"], percent, "o", color=color)
-        axes.annotate(row["name"], (row["bytes"], percent), xytext=(6, -3), textcoords="offset points", size=8)
+        offset = row.get("offset", (6, -3))
+        axes.annotate(row["name"], (row["bytes"], percent), xytext=offset, textcoords="offset points", size=8)
     axes.set_xscale("log")
     axes.set_xlim(1e7, 3e10)
     axes.set_xticks([1e7, 1e8, 1e9, 1e10], ["10 MB", "100 MB", "1 GB", "10 GB"])

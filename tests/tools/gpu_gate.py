@@ -2,8 +2,8 @@
 
     python -m tests.tools.gpu_gate SOURCE CORPUS FOLDER
 
-Every path of a run is compared with the same run on the CPU. Some are stopped and resumed after a few steps. The
-findings are one line of JSON.
+Every path of a run is compared with the same run on the CPU. It is stopped and resumed after a few steps. The findings
+are one line of JSON.
 """
 
 # ruff: noqa: E402  # fake_cuda comes before torch
@@ -46,8 +46,7 @@ SHARED = ("--tokens", "640", "--eval-tokens", "64", "--checkpoint-every", "0")
 SHARED += ("--prune-start", "0.2", "--prune-end", "0.8", "--removals", "3")
 """Five steps, with removals after the first, the third and the fourth."""
 STOP_AT = 2
-"""Step after which a run of STOPPED is stopped and resumed on the GPU."""
-STOPPED = ("taylor2", "token-fisher", "rounded")
+"""Step after which a run on the GPU is stopped and resumed."""
 
 
 def runs(source: Path, corpus: Path, folder: Path) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def runs(source: Path, corpus: Path, folder: Path) -> dict[str, Any]:
             for device in ("cpu", "cuda"):
                 output = folder / f"{name}-{device}"
                 on_device = [*arguments, "--output", str(output), "--device", device]
-                if device == "cuda" and name in STOPPED:
+                if device == "cuda":
                     with fake_cuda(), mock.patch.object(Trainer, "_step", _stopping(Trainer._step)):
                         assert run(on_device) == 130, name
                     on_device.append("--resume")
