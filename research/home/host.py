@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,9 @@ logger:
   default: warning
 """
 
+DEMOS = ("demo", "kitchen_sink")
+"""Integrations with virtual devices."""
+
 EXPOSED = ("button", "calendar", "lawn_mower", "lock", "script", "siren", "valve")
 """Domains whose entities a user must expose to Assist by hand."""
 
@@ -80,6 +83,15 @@ class Answer:
     conversation_id: str
     changed: dict[str, tuple[str, str]]
     """{entity: states before and after}."""
+
+
+async def wait_until(look: Callable[[], Awaitable[Any]]) -> Any:
+    """Return the first true result of `look`. Raises RuntimeError after START_SECONDS."""
+    for _ in range(START_SECONDS * 2):
+        if found := await look():
+            return found
+        await asyncio.sleep(0.5)
+    raise RuntimeError(f"Home Assistant was not ready within {START_SECONDS} s")
 
 
 class Home:
@@ -111,6 +123,15 @@ class Home:
                     raise RuntimeError(f"{kind}: {answer['error']['message']}")
                 return answer["result"]
 
+    async def answers(self, process: subprocess.Popen[bytes]) -> bool:
+        """Return whether it can be used. Raises RuntimeError if its process ended."""
+        if process.poll() is not None:
+            raise RuntimeError(f"Home Assistant ended with exit code {process.returncode}")
+        with contextlib.suppress(aiohttp.ClientError):
+            async with self.session.get(f"{self.address}/api/onboarding") as answer:
+                return answer.status == 200
+        return False
+
     async def sign_in(self) -> None:
         """Create the only user, sign in, and finish the steps of the first start."""
         client = {"client_id": f"{self.address}/"}
@@ -128,14 +149,17 @@ class Home:
         assert (await self._socket.receive_json())["type"] == "auth_ok"
 
     async def has_its_demos(self) -> bool:
-        """Return whether all entities are there: on a busy machine, the demos load after the start."""
-        loaded = {entry["domain"] for entry in await self.send("config_entries/get") if entry["state"] == "loaded"}
-        return {"demo", "kitchen_sink"} <= loaded and (await self.send("get_config"))["state"] == "RUNNING"
+        """Return whether all entities are there. Raises RuntimeError if a demo failed, until the next start."""
+        states = {entry["domain"]: entry["state"] for entry in await self.send("config_entries/get")}
+        if (await self.send("get_config"))["state"] != "RUNNING":
+            return False
+        if "setup_error" in [states.get(domain) for domain in DEMOS]:
+            raise RuntimeError("Home Assistant could not load its demo; start it again")
+        return all(states.get(domain) == "loaded" for domain in DEMOS)
 
     async def arrange(self) -> None:
         """Put the demo's entities into the areas of the first start, and expose all kinds to Assist."""
-        while not await self.has_its_demos():
-            await asyncio.sleep(0.2)
+        await wait_until(self.has_its_demos)  # on a busy machine, they load after the start
         known = {entry["entity_id"] for entry in await self.send("config/entity_registry/list")}
         areas = {area["name"]: area["area_id"] for area in await self.send("config/area_registry/list")}
         for name, entities in AREAS.items():
@@ -161,20 +185,16 @@ class Home:
         made = await self.post(f"{path}/{flow['flow_id']}", options)
         if made["type"] != "create_entry":
             raise RuntimeError(f"Home Assistant cannot use the model {model}: {made.get('reason', made.get('errors'))}")
-        self.agent = await self._agent_beside(self.agent)
+
+        async def others() -> list[str]:
+            agents = (await self.send("conversation/agent/list"))["agents"]
+            return [agent["id"] for agent in agents if agent["id"] != self.agent]
+
+        (self.agent,) = await wait_until(others)
         pipeline = (await self.send("assist_pipeline/pipeline/list"))["pipelines"][0]
         changed = {**pipeline, "pipeline_id": pipeline["id"], "conversation_engine": self.agent}
         changed.pop("id")
         await self.send("assist_pipeline/pipeline/update", **changed)
-
-    async def _agent_beside(self, known: str) -> str:
-        """Wait for another conversation agent and return its id."""
-        for _ in range(100):
-            for agent in (await self.send("conversation/agent/list"))["agents"]:
-                if agent["id"] != known:
-                    return agent["id"]
-            await asyncio.sleep(0.1)
-        raise RuntimeError("Home Assistant shows no conversation agent of the model")
 
     async def states(self) -> dict[str, str]:
         """Return the state of every entity, with the attributes that a request changes."""
@@ -226,25 +246,13 @@ async def running_home(port: int = 0, log: Path | None = None) -> AsyncIterator[
         try:
             async with aiohttp.ClientSession() as session:
                 home = Home(session, f"http://127.0.0.1:{port}")
-                await _wait_until_ready(home, process)
+                await wait_until(lambda: home.answers(process))
                 await home.sign_in()
                 await home.arrange()
                 yield home
         finally:
             process.terminate()
             process.wait()
-
-
-async def _wait_until_ready(home: Home, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(START_SECONDS * 2):
-        if process.poll() is not None:
-            raise RuntimeError(f"Home Assistant ended with exit code {process.returncode}")
-        with contextlib.suppress(aiohttp.ClientError):
-            async with home.session.get(f"{home.address}/api/onboarding") as answer:
-                if answer.status == 200:
-                    return
-        await asyncio.sleep(0.5)
-    raise RuntimeError(f"Home Assistant did not start within {START_SECONDS} s")
 
 
 async def serve(url: str, model: str, port: int) -> None:
@@ -346,11 +354,9 @@ def main() -> None:
         each.add_argument("--model", default="home", help="name of the model there [%(default)s]")
     serving.add_argument("--port", type=int, default=8123, help="port of Home Assistant [8123]")
     asking.add_argument("requests", nargs="+")
-    recording.add_argument("output", type=Path)
+    recording.add_argument("path", type=Path)
     options = vars(parser.parse_args())
     command = {"serve": serve, "ask": ask, "record": record}[options.pop("command")]
-    if command is record:
-        options = {"path": options["output"]}
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(command(**options))
 
