@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
 MODES = ("ddp", "fsdp")
 BETWEEN_REMOVALS = "ddp --prune-every 4 --prune-end 0.8"
-RESUMED = {BETWEEN_REMOVALS: 10, "fsdp": 10, "fsdp --reduce-once --gradient-accumulation 2": 9}
+RESUMED = {BETWEEN_REMOVALS: 10, "fsdp": 10, "ddp --gradient-accumulation 2": 9}
+RESUMED["fsdp --reduce-once --gradient-accumulation 2"] = 9
 """Mode and flags of a run that gets a signal in its tenth step -> step of its checkpoint."""
 HARMED = {"ddp": BETWEEN_REMOVALS, "fsdp": "fsdp"}
 """Mode -> mode and flags of runs whose newest checkpoint or corpus is harmed before they are resumed."""
@@ -57,16 +58,8 @@ IN_BF16 += ("--prune", "ffn", "--prune-end", "1", "--checkpoint-every", "0")
 def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a module on two ranks, ahead of other tests, since one waits for the other. One that hangs fails with the
     stacks of both."""
-    launcher = [
-        "nice",
-        "-n",
-        "-10",
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-    ]
+    ahead = ("nice", "-n", "-10")
+    launcher = [*ahead, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

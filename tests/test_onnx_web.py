@@ -79,7 +79,7 @@ def test_webgpu_gives_the_engines_tokens(save_tiny: Callable[..., Path], tmp_pat
         page.set_default_timeout(PATIENCE_MS)
         page.route("**/*", answer)
         page.goto("http://localhost/tests/ort_webgpu.html")
-        found = {name: page.evaluate("each => greedy(each)", [f"/{name}", PROMPT, 4]) for name in QUANTIZED}
+        found = {name: page.evaluate("each => greedy(each)", [f"/{name}", PROMPT, COUNT]) for name in QUANTIZED}
     for name, tokens in found.items():
         assert tokens is not None, "Chromium has no WebGPU"
         check_tokens(tmp_path / name, tokens, QUANTIZED[name])

@@ -237,7 +237,7 @@ def test_memory_stays_flat(address: str) -> None:
 def test_schemathesis_finds_no_server_error(address: str, tmp_path: Path) -> None:
     pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     command = [
-        *(sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json", "--max-examples", "5"),
+        *(sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json", "--max-examples", "10"),
         *("--checks", "not_a_server_error,response_schema_conformance,status_code_conformance"),
         *("--generation-deterministic", "--phases", "examples,coverage,fuzzing"),
     ]
