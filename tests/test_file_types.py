@@ -93,6 +93,11 @@ def test_ranking_by_bytes_prefers_a_stem_of_whole_k_blocks() -> None:
     }
     after = select_removal(source, scores, rules, 0.75 * whole).after
     assert after == replace(source, hidden_size=512)
+    dear = {**scores, "stem": [torch.full((576,), 1.0, dtype=torch.float64)]}
+    assert select_removal(source, dear, rules, 0.9 * whole).after.hidden_size == 576
+    fixed = replace(rules, fixed_stem=512)
+    assert select_removal(source, dear, fixed, 0.9 * whole).after == replace(source, hidden_size=512)
+    assert select_removal(source, scores, fixed, 0).after.hidden_size == 512
     eight_bits = bytes_of_file("q8_0", 0)  # no steps there: FFN channels are the better bargain
     after = select_removal(source, scores, replace(rules, measure=eight_bits), 0.9 * eight_bits.of(source)).after
     assert after.hidden_size == 576

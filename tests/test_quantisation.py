@@ -17,7 +17,7 @@ import torch
 from exporting import export
 from shared import made_once
 from tiny import tiny_architecture, tiny_model
-from training import command, expect_same_run, run, run_until, weights, without
+from training import command, expect_same_run, metrics, run, run_until, weights, without
 
 from efficientllm.export.group_quantization import quantize_groups, round_to_bfloat16
 from efficientllm.runtime.base.gguf_header import read_header
@@ -198,12 +198,12 @@ def test_activations_of_8da4w_are_torchaos() -> None:
     assert (ours - theirs).abs().max() < 1e-6
 
 
-QAT = ("--qat", "q4_0", "--qat-start", "0.25", "--distill", "1")
+QAT = ("--qat", "q4_0", "--qat-start", "0.25", "--distill", "1", "--stem-channels", "52")
 
 
 @pytest.fixture(scope="module")
 def trained(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that prunes heads, FFN and stem while it trains for q4_0."""
+    """A run that prunes heads, FFN and stem, to a given width, while it trains for q4_0."""
 
     def make(folder: Path) -> None:
         assert run(command(source_folder, corpus, folder / "run", *QAT)) == 0
@@ -214,6 +214,9 @@ def trained(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPath
 def test_a_run_prunes_and_ends_on_the_grid(trained: Path) -> None:
     assert json.loads((trained / "model" / "training.json").read_text())["quantisation"]["type"] == "q4_0"
     final = weights(trained)
+    assert final[EMBEDDING].shape[1] == 52
+    removed = [{kind for kind, *_ in record["removed"]} for record in metrics(trained) if record.get("removed")]
+    assert ["stem" in kinds for kinds in removed] == [True] + [False] * (len(removed) - 1)
     widths = [weight.shape[1] for name, weight in final.items() if "down_proj" in name]
     assert max(widths) < 128
     assert any(width % 32 for width in widths)

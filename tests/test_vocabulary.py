@@ -117,7 +117,7 @@ def smaller(name: str, seed: int, share: float) -> tuple[PreTrainedTokenizerFast
     tokenizer = tokenizer_named(name)
     pieces = read_pieces(tokenizer_data(tokenizer), len(tokenizer))
     counts = np.random.default_rng(seed).exponential(size=len(tokenizer))
-    splits = expected_splits(pieces, counts, 0.5)
+    splits = expected_splits(pieces, counts)
     order = np.argsort(splits)
     gone = order[: int(share * np.isfinite(splits).sum())]
     kept = tuple(np.setdiff1d(np.arange(len(tokenizer)), gone).tolist())
@@ -212,7 +212,7 @@ def test_splits_predict_the_longer_text() -> None:
 def test_rows_without_a_token_go_first() -> None:
     tokenizer = tokenizer_named("byte-level")
     pieces = read_pieces(tokenizer_data(tokenizer), 640)
-    splits = expected_splits(pieces, np.zeros(640), 0.5)
+    splits = expected_splits(pieces, np.zeros(640))
     order = np.argsort(splits, kind="stable")
     assert not splits[600:].any()
     assert set(order[:40].tolist()) == set(range(600, 640))
@@ -360,8 +360,8 @@ def test_price_of_rows_is_the_loss_of_text_without_them() -> None:
     [
         ({"score_scale": "saliency"}, "vocabulary rows need scores in one unit"),
         ({"target_ratio": None, "target_architecture": "x.json"}, "use another target"),
-        ({"vocabulary_prior": 0.0}, "must be above 0 and at most 1"),
         ({"prune": ("ffn",), "vocabulary_rows": 512}, "needs --prune with vocabulary"),
+        ({"prune": ("ffn",), "stem_channels": 512}, "needs --prune with stem"),
     ],
 )
 def test_settings_that_do_not_go_with_rows_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -95,8 +95,9 @@ class GroupsConfig:
     groups do not compete with them (with --prune vocabulary)."""
     vocabulary_tokens: int = flags.count(2_000_000, at_least=1)
     """Tokens of the corpora that are counted for token frequencies (with --prune vocabulary)."""
-    vocabulary_prior: float = flags.number(0.5, above=0, at_most=1)
-    """Weight of the tokenizer's own frequencies against the counts, because later text may be of other kinds."""
+    stem_channels: int | None = flags.count(None, at_least=1)
+    """Stem channels to keep, such as 448 for a file of 10 MB. All others leave in the first removal, and other groups
+    do not compete with them (with --prune stem)."""
 
     def check_groups(self) -> None:
         """Raise OptionError for an unknown kind, or a setting of a kind that is not given."""
@@ -105,6 +106,8 @@ class GroupsConfig:
             flags.require(self, "prune", allowed, f"choose from {', '.join(PRUNE_TYPES)}, or none alone")
         has_no_rows = self.vocabulary_rows is None
         flags.require(self, "vocabulary_rows", has_no_rows or self.prunes_vocabulary, "needs --prune with vocabulary")
+        keeps_stem = self.stem_channels is None or "stem" in self.prune
+        flags.require(self, "stem_channels", keeps_stem, "needs --prune with stem")
 
     @property
     def prunes_vocabulary(self) -> bool:
@@ -312,6 +315,9 @@ class PruneConfig(RecoveryConfig, CriterionConfig, ScheduleConfig, SizeConfig, G
             flags.require(self, "score_scale", is_in_one_unit, rule)
             rule = "--target-architecture does not support vocabulary rows; use another target"
             flags.require(self, "prune", self.target_architecture is None, rule, value=shown)
+        has_shape = self.target_architecture is not None
+        alone = not has_shape or self.stem_channels is None
+        flags.require(self, "stem_channels", alone, "--target-architecture determines the stem; omit it")
         if self.blocks:
             rule = "needs layers that may differ: use --layout per-layer"
             flags.require(self, "prune", self.layout == "per-layer", rule, value=shown)

@@ -176,7 +176,7 @@ class PruningEvent:
             return self.text.count_tokens(pieces.size, settings.vocabulary_tokens, check)
 
         counts = self.parallel.together(count)
-        return expected_splits(pieces, counts, settings.vocabulary_prior)
+        return expected_splits(pieces, counts)
 
     def _prune_groups(self, target: float) -> Removal | None:
         """Zero the lowest-scored units until the budget's measure is at most `target`; None if nothing is removed."""

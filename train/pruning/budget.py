@@ -132,7 +132,10 @@ def make_rules(
     # an explicit shape is reached channel by channel, whatever its widths are multiples of
     multiple = settings.width_multiple if floor is None else 1
     fixed_rows = max(fixed_rows, settings.vocabulary_rows or 0)
-    return SelectionRules(settings.kinds, multiple, uniform, floor, settings.blocks, budget.measure, cost, fixed_rows)
+    stem = settings.stem_channels or 0
+    return SelectionRules(
+        settings.kinds, multiple, uniform, floor, settings.blocks, budget.measure, cost, fixed_rows, stem
+    )
 
 
 def _cost(settings: SizeConfig) -> Measure | None:

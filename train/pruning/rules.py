@@ -30,6 +30,8 @@ class SelectionRules:
     """Measure in the ranking, if it differs."""
     fixed_rows: int = 0
     """Number of vocabulary rows that must stay."""
+    fixed_stem: int = 0
+    """Number of stem channels that must stay. If it is given, all others are removed before anything else."""
 
     @property
     def ranking_measure(self) -> Measure:
@@ -52,6 +54,8 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
             # rows are removed by whole steps, so a few more than the fixed ones may stay
             if name == "vocabulary":
                 least = round_up(max(step, rules.fixed_rows), step)
+            elif name == "stem":
+                least = max(step, rules.fixed_stem)
             architecture = kind.shrink(architecture, layer, max(0, count - least))
     # `can_remove_block` is asked again after each removal, so one block of every kind stays
     for name in rules.blocks:

@@ -10,6 +10,7 @@ of the measure: parameters, bytes or milliseconds.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -122,6 +123,15 @@ class Ranking:
             units = [unit for unit in units if unit.freed <= most or unit.kind in BLOCKS]
         # Ties (all-zero scores) are broken by position, so every rank and every resumed run agrees.
         return min(units, key=lambda unit: (unit.score, unit.kind, unit.layer), default=None)
+
+    def peek_stem(self) -> Unit | None:
+        """Return all stem channels beyond a given number as a unit, or None."""
+        rules = self.rules
+        excess = self.architecture.hidden_size - rules.fixed_stem
+        if not rules.fixed_stem or "stem" not in rules.kinds or excess <= 0:
+            return None
+        run = self._run("stem", None, math.ceil(excess / rules.width_multiple))
+        return self._unit("stem", *run) if run is not None else None
 
     def _keys(self) -> list[tuple[str, int | None]]:
         """Return (kind, layer) of every candidate. The layer is None if all layers lose at once."""
@@ -296,7 +306,7 @@ def select_removal(
     ranking = Ranking(architecture, scores, rules)
     units: list[Unit] = []
     while rules.measure.of(ranking.architecture) > target:
-        unit = ranking.peek(final_target=final_target)
+        unit = ranking.peek_stem() or ranking.peek(final_target=final_target)
         # a unit may free bytes of the budget and no millisecond of the ranking, so the target may still be in reach
         if unit is None and ranking.rules.cost is not None:
             ranking.rank_by_measure()

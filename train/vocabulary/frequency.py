@@ -25,6 +25,9 @@ from ..data.chat import Encoder
 from ..data.documents import DataSpec, Document, is_held_out, open_documents
 from .pieces import Pieces
 
+PRIOR_WEIGHT = 0.5
+"""Weight w of the prior, because later text may be of other kinds."""
+
 BATCH = 256
 """Documents tokenised in one call."""
 
@@ -63,7 +66,7 @@ def _batches_of_ids(spec: DataSpec, encoder: Encoder, held_out_fraction: float) 
     return (np.concatenate(encoder.encode(batch)) for batch in batches)
 
 
-def expected_splits(pieces: Pieces, counts: np.ndarray, prior_weight: float) -> np.ndarray:
+def expected_splits(pieces: Pieces, counts: np.ndarray, prior_weight: float = PRIOR_WEIGHT) -> np.ndarray:
     """Return the additional tokens per token of text if each token is removed, fp64 [rows].
 
     Tokens with it as a part are removed as well. The value is infinite for tokens that must stay and 0 for rows without
