@@ -8,6 +8,8 @@ REQUEST := Turn on the bed light
 EXAMPLES := 200
 TOKENS := 344064
 BYTES := 40MB
+# More for efficientllm-train.
+FLAGS ?=
 # More for pytest, as: make test PYTEST_OPTIONS="-k gguf"
 PYTEST_OPTIONS ?=
 # make -n runs a line that names MAKE.
@@ -85,7 +87,7 @@ $(VENV)/.quickstart: pyproject.toml build/modules.txt $(VENV)/.pip
 # One job: home control in Home Assistant's own form. Chats, one run, a file, its score, and a lamp in a real Home Assistant.
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m research.home.chats $(OUT)/data
-	$(BIN)/efficientllm-train --preset job --batch-size 2 --chat-template research/home/template.jinja --tokens $(TOKENS) --target-bytes $(BYTES) --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
+	$(BIN)/efficientllm-train --preset job --batch-size 2 --chat-template research/home/template.jinja --tokens $(TOKENS) --target-bytes $(BYTES) $(FLAGS) --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
 	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q4_0 --output $(OUT)/home --overwrite
 	$(BIN)/python -m research.home.score $(OUT)/home --conversations $(EXAMPLES) --output $(OUT)/scores
 	-@$(MAKE) --no-print-directory $(HASS)/.installed

@@ -29,14 +29,14 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         percent = 100 * row["right"]
         if row["bytes"] is None:
             axes.axhline(percent, color=SOURCE_COLOR, linewidth=1)
-            axes.annotate(row["name"], (1.1e7, percent), xytext=(0, 3), textcoords="offset points", size=8)
+            axes.annotate(row["name"], (8e6, percent), xytext=(0, 3), textcoords="offset points", size=8)
             continue
         color = KEPT_COLOR if row["ours"] else OTHER_COLOR
         axes.plot(row["bytes"], percent, "o", color=color)
         offset = row.get("offset", (6, -3))
         axes.annotate(row["name"], (row["bytes"], percent), xytext=offset, textcoords="offset points", size=8)
     axes.set_xscale("log")
-    axes.set_xlim(1e7, 3e10)
+    axes.set_xlim(7e6, 3e10)
     axes.set_xticks([1e7, 1e8, 1e9, 1e10], ["10 MB", "100 MB", "1 GB", "10 GB"])
     axes.set_ylim(0, 104)
     axes.set_xlabel("bytes of the file")
