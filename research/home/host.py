@@ -85,13 +85,13 @@ class Answer:
     """{entity: states before and after}."""
 
 
-async def wait_until(look: Callable[[], Awaitable[Any]]) -> Any:
-    """Return the first true result of `look`. Raises RuntimeError after START_SECONDS."""
+async def wait_until(look: Callable[[], Awaitable[Any]], failure: str) -> Any:
+    """Return the first true result of `look`. Raises RuntimeError with the text of the failure after START_SECONDS."""
     for _ in range(START_SECONDS * 2):
         if found := await look():
             return found
         await asyncio.sleep(0.5)
-    raise RuntimeError(f"Home Assistant was not ready within {START_SECONDS} s")
+    raise RuntimeError(f"{failure} within {START_SECONDS} s")
 
 
 class Home:
@@ -159,7 +159,7 @@ class Home:
 
     async def arrange(self) -> None:
         """Put the demo's entities into the areas of the first start, and expose all kinds to Assist."""
-        await wait_until(self.has_its_demos)  # on a busy machine, they load after the start
+        await wait_until(self.has_its_demos, "Home Assistant's demo did not load")  # on a busy machine, it loads last
         known = {entry["entity_id"] for entry in await self.send("config/entity_registry/list")}
         areas = {area["name"]: area["area_id"] for area in await self.send("config/area_registry/list")}
         for name, entities in AREAS.items():
@@ -190,7 +190,7 @@ class Home:
             agents = (await self.send("conversation/agent/list"))["agents"]
             return [agent["id"] for agent in agents if agent["id"] != self.agent]
 
-        (self.agent,) = await wait_until(others)
+        (self.agent,) = await wait_until(others, "Home Assistant shows no conversation agent of the model")
         pipeline = (await self.send("assist_pipeline/pipeline/list"))["pipelines"][0]
         changed = {**pipeline, "pipeline_id": pipeline["id"], "conversation_engine": self.agent}
         changed.pop("id")
@@ -246,7 +246,7 @@ async def running_home(port: int = 0, log: Path | None = None) -> AsyncIterator[
         try:
             async with aiohttp.ClientSession() as session:
                 home = Home(session, f"http://127.0.0.1:{port}")
-                await wait_until(lambda: home.answers(process))
+                await wait_until(lambda: home.answers(process), "Home Assistant did not start")
                 await home.sign_in()
                 await home.arrange()
                 yield home
