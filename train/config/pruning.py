@@ -315,8 +315,7 @@ class PruneConfig(RecoveryConfig, CriterionConfig, ScheduleConfig, SizeConfig, G
             flags.require(self, "score_scale", is_in_one_unit, rule)
             rule = "--target-architecture does not support vocabulary rows; use another target"
             flags.require(self, "prune", self.target_architecture is None, rule, value=shown)
-        has_shape = self.target_architecture is not None
-        alone = not has_shape or self.stem_channels is None
+        alone = self.target_architecture is None or self.stem_channels is None
         flags.require(self, "stem_channels", alone, "--target-architecture determines the stem; omit it")
         if self.blocks:
             rule = "needs layers that may differ: use --layout per-layer"
