@@ -150,7 +150,7 @@ def require(options: object, name: str, holds: bool, rule: str, value: object = 
 def check_fields(options: object) -> None:
     """Raise OptionError if a field of a dataclass has the wrong type or is outside its declared range."""
     # types as well, which the parser has checked: options made in Python are only checked here
-    hints = typing.get_type_hints(type(options))
+    hints = _hints(type(options))
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         value, annotation = getattr(options, field.name), _unwrap_optional(hints[field.name])
         is_optional = annotation is not hints[field.name]
@@ -169,6 +169,12 @@ def check_fields(options: object) -> None:
             # NaN fails every comparison, so it is within no range
             holds = all(_COMPARISONS[name](each, bound) for each in numbers for name, bound in bounds.items())
             require(options, field.name, holds, f"must {_describe(bounds)}")
+
+
+@functools.cache
+def _hints(options: type) -> dict[str, Any]:
+    """Return the resolved annotations of a dataclass, which take longer to resolve than its fields to check."""
+    return typing.get_type_hints(options)
 
 
 def _describe(bounds: Bounds) -> str:
