@@ -280,12 +280,14 @@ def _any_of(texts: Sequence[str], start: int = 0) -> str:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield all texts in nested mappings and sequences."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _texts(list(value))
-        yield from _texts(list(value.values()))
-    elif isinstance(value, Sequence):
-        for each in value:
-            yield from _texts(each)
+    """Yield all texts in nested mappings and sequences, in no order."""
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            pending += value.keys()
+            pending += value.values()
+        elif isinstance(value, Sequence):
+            pending += value

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
@@ -366,17 +367,20 @@ class ChatRequest(CompletionRequest):
         implied = {} if effort is None else {"enable_thinking": effort != "none", "reasoning_effort": effort}
         return {**implied, **self.chat_template_kwargs}
 
+    @cached_property
+    def _functions(self) -> list[dict[str, Any]]:
+        return [tool.as_template_value() for tool in self.tools]
+
     @property
     def tool_use(self) -> ToolUse | None:
         """Return the functions that the answer may call, None if there are none."""
         if not self.tools or self.tool_choice == "none":
             return None
         only = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else ""
-        tools = [tool.as_template_value() for tool in self.tools]
         otherwise = self.response_format.answer_schema()
         strict = {tool.function.name for tool in self.tools if tool.function.strict}
         must_call, arguments = self.tool_choice == "required", self.tool_arguments
-        return ToolUse(tools, must_call, only, self.parallel_tool_calls, otherwise, arguments, strict)
+        return ToolUse(self._functions, must_call, only, self.parallel_tool_calls, otherwise, arguments, strict)
 
     @property
     def stops(self) -> list[str]:
