@@ -18,11 +18,13 @@ from efficientllm.export.gguf.quantize import quantize_gguf
 from efficientllm.export.gguf.tensor_data import num_bytes
 from efficientllm.export.gguf.type_choice import FileTypes, tensor_type
 from efficientllm.export.gguf.writer import gguf_name, write_gguf
+from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.file_types import BODY, TENSOR_INFO_BYTES, file_types, gguf_bytes, row_multiple
 from efficientllm.train.model.irregular import save_checkpoint
+from efficientllm.train.pruning.budget import check_smallest_size
 from efficientllm.train.pruning.measures import bytes_of_file
 from efficientllm.train.pruning.rules import SelectionRules
 from efficientllm.train.pruning.selection import select_removal
@@ -98,6 +100,8 @@ def test_ranking_by_bytes_prefers_a_stem_of_whole_k_blocks() -> None:
     fixed = replace(rules, fixed_stem=512)
     assert select_removal(source, dear, fixed, 0.9 * whole).after == replace(source, hidden_size=512)
     assert select_removal(source, scores, fixed, 0).after.hidden_size == 512
+    with pytest.raises(UsageError, match="--stem-channels 608: the source has 576; give fewer"):
+        check_smallest_size(PruneConfig(prune=("stem",), stem_channels=608, target_ratio=0.5), source)
     eight_bits = bytes_of_file("q8_0", 0)  # no steps there: FFN channels are the better bargain
     after = select_removal(source, scores, replace(rules, measure=eight_bits), 0.9 * eight_bits.of(source)).after
     assert after.hidden_size == 576

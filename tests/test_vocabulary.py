@@ -362,6 +362,7 @@ def test_price_of_rows_is_the_loss_of_text_without_them() -> None:
         ({"target_ratio": None, "target_architecture": "x.json"}, "use another target"),
         ({"prune": ("ffn",), "vocabulary_rows": 512}, "needs --prune with vocabulary"),
         ({"prune": ("ffn",), "stem_channels": 512}, "needs --prune with stem"),
+        ({"prune": ("stem",), "stem_channels": 500}, "give a multiple of --width-multiple 32"),
         (
             {"target_ratio": None, "target_architecture": "x.json", "prune": ("stem",), "stem_channels": 512},
             "--target-architecture determines the stem",

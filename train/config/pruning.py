@@ -108,6 +108,8 @@ class GroupsConfig:
         flags.require(self, "vocabulary_rows", has_no_rows or self.prunes_vocabulary, "needs --prune with vocabulary")
         keeps_stem = self.stem_channels is None or "stem" in self.prune
         flags.require(self, "stem_channels", keeps_stem, "needs --prune with stem")
+        is_multiple = not (self.stem_channels or 0) % self.width_multiple
+        flags.require(self, "stem_channels", is_multiple, f"give a multiple of --width-multiple {self.width_multiple}")
 
     @property
     def prunes_vocabulary(self) -> bool:

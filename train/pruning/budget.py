@@ -133,6 +133,8 @@ def make_rules(
     multiple = settings.width_multiple if floor is None else 1
     fixed_rows = max(fixed_rows, settings.vocabulary_rows or 0)
     stem = settings.stem_channels or 0
+    if stem > source.hidden_size:
+        raise UsageError(f"--stem-channels {stem}: the source has {source.hidden_size}; give fewer, or omit it")
     return SelectionRules(
         settings.kinds, multiple, uniform, floor, settings.blocks, budget.measure, cost, fixed_rows, stem
     )
