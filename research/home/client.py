@@ -36,13 +36,8 @@ class Client:
 
         Raises RuntimeError with the server's text if it refuses the request.
         """
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "tools": tools,
-            "stream": False,
-            "options": {"temperature": 0},
-        }
+        options = {"temperature": 0}
+        body = {"model": self.model, "messages": messages, "tools": tools, "stream": False, "options": options}
         request = urllib.request.Request(
             f"{self.url}/api/chat", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -69,17 +64,8 @@ def served(artefact: Path, flags: Sequence[str] = ()) -> Iterator[Client]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "efficientllm.server.cli",
-        "--model",
-        f"home={artefact}",
-        "--port",
-        str(port),
-        *FLAGS,
-        *flags,
-    ]
+    command = [sys.executable, "-m", "efficientllm.server.cli", "--model", f"home={artefact}", "--port", str(port)]
+    command += [*FLAGS, *flags]
     with tempfile.TemporaryFile() as errors:
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         try:

@@ -52,6 +52,8 @@ class Outcome:
     """Calls that failed and were made again."""
     is_answered: bool = False
     """True if the answer is the right one."""
+    refusal: str = ""
+    """Error of the server, for example that the conversation fills the context. Home Assistant speaks it."""
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -97,7 +99,11 @@ def converse(client: Client, home: Home, turns: Sequence[Turn]) -> Iterator[Outc
         outcome = Outcome(turn.kind, turn.request, turn.answer, "", set(), set().union(*wanted))
         failed: list[Call] = []
         for _ in range(MAX_ROUNDS):
-            answer, seconds = client.answer(messages, tools)
+            try:
+                answer, seconds = client.answer(messages, tools)
+            except RuntimeError as error:
+                outcome.refusal = str(error)
+                break
             outcome.seconds.append(seconds)
             calls = [
                 (each["function"]["name"], each["function"]["arguments"]) for each in answer.get("tool_calls") or ()
@@ -115,7 +121,7 @@ def converse(client: Client, home: Home, turns: Sequence[Turn]) -> Iterator[Outc
                 if '"error"' in result:
                     failed.append(call)
                 messages.append({"role": "tool", "content": result})
-        outcome.answer = str(messages[-1]["content"])
+        outcome.answer = outcome.refusal or str(messages[-1]["content"])
         expected = FAILED if is_failing else turn.answer
         outcome.is_answered = _plain(outcome.answer) == _plain(expected)
         yield outcome
@@ -171,10 +177,12 @@ def main() -> None:
         outcomes = [outcome for home, turns in drawn for outcome in converse(client, home, turns)]
         peak = client.peak_bytes()
     right = sum(each.is_right for each in outcomes) / len(outcomes)
-    seconds = statistics.median(second for each in outcomes for second in each.seconds)
+    seconds = statistics.median([second for each in outcomes for second in each.seconds] or [0.0])
     repeats = sum(each.repeats for each in outcomes)
     print(table(outcomes))
     print(f"failed calls that were repeated: {repeats}")
+    refused = [each.refusal for each in outcomes if each.refusal]
+    print(f"requests that the server refused: {len(refused)}", *refused[:1], sep="\n")
     print(f"an answer of the server: {1e3 * seconds:.0f} ms (median); its memory: at most {peak / 1e6:.0f} MB")
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)

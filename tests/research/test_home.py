@@ -271,12 +271,14 @@ def test_call_changes_the_devices_that_fit(arguments: Mapping[str, Any], changed
 
 
 class Scripted:
-    """A model that answers as it is told."""
+    """A model that answers as it is told, and refuses the next request."""
 
     def __init__(self, *answers: Mapping[str, Any]) -> None:
         self.answers = [*answers]
 
     def answer(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> tuple[Mapping[str, Any], float]:
+        if not self.answers:
+            raise RuntimeError("the prompt leaves no room")
         return self.answers.pop(0), 0.01
 
 
@@ -304,6 +306,16 @@ def test_request_that_changes_nothing_needs_the_right_answer() -> None:
     assert outcome_of(turn, {"content": NO_DEVICE}).is_right
     assert not outcome_of(turn, {"content": DONE}).is_right
     assert outcome_of(turn, turn_on("Work Lamp"), {"content": NO_DEVICE}).is_wrong_act
+
+
+def test_refusal_of_the_server_is_a_wrong_answer() -> None:
+    unknown = outcome_of(Turn("unknown", "desk lamp on", NO_DEVICE))
+    assert (unknown.is_right, unknown.answer) == (False, unknown.refusal)
+    assert "no room" in unknown.refusal
+    lamp = Turn("device", "lamp on", DONE, [("HassTurnOn", {"name": "Work Lamp"})], [RECORDED["results"][0]["content"]])
+    late = outcome_of(lamp, turn_on("Work Lamp"))
+    assert late.refusal
+    assert not late.is_answered
 
 
 def test_server_that_does_not_start_says_why(tmp_path: Path) -> None:
