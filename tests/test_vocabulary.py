@@ -443,24 +443,6 @@ def test_a_number_of_rows_stays_and_nothing_competes_with_them(
     assert not any("nats_per_token_more" in record for record in records)  # no price was measured
 
 
-@pytest.mark.parametrize("rows", [["--vocabulary-rows", "300"], []])
-def test_stem_is_narrowed_even_if_the_target_is_reached_without_it(
-    rows: list[str], source_folder: Path, corpus: Path, tmp_path: Path
-) -> None:
-    source = Architecture.from_folder(source_folder)
-    stem = source.hidden_size - 4
-    more = ("--vocabulary-tokens", "20000", "--prune-start", "0.2", "--stem-channels", str(stem), *rows)
-    arguments = command(source_folder, corpus, tmp_path / "run", *more)
-    for flag, value in (("--prune", "stem,vocabulary"), ("--target-ratio", "0.999")):
-        arguments = [*without(arguments, flag), flag, value]
-    assert run(arguments) == 0
-    final = Architecture.from_folder(tmp_path / "run" / "model")
-    assert (final.hidden_size, final.vocab_size) == (stem, int(rows[1]) if rows else source.vocab_size)
-    events = [record for record in metrics(tmp_path / "run") if record.get("removed")]
-    (narrowed,) = [event["tokens"] for event in events if any(kind == "stem" for kind, *_ in event["removed"])]
-    assert narrowed >= 0.2 * 2560
-
-
 def test_stream_continues_with_the_next_documents(corpus: Path) -> None:
     tokenizer, (after, _) = tokenizer_named("byte-level"), smaller("byte-level", 0, 0.8)
     streams = [PackedStream((DataSpec(str(corpus)),), tokenizer, 16, 0.2, seed=0) for _ in range(2)]

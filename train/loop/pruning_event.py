@@ -92,15 +92,15 @@ class PruningEvent:
         Return the log fields of the step, {} if nothing was removed, and those of a removal of vocabulary rows.
         """
         pruner, trained = self.pruner, self.trained
-        takes_groups = pruner.is_above(target)
-        former = frozen_loss(trained) if self.settings.recover != "none" and takes_groups else None
+        former = None
+        if self.settings.recover != "none" and pruner.is_above(target):
+            former = frozen_loss(trained)
         # rows first: block prices and the refit then read text in the tokens that the model will have
         rows = vocabulary = None
         if pruner.is_vocabulary_due:
             rows, vocabulary = self._prune_vocabulary()
             pruner.is_vocabulary_due = False
-        # the stem is narrowed even if the rows alone reach the target
-        groups = self._prune_groups(min(target, pruner.size_with_fixed_stem)) if takes_groups else None
+        groups = self._prune_groups(target)
         if groups is not None:
             pruner.compact(trained)
             if former is not None:

@@ -200,8 +200,6 @@ class Trainer(RunState):
             # a removal stops at every size on the way, whose model becomes a branch
             smaller_sizes = [amount for amount in pruner.plan.sizes.values() if amount < pruner.size]
             target = max([target, *smaller_sizes])
-            if progress.tokens >= self.schedule.start_tokens:  # the first removal narrows the stem at any target
-                target = min(target, pruner.size_with_fixed_stem)
             if not pruner.is_above(target):
                 return {}
             for milestone in self.milestones:
@@ -209,7 +207,7 @@ class Trainer(RunState):
             if pruner.settings.removals:
                 describe = pruner.budget.measure.describe
                 sizes = (pruner.size, target, pruner.budget.target)
-                self.display.say("removal from {} to at most {} (target {})".format(*map(describe, sizes)))
+                self.display.say("removal from {} to {} (target {})".format(*map(describe, sizes)))
         record, vocabulary = self._remove(pruner, target)
         for milestone in self.milestones:
             milestone.after_removal()

@@ -98,11 +98,10 @@ def check_budget(budget: Budget, source: Architecture, rules: SelectionRules, is
         )
     least = measure.of(fastest_small_architecture(source, rules))
     if budget.target < least:
-        remedy = "give fewer --stem-channels" if rules.fixed_stem else "prune more group types"
         raise UsageError(
             f"the target of {measure.show(budget.target)} is too small: one group per layer already takes "
             f"{measure.show(least)}{'' if is_whole else ' without the tokenizer'} in this pruning space; raise the "
-            f"target or {remedy}"
+            "target or prune more group types"
         )
 
 
@@ -136,13 +135,9 @@ def make_rules(
     stem = settings.stem_channels or 0
     if stem > source.hidden_size:
         raise UsageError(f"--stem-channels {stem}: the source has {source.hidden_size}; give fewer, or omit it")
-    rules = SelectionRules(
+    return SelectionRules(
         settings.kinds, multiple, uniform, floor, settings.blocks, budget.measure, cost, fixed_rows, stem
     )
-    narrow = rules.with_fixed_stem(source)
-    if narrow != source and budget.measure.of(narrow) >= budget.measure.of(source):
-        raise UsageError(f"--stem-channels {stem}: frees no {budget.measure.unit} of the target; give fewer")
-    return rules
 
 
 def _cost(settings: SizeConfig) -> Measure | None:

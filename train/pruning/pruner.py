@@ -78,15 +78,9 @@ class Pruner:
         return self.budget.measure.of(self.architecture)
 
     @property
-    def size_with_fixed_stem(self) -> float:
-        """Return the size that the model has with a stem of --stem-channels."""
-        return self.budget.measure.of(self.plan.rules.with_fixed_stem(self.architecture))
-
-    @property
     def is_done(self) -> bool:
-        """Tell whether the target and the width of --stem-channels are reached."""
-        has_stem = self.plan.rules.with_fixed_stem(self.architecture) == self.architecture
-        return has_stem and self.budget.is_met(self.architecture)
+        """Tell whether the target is reached."""
+        return self.budget.is_met(self.architecture)
 
     def is_above(self, target: float) -> bool:
         """Tell whether the model is larger than `target` and there are scores to rank groups by."""

@@ -38,11 +38,6 @@ class SelectionRules:
         """Return the measure that divides a unit's score."""
         return self.cost or self.measure
 
-    def with_fixed_stem(self, architecture: Architecture) -> Architecture:
-        """Return a shape without the stem channels beyond the fixed ones."""
-        width = min(architecture.hidden_size, self.fixed_stem or architecture.hidden_size)
-        return replace(architecture, hidden_size=width)
-
 
 def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> Architecture:
     """Return the smallest shape that pruning may reach.

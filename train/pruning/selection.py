@@ -131,8 +131,7 @@ class Ranking:
         if not rules.fixed_stem or "stem" not in rules.kinds or excess <= 0:
             return None
         run = self._run("stem", None, math.ceil(excess / rules.width_multiple))
-        # it is not ranked, so it is taken even if it frees nothing in the ranking's measure
-        return run and (self._unit("stem", *run) or Unit("stem", run[0], 0.0, 0.0))
+        return self._unit("stem", *run) if run is not None else None
 
     def _keys(self) -> list[tuple[str, int | None]]:
         """Return (kind, layer) of every candidate. The layer is None if all layers lose at once."""
