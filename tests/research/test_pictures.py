@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -23,8 +24,8 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 def drawn(draw: Callable[[Path], None]) -> list[Any]:
     """The panels of the figure that `draw` would save."""
-    with mock.patch.object(Figure, "savefig", autospec=True) as saved:
-        draw(Path("picture.png"))
+    with TemporaryDirectory() as folder, mock.patch.object(Figure, "savefig", autospec=True) as saved:
+        draw(Path(folder) / "picture.png")
     figure = saved.call_args.args[0]
     figure.draw_without_rendering()
     return figure.axes
