@@ -53,7 +53,7 @@ class Outcome:
     is_answered: bool = False
     """True if the answer is the right one."""
     refusal: str = ""
-    """Error of the server, for example that the conversation fills the context. Home Assistant speaks it."""
+    """Error of the server, for example that the conversation fills the context."""
     seconds: list[float] = field(default_factory=list)
 
     @property
