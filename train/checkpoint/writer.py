@@ -48,7 +48,7 @@ class Checkpoints:
         self.parts: dict[str, Part] = {}
         """Parts of the run beside model, optimizer and progress, in the order in which they are loaded."""
         self.kept: Path | None = None
-        """Checkpoint of the last score that was kept. It stays, however many newer ones there are."""
+        """Checkpoint of the last score that was kept. It stays as it is, however many newer ones there are."""
         self.before_removal: Path | None = None
         """Checkpoint from before the current removal, if an interrupted one must start again."""
         self._saved_step: int | None = None
@@ -68,7 +68,12 @@ class Checkpoints:
         self._saved_step = None
 
     def save(self) -> Path:
-        """Write a checkpoint of the run and return its folder. A run that --overwrite replaces is deleted first."""
+        """Write a checkpoint of the run and return its folder. A run that --overwrite replaces is deleted first.
+
+        After the removal of the same step, the kept checkpoint stays: a resumed run repeats the removal.
+        """
+        if self.current == self.kept:
+            return self.current
         trained, parallel = self.trained, self.trained.parallel
         if parallel.is_main:
             delete_replaced_run(self.folder)

@@ -57,18 +57,23 @@ class ScoreCheck(Milestone):
     ) -> None:
         """Score the model that `evaluated` yields."""
         self.keeper, self.pruner, self.checkpoints, self.evaluated = keeper, pruner, checkpoints, evaluated
+        checkpoints.kept = keeper.kept_checkpoint(checkpoints.progress.step)
 
     def before_removal(self, target: float) -> None:
         """Raise ScoreTooLowError below the limit."""
-        checkpoints, pruner = self.checkpoints, self.pruner
-        with self.evaluated() as model:
-            self.keeper.check(model, checkpoints.progress.step, pruner.architecture.num_parameters, pruner.size)
-        checkpoints.save_once()
-        checkpoints.kept = checkpoints.current
+        self._check()
+        self.checkpoints.save_once()
+        self.checkpoints.kept = self.keeper.kept_checkpoint(self.checkpoints.progress.step)
 
     def at_end(self) -> None:
         """Raise ScoreTooLowError below the limit."""
-        self.before_removal(self.pruner.size)
+        self._check()
+        self.checkpoints.kept = None
+
+    def _check(self) -> None:
+        step, pruner = self.checkpoints.progress.step, self.pruner
+        with self.evaluated() as model:
+            self.keeper.check(model, step, pruner.architecture.num_parameters, pruner.size)
 
 
 class ScoreKeeper:
@@ -114,7 +119,7 @@ class ScoreKeeper:
             )
         if found.score >= share * first.score:
             return
-        kept = [each for each in self.sizes if each.step < step and each.score >= share * first.score][-1]
+        kept = self._last_kept(share, step)
         checkpoint = checkpoint_path(self.path.parent, kept.step)
         for newer in checkpoint_folders(checkpoint.parent):  # before the file says so: a killed run measures again
             if newer.name > checkpoint.name:
@@ -125,6 +130,18 @@ class ScoreKeeper:
             f"that is below {share:g} of it: the run returns to {format_count(kept.parameters)} parameters"
         )
         raise ScoreTooLowError(checkpoint)
+
+    def kept_checkpoint(self, step: int) -> Path | None:
+        """Return the checkpoint at or before `step` to which the run may return, or None if it will not return."""
+        share = self.settings.keep_score
+        if share is None or self.smallest is not None or not any(each.step <= step for each in self.sizes):
+            return None
+        return checkpoint_path(self.path.parent, self._last_kept(share, step).step)
+
+    def _last_kept(self, share: float, step: int) -> SizeScore:
+        """Return the last size up to `step` with at least `share` of the first score."""
+        limit = share * self.sizes[0].score
+        return [each for each in self.sizes if each.step <= step and each.score >= limit][-1]
 
     def last(self) -> dict[str, Any]:
         """Return the last score and how it was measured."""
