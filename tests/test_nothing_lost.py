@@ -514,9 +514,11 @@ def test_unreachable_hub_is_named_at_once(
     monkeypatch.setattr(HfApi, "repo_info", without_network)
     arguments = command(source_folder, corpus, tmp_path / "run")
     assert run([*without(arguments, "--source"), "--source", "owner/name"]) == 2
-    assert one_line(capsys).startswith("error: --source owner/name: cannot be loaded: ")
+    assert one_line(capsys).startswith(
+        "error: --source owner/name: no such folder, not downloaded before, and the hub does"
+    )
     assert run_command(export_cli.body, ["owner/name", "--target", "gguf", "--output", str(tmp_path / "x")]) == 2
-    assert one_line(capsys).startswith("error: owner/name: cannot be loaded: ")
+    assert one_line(capsys).startswith("error: owner/name: no such folder, not downloaded before, and the hub does")
     assert run([*without(arguments, "--data"), "--data", "owner/name@20231101.en"]) == 2
     assert "no hub that may have it can be reached" in one_line(capsys)
 

@@ -124,7 +124,7 @@ def load_source(
     folder, options = _located(source, path)
     with loading(called):
         if path.suffix != ".gguf":  # look at the family before gigabytes of weights are read
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+            config = _config(folder, called, options)
             refuse_quantized(config.to_dict(), called)
             architecture_of(config)
             if path.is_dir():
@@ -204,6 +204,18 @@ def _located(source: str, path: Path) -> tuple[str, dict[str, Any]]:
         return str(path), {}
     # without an answer: what was downloaded before, without asking for something newer
     return source, {} if hub_answers("model", source) else {"local_files_only": True}
+
+
+def _config(folder: str, called: str, options: dict[str, Any]) -> PreTrainedConfig:
+    """Load the config of a folder or hub id. Raises ModelError if neither a folder nor the hub has it."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    except OSError as error:
+        if "local_files_only" not in options:
+            raise
+        raise ModelError(
+            f"{called}: no such folder, not downloaded before, and the hub does not answer; check the name"
+        ) from error
 
 
 def _foreign_tokenizer(path: Path, called: str) -> PreTrainedTokenizerBase:
