@@ -15,12 +15,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import httpx
 
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError
-from efficientllm.runtime.base.extras import extra
 from efficientllm.runtime.base.quantities import Figure
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.scheduler import EngineScheduler
@@ -28,9 +28,6 @@ from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.grammar import Grammar, GrammarConstraint
 from efficientllm.runtime.prompt import chat_prompt
 from efficientllm.runtime.sampling import SamplingOptions
-
-if TYPE_CHECKING:
-    import httpx
 
 CONTEXT = 1024
 START_SECONDS = 120
@@ -65,8 +62,6 @@ class Timing:
 @contextmanager
 def serve_in_child(artefact: str, threads: int) -> Iterator[httpx.Client]:
     """Yield a client of a server of `artefact` in a child process."""
-    with extra("bench"):
-        import httpx
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

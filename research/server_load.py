@@ -17,15 +17,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import httpx
 
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.base.extras import extra
 from efficientllm.runtime.base.quantities import Figure, markdown_table
-
-if TYPE_CHECKING:
-    import httpx
 
 QUESTION = "Tell a story about lighthouse keeper number {number}."
 TEXTS = Path(__file__).parents[1] / "train/evaluation/quality/texts.jsonl"
@@ -138,8 +136,6 @@ def has_text(event: Mapping[str, Any]) -> bool:
 
 async def load(address: str, options: LoadOptions, clients: int, words: int, first_number: int) -> RoundResult:
     """Send `options.requests` different questions from each of `clients` concurrent clients."""
-    with extra("bench"):
-        import httpx
     answers: list[AnswerTimes] = []
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     limits = httpx.Limits(max_connections=clients)

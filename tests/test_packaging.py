@@ -158,7 +158,6 @@ MISSING = [
     ("efficientllm.runtime.chat", ["MODEL.gguf", "Hi"], "llama_cpp,xllamacpp", "gguf-binary"),
     ("efficientllm.server.cli", ["MODEL.gguf"], "fastapi", "server"),
     ("efficientllm.server.cli", ["MODEL.gguf"], "uvicorn", "server"),
-    ("research.server_cost", ["MODEL.gguf"], "httpx", "bench"),
 ]
 
 WITHOUT_ONE = """
