@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,7 +75,7 @@ def calibration_error(result: JobResult) -> float:
     """
     probability, is_right, _ = _calls(result)
     if len(probability) < 20:
-        return float("nan")
+        return math.nan
     fold = np.random.default_rng(0).permutation(len(probability)) % 2
     predicted = np.empty(len(probability))
     for own in (0, 1):
@@ -99,5 +100,8 @@ def rows(results: Sequence[JobResult]) -> list[list[str]]:
         cells = [_acted_on(*point) if point is not None else "" for point in points]
         table.append([f"job, acted on with {wrong:.0%} wrong calls", "fitting requests", *cells])
     pairs = zip(results, found, strict=True)
-    errors = [f"{calibration_error(each):.3f}" if one is not None else "" for each, one in pairs]
-    return [*table, ["job, calibration error", "calls", *errors]]
+    errors = [calibration_error(each) if one is not None else math.nan for each, one in pairs]
+    if not all(map(math.isnan, errors)):
+        cells = ["" if math.isnan(each) else f"{each:.3f}" for each in errors]
+        table.append(["job, calibration error", "calls", *cells])
+    return table
