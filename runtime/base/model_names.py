@@ -69,7 +69,7 @@ def check_source(source: str, called: str) -> Path:
             if (path / "config.toml").is_file():
                 raise UsageError(f"{called}: the run is not finished; efficientllm-train --resume --output {path}")
             if exported := sorted(path.glob("*.gguf")):
-                raise UsageError(f"{called}: an exported folder; give {exported[0]}")
+                raise UsageError(f"{called}: an exported folder; give its run, or the rounded {exported[0]}")
             raise UsageError(f"{called}: the folder has no config.json; give a run or a Hugging Face model folder")
     elif path.is_file():
         raise UsageError(f"{called}: a file, but no .gguf; give that, a folder, or a hub id (owner/name)")

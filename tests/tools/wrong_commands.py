@@ -93,7 +93,7 @@ COMMANDS: dict[str, str] = {
     "export good.jsonl --target gguf --output out": "good.jsonl: a file, but no .gguf; give that, a folder, or a",
     "export empty --target gguf --output out": "empty: the folder has no config.json; give a run or a Hugging Face",
     "export begun --target gguf --output out": "begun: the run is not finished; efficientllm-train --resume --output ",
-    "export exported --target gguf --output out": "exported: an exported folder; give exported/model.gguf",
+    "export exported --target gguf --output out": "exported: an exported folder; give its run, or the rounded exported",
     "export MODEL --target gguf --output out --adapter empty": "--adapter empty: no adapter_config.json there; give a",
     "export MODEL --target gguf --output out --size 60MB": "unrecognized arguments: --size 60MB",
     "chat MODEL Hi": EXPORT_FIRST,
