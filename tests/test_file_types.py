@@ -24,9 +24,9 @@ from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.file_types import BODY, TENSOR_INFO_BYTES, file_types, gguf_bytes, row_multiple
 from efficientllm.train.model.irregular import save_checkpoint
-from efficientllm.train.pruning.budget import check_smallest_size
+from efficientllm.train.pruning.budget import Budget, check_budget, check_smallest_size
 from efficientllm.train.pruning.measures import bytes_of_file
-from efficientllm.train.pruning.rules import SelectionRules
+from efficientllm.train.pruning.rules import SelectionRules, smallest_architecture
 from efficientllm.train.pruning.selection import select_removal
 
 NUMBERS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k"} | {
@@ -102,6 +102,10 @@ def test_ranking_by_bytes_prefers_a_stem_of_whole_k_blocks() -> None:
     assert select_removal(source, scores, fixed, 0).after.hidden_size == 512
     with pytest.raises(UsageError, match="--stem-channels 608: the source has 576; give fewer"):
         check_smallest_size(PruneConfig(prune=("stem",), stem_channels=608, target_ratio=0.5), source)
+    wide = replace(rules, fixed_stem=480)  # 512 channels would take fewer bytes
+    out_of_reach = measure.of(smallest_architecture(source, fixed))
+    with pytest.raises(UsageError, match=r"is too small: .* or give fewer --stem-channels"):
+        check_budget(Budget(out_of_reach, measure), source, wide)
     eight_bits = bytes_of_file("q8_0", 0)  # no steps there: FFN channels are the better bargain
     after = select_removal(source, scores, replace(rules, measure=eight_bits), 0.9 * eight_bits.of(source)).after
     assert after.hidden_size == 576

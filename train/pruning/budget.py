@@ -98,10 +98,11 @@ def check_budget(budget: Budget, source: Architecture, rules: SelectionRules, is
         )
     least = measure.of(fastest_small_architecture(source, rules))
     if budget.target < least:
+        remedy = "give fewer --stem-channels" if rules.fixed_stem else "prune more group types"
         raise UsageError(
             f"the target of {measure.show(budget.target)} is too small: one group per layer already takes "
             f"{measure.show(least)}{'' if is_whole else ' without the tokenizer'} in this pruning space; raise the "
-            "target or prune more group types"
+            f"target or {remedy}"
         )
 
 

@@ -75,7 +75,7 @@ def fastest_small_architecture(architecture: Architecture, rules: SelectionRules
         return least
     found = [least]
     for name in ("ffn", "stem"):
-        if name in rules.kinds:
+        if name in rules.kinds and not (name == "stem" and rules.fixed_stem):
             found += [_one_step_wider(shape, name, architecture, rules.width_multiple) for shape in found]
     return min(found, key=rules.measure.of)
 
