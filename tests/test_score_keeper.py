@@ -123,22 +123,15 @@ def test_a_share_of_no_score_cannot_be_kept(
     assert "--keep-score 0.9: the whole model has a score of 0.000" in capsys.readouterr().err
 
 
-def test_a_checkpoint_after_the_removal_does_not_replace_the_kept_one(
-    source_folder: Path, corpus: Path, task: Path, tmp_path: Path, falling: list[int]
-) -> None:
-    more = ["--keep-score", "0.9", "--keep", "1", "--checkpoint-every", "1"]
-    assert run(scored(source_folder, corpus, tmp_path / "run", task, *more)) == 0
-    assert Architecture.from_folder(tmp_path / "run" / "model").num_parameters == falling[1]
-
-
-@pytest.mark.parametrize("last", [8, 9, 11])
-def test_the_kept_checkpoint_stays_after_a_resume(
-    last: int, source_folder: Path, corpus: Path, task: Path, tmp_path: Path, falling: list[int]
+@pytest.mark.parametrize("stopped", [[], [8], [9], [11]])
+def test_no_later_checkpoint_replaces_the_kept_one(
+    stopped: list[int], source_folder: Path, corpus: Path, task: Path, tmp_path: Path, falling: list[int]
 ) -> None:
     more = ["--keep-score", "0.9", "--keep", "1", "--checkpoint-every", "1"]
     arguments = scored(source_folder, corpus, tmp_path / "run", task, *more)
-    run_until(last, arguments)
-    assert run([*arguments, "--resume"]) == 0
+    for last in stopped:
+        run_until(last, arguments)
+    assert run([*arguments, *["--resume"] * len(stopped)]) == 0
     assert Architecture.from_folder(tmp_path / "run" / "model").num_parameters == falling[1]
 
 
