@@ -121,8 +121,10 @@ KeepAlive = Annotated[Float, BeforeValidator(_seconds), Field(ge=-1e9, le=1e9)]
 class OllamaRequest(TranslatedRequest):
     """The fields of both endpoints."""
 
-    without_effect = ("truncate", "shift")
+    without_effect = ("shift",)
     model: Text
+    truncate: Bool = True
+    """Whether the oldest turns of a conversation that does not fit are dropped. Otherwise it is refused."""
     keep_alive: KeepAlive | None = None
     format: Literal["", "json"] | Json = ""
     """The text json, or a JSON schema."""
@@ -151,7 +153,8 @@ class OllamaRequest(TranslatedRequest):
             **self.options.as_fields(),
             **fields,
         }
-        return ChatRequest.model_validate({**values, "response_format": format, "chat_template_kwargs": variables})
+        values |= {"response_format": format, "chat_template_kwargs": variables}
+        return ChatRequest.model_validate(values).allow_dropping(self.truncate)
 
 
 class OllamaChat(OllamaRequest):

@@ -66,6 +66,28 @@ def test_chat_gives_the_answer_of_openai_api(client: httpx.Client) -> None:
     assert (last["message"]["content"], last["done"], last["eval_count"]) == ("", True, 12)
 
 
+def test_the_oldest_turns_of_a_long_conversation_are_dropped(client: httpx.Client) -> None:
+    """As Ollama does: system messages and the last turn stay."""
+    turns = [{"role": "user", "content": "one " * 150}, {"role": "assistant", "content": "Yes"}] * 6
+    last, usages = [{"role": "user", "content": "Hello there"}], []
+    for first in range(7):  # OpenAI's API refuses what does not fit
+        kept = [MESSAGES[0], *turns[2 * first :], *last]
+        answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": kept, "max_tokens": 12}).json()
+        usages += [answer["usage"]] if "usage" in answer else []
+    assert 1 < len(usages) < 7
+    expected = next(each["prompt_tokens"] for each in usages if each["prompt_tokens"] + 12 <= 1024)
+    long = [MESSAGES[0], *turns, *last]
+    (whole,) = ask(client, "chat", messages=long, options=GREEDY, stream=False)
+    assert whole["prompt_eval_count"] == expected
+    body = {"model": "tiny", "input": long, "max_output_tokens": 12}
+    assert client.post("/v1/responses", json=body).json()["error"]["code"] == "context_length_exceeded"
+    answered = client.post("/v1/responses", json={**body, "truncation": "auto"}).json()
+    assert (answered["truncation"], answered["usage"]["input_tokens"]) == ("auto", expected)
+    endless = [*long, {"role": "user", "content": "word " * 2000}]
+    for refused in ({"messages": long, "truncate": False}, {"messages": endless}):
+        assert client.post("/api/chat", json={"model": "tiny", **refused}).status_code == 400
+
+
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_prompt_is_continued_or_asked(client: httpx.Client, raw: bool) -> None:
     if raw:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,11 +82,26 @@ def _biases(engine: EngineScheduler, request: CompletionRequest) -> dict[int, fl
 
 
 def prompt_of(engine: EngineScheduler, request: ChatRequest) -> ChatPrompt:
-    """Return the prompt of a chat. APIError 400 if it asks for reasoning that the chat template does not know."""
+    """Return the prompt of a chat, without its oldest turns if it may drop them and leaves no room for an answer.
+
+    System messages and the last turn stay. APIError 400 if it asks for reasoning that the chat template does not know.
+    """
     known = engine.chat_template or ""
     if request.reasoning_effort not in (None, "none") and not any(name in known for name in REASONING_VARIABLES):
         raise APIError(400, "reasoning_effort: the chat template of this model knows no reasoning; remove it")
-    return tool_prompt(engine, request.template_messages, request.tool_use, request.template_variables)
+    messages = request.template_messages
+
+    def after(turn: int) -> ChatPrompt:
+        kept = [message for message in messages[:turn] if message["role"] == "system"] + messages[turn:]
+        return tool_prompt(engine, kept, request.tool_use, request.template_variables)
+
+    whole, room = after(0), min(request.token_limit, engine.context_length // 4)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "user"][1:]
+    most = engine.context_length - room
+    if not request.may_drop_turns or not turns or len(whole.tokens) <= most:
+        return whole
+    first = bisect_left(turns[:-1], True, key=lambda turn: len(after(turn).tokens) <= most)
+    return after(turns[first])
 
 
 def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:

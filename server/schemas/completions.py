@@ -328,6 +328,17 @@ class ChatRequest(CompletionRequest):
     """Names of vLLM and llama-server for what follows from the role of the last message."""
 
     _job: str = PrivateAttr("")
+    _may_drop_turns: bool = PrivateAttr(False)
+
+    @property
+    def may_drop_turns(self) -> bool:
+        """Return True if the oldest turns are dropped from a conversation that does not fit."""
+        return self._may_drop_turns
+
+    def allow_dropping(self, is_allowed: bool) -> ChatRequest:
+        """Set whether the oldest turns may be dropped, and return this request."""
+        self._may_drop_turns = is_allowed
+        return self
 
     def set_job(self, job: str) -> None:
         """Set the name of the job that the system message begins with."""

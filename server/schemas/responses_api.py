@@ -119,7 +119,7 @@ class ResponsesRequest(RequestBody, TranslatedRequest):
     reasoning: Reasoning = Reasoning()
     """Its effort sets variables of the chat template. The answer has no items for reasoning."""
     text: TextOptions = TextOptions()
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["disabled", "auto"] = "disabled"
     include: list[JsonValue] = Field([], max_length=0)
     stream: Bool = False
 
@@ -152,7 +152,7 @@ class ResponsesRequest(RequestBody, TranslatedRequest):
             reasoning_effort=self.reasoning.effort,
             response_format=response_format,  # type: ignore[arg-type]
             stream=self.stream,
-        )
+        ).allow_dropping(self.truncation == "auto")
 
 
 def _messages_of(items: list[Any]) -> list[dict[str, Any]]:
