@@ -97,6 +97,7 @@ BAD: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
         b'{"text": "x", "n": ' + b"1" * 5000 + b"}",
         "line 1 is not a JSON object that can be re",
     ),
+    "truncated line": ("a.jsonl", b'{"text": "a\n{"text": "b"}\n', "object that can be read: Unterminated string"),
     "deep nesting": ("a.jsonl", b"[" * 100_000, "line 1 is not a JSON object that can be read"),
     "deep file": ("a.json", b"[\n" * 100_000, "line 1 is not a JSON object that can be read"),
     "half a pair": ("a.jsonl", rb'{"text": "\ud800"}', 'the "text" of line 1 is not Unicode'),
