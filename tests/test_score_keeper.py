@@ -6,9 +6,10 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import pytest
-from training import command, expect_same_run, metrics, run, run_until
+from training import ERRORS, command, expect_same_run, metrics, run, run_until
 
 from efficientllm.runtime.base.progress import ProgressDisplay
 from efficientllm.train import run as run_module
@@ -16,10 +17,11 @@ from efficientllm.train.config.sections import ScoreConfig
 from efficientllm.train.evaluation.torch_model import TorchModel
 from efficientllm.train.family.score_keeper import ScoreKeeper, SizeScore
 from efficientllm.train.model.architecture import Architecture
-from efficientllm.train.model.foreign_configs import DEFAULTS, ImportOptions
 from efficientllm.train.model.irregular import architecture_of
 
 SIZES = ["--removals", "4", "--prune-start", "0.2", "--prune-end", "0.6", "--checkpoint-every", "2"]
+
+KEPT = ["--keep-score", "0.9", "--keep", "1", "--checkpoint-every", "1"]
 
 
 @pytest.fixture
@@ -55,9 +57,7 @@ def falling(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_every_size_is_scored(
-    source_folder: Path, corpus: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_size_is_scored(source_folder: Path, corpus: Path, task: Path, tmp_path: Path, capsys: ERRORS) -> None:
     arguments = scored(source_folder, corpus, tmp_path / "run", task, "--task-tokens", "4", "--checkpoint-every", "0")
     assert run(arguments) == 0
     assert capsys.readouterr().err.count("answering the examples of --task: 3/3") == 5
@@ -78,19 +78,13 @@ def test_a_run_returns_to_the_last_size_that_kept_the_score(
     tmp_path: Path,
     falling: list[int],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: ERRORS,
 ) -> None:
-    loaded: list[ImportOptions] = []
-    load_source = run_module.load_source
-
-    def loading(source: str, called: str = "", foreign: ImportOptions = DEFAULTS) -> Any:
-        loaded.append(foreign)
-        return load_source(source, called, foreign)
-
-    monkeypatch.setattr(run_module, "load_source", loading)
+    load_source = mock.Mock(wraps=run_module.load_source)
+    monkeypatch.setattr(run_module, "load_source", load_source)
     arguments = scored(source_folder, corpus, tmp_path / "run", task, "--keep-score", "0.9", "--head-dim", "8")
     assert run(arguments) == 0
-    assert [options.head_dim for options in loaded] == [8]  # the source is read again as at the start
+    assert load_source.call_args[0][2].head_dim == 8  # the source is read again as at the start
     assert "the run returns to" in capsys.readouterr().err
     final = Architecture.from_folder(tmp_path / "run" / "model")
     assert final.num_parameters == falling[1]
@@ -101,7 +95,7 @@ def test_a_run_returns_to_the_last_size_that_kept_the_score(
 
 
 def test_a_final_score_below_the_limit_is_reported(
-    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     monkeypatch.setattr(ScoreKeeper, "_measure", lambda self, model: (0.5, 0.0))
     keeper = ScoreKeeper(ScoreConfig(task=str(task), keep_score=0.9), tmp_path, False, ProgressDisplay())
@@ -111,12 +105,7 @@ def test_a_final_score_below_the_limit_is_reported(
 
 
 def test_a_share_of_no_score_cannot_be_kept(
-    source_folder: Path,
-    corpus: Path,
-    task: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    source_folder: Path, corpus: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     monkeypatch.setattr(ScoreKeeper, "_measure", lambda self, model: (0.0, 0.0))
     assert run(scored(source_folder, corpus, tmp_path / "run", task, "--keep-score", "0.9")) == 2
@@ -127,12 +116,28 @@ def test_a_share_of_no_score_cannot_be_kept(
 def test_no_later_checkpoint_replaces_the_kept_one(
     stopped: list[int], source_folder: Path, corpus: Path, task: Path, tmp_path: Path, falling: list[int]
 ) -> None:
-    more = ["--keep-score", "0.9", "--keep", "1", "--checkpoint-every", "1"]
-    arguments = scored(source_folder, corpus, tmp_path / "run", task, *more)
+    arguments = scored(source_folder, corpus, tmp_path / "run", task, *KEPT)
     for last in stopped:
         run_until(last, arguments)
     assert run([*arguments, *["--resume"] * len(stopped)]) == 0
     assert Architecture.from_folder(tmp_path / "run" / "model").num_parameters == falling[1]
+
+
+def test_nothing_is_deleted_if_the_kept_checkpoint_is_damaged(
+    source_folder: Path,
+    corpus: Path,
+    task: Path,
+    tmp_path: Path,
+    falling: list[int],
+    capsys: ERRORS,
+) -> None:
+    arguments = scored(source_folder, corpus, tmp_path / "run", task, *KEPT)
+    run_until(8, arguments)
+    kept, _ = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    (kept / "tensors.pt").write_bytes(b"damaged")
+    assert run([*arguments, "--resume"]) == 2
+    assert "no sound checkpoint of a size that kept it is left" in capsys.readouterr().err
+    assert len(list(kept.parent.iterdir())) == 2
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ class Checkpoints:
 
         Without room, the previous one stays and the run continues.
         """
-        if self.is_saved:
+        if self.is_saved or self.current == self.kept:
             return
         parallel = self.trained.parallel
         needed = training_state.state_bytes(self.trained.model, self.trained.optimizer)

@@ -15,7 +15,7 @@ from ...runtime.base.files import write_json_atomically
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import format_count
 from ..checkpoint.milestone import Milestone
-from ..checkpoint.run_folder import SCORES_FILE, checkpoint_folders
+from ..checkpoint.run_folder import SCORES_FILE, checkpoint_folders, damage
 from ..checkpoint.state import checkpoint_path
 from ..checkpoint.writer import Checkpoints
 from ..config.sections import ScoreConfig
@@ -93,7 +93,7 @@ class ScoreKeeper:
         """Score `model`, the one of a step, with its parameters and its size in the unit of the budget.
 
         A score of the same step from before a resume is used again. Raises ScoreTooLowError below the limit, and
-        UsageError if the whole model has no score of which a share can be kept.
+        UsageError if the whole model has no score of which a share can be kept, or the checkpoint to return to is bad.
         """
         # a resumed run comes to the same step again, and answering the examples takes minutes
         found = next((each for each in self.sizes if (each.step, each.size) == (step, size)), None)
@@ -119,29 +119,35 @@ class ScoreKeeper:
             )
         if found.score >= share * first.score:
             return
-        kept = self._last_kept(share, step)
-        checkpoint = checkpoint_path(self.path.parent, kept.step)
+        kept = [each for each in self._kept(share, step) if not damage(self._checkpoint_of(each))]
+        if not kept:  # before anything is deleted
+            raise UsageError(
+                f"the score is below {share:g} of the first, and no sound checkpoint of a size that kept it is left in "
+                f"{self.path.parent / 'checkpoints'}; train again, or without --keep-score"
+            )
+        checkpoint = self._checkpoint_of(kept[-1])
         for newer in checkpoint_folders(checkpoint.parent):  # before the file says so: a killed run measures again
             if newer.name > checkpoint.name:
                 shutil.rmtree(newer)
-        self.smallest = kept.size
+        self.smallest = kept[-1].size
         self._write()
         self.display.say(
-            f"that is below {share:g} of it: the run returns to {format_count(kept.parameters)} parameters"
+            f"that is below {share:g} of it: the run returns to {format_count(kept[-1].parameters)} parameters"
         )
         raise ScoreTooLowError(checkpoint)
 
     def kept_checkpoint(self, step: int) -> Path | None:
         """Return the checkpoint at or before `step` to which the run may return, or None if it will not return."""
         share = self.settings.keep_score
-        if share is None or self.smallest is not None or not any(each.step <= step for each in self.sizes):
-            return None
-        return checkpoint_path(self.path.parent, self._last_kept(share, step).step)
+        kept = self._kept(share, step) if share is not None and self.smallest is None else []
+        return self._checkpoint_of(kept[-1]) if kept else None
 
-    def _last_kept(self, share: float, step: int) -> SizeScore:
-        """Return the last size up to `step` with at least `share` of the first score."""
-        limit = share * self.sizes[0].score
-        return [each for each in self.sizes if each.step <= step and each.score >= limit][-1]
+    def _kept(self, share: float, step: int) -> list[SizeScore]:
+        """Return the sizes up to `step` with at least `share` of the first score, the largest first."""
+        return [each for each in self.sizes if each.step <= step and each.score >= share * self.sizes[0].score]
+
+    def _checkpoint_of(self, size: SizeScore) -> Path:
+        return checkpoint_path(self.path.parent, size.step)
 
     def last(self) -> dict[str, Any]:
         """Return the last score and how it was measured."""
