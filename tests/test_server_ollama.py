@@ -67,18 +67,19 @@ def test_chat_gives_the_answer_of_openai_api(client: httpx.Client) -> None:
 
 
 def test_the_oldest_turns_of_a_long_conversation_are_dropped(client: httpx.Client) -> None:
-    """As Ollama does: system messages and the last turn stay."""
-    turns = [{"role": "user", "content": "one " * 150}, {"role": "assistant", "content": "Yes"}] * 6
-    last, usages = [{"role": "user", "content": "Hello there"}], []
-    for first in range(7):  # OpenAI's API refuses what does not fit
-        kept = [MESSAGES[0], *turns[2 * first :], *last]
-        answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": kept, "max_tokens": 12}).json()
-        usages += [answer["usage"]] if "usage" in answer else []
-    assert 1 < len(usages) < 7
-    expected = next(each["prompt_tokens"] for each in usages if each["prompt_tokens"] + 12 <= 1024)
-    long = [MESSAGES[0], *turns, *last]
-    (whole,) = ask(client, "chat", messages=long, options=GREEDY, stream=False)
-    assert whole["prompt_eval_count"] == expected
+    turns = [{"role": "user", "content": "one " * 165}, {"role": "assistant", "content": "Yes"}] * 6
+
+    def counted(*messages: dict[str, str], limit: int = 12) -> int:
+        (answer,) = ask(client, "chat", messages=messages, options={"num_predict": limit}, stream=False)
+        return answer["prompt_eval_count"]
+
+    expected = counted(MESSAGES[0], *turns[-4:], MESSAGES[1])
+    assert expected + counted(*turns[:1]) > 1024  # so two of six turns fit
+    long = [MESSAGES[0], *turns, MESSAGES[1]]
+    assert counted(*long) == expected
+    assert counted({"role": "assistant", "content": "Hi " * 900}, MESSAGES[1]) == counted(MESSAGES[1])
+    long_last = {"role": "user", "content": "one " * 475}  # which alone leaves no room for 60 tokens
+    assert counted(MESSAGES[1], turns[1], long_last, limit=60) > counted(long_last, limit=60) > 1024 - 60
     body = {"model": "tiny", "input": long, "max_output_tokens": 12}
     assert client.post("/v1/responses", json=body).json()["error"]["code"] == "context_length_exceeded"
     answered = client.post("/v1/responses", json={**body, "truncation": "auto"}).json()

@@ -95,13 +95,20 @@ def prompt_of(engine: EngineScheduler, request: ChatRequest) -> ChatPrompt:
         kept = [message for message in messages[:turn] if message["role"] == "system"] + messages[turn:]
         return tool_prompt(engine, kept, request.tool_use, request.template_variables)
 
-    whole, room = after(0), min(request.token_limit, engine.context_length // 4)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "user"][1:]
-    most = engine.context_length - room
-    if not request.may_drop_turns or not turns or len(whole.tokens) <= most:
+    whole, window = after(0), engine.context_length
+    if not request.may_drop_turns:
         return whole
-    first = bisect_left(turns[:-1], True, key=lambda turn: len(after(turn).tokens) <= most)
-    return after(turns[first])
+    roles = [message["role"] for message in messages]
+    begin = next((index for index, role in enumerate(roles) if role != "system"), 0)
+    turns = [index for index in range(begin + 1, len(roles)) if roles[index] == "user"]
+    # if no cut leaves the room, as much as fits
+    for most in (window - min(request.token_limit, window // 8), window - 1):
+        if len(whole.tokens) <= most:
+            break
+        first = bisect_left(turns, True, key=lambda turn: len(after(turn).tokens) <= most)
+        if first < len(turns):
+            return after(turns[first])
+    return whole
 
 
 def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
