@@ -74,18 +74,18 @@ def test_the_oldest_turns_of_a_long_conversation_are_dropped(client: httpx.Clien
         return answer["prompt_eval_count"]
 
     expected = counted(MESSAGES[0], *turns[-4:], MESSAGES[1])
-    assert expected + counted(*turns[:1]) > 1024  # so two of six turns fit
     long = [MESSAGES[0], *turns, MESSAGES[1]]
-    assert counted(*long) == expected
+    assert counted(*long) == expected > 1024 - counted(turns[0])  # so no third turn fits
     assert counted({"role": "assistant", "content": "Hi " * 900}, MESSAGES[1]) == counted(MESSAGES[1])
+    nearly = MESSAGES[1], turns[1], {"role": "user", "content": "one " * 430}
+    assert counted(*nearly) > counted(*nearly, limit=500) == counted(nearly[-1])  # of 1024 tokens, 128 are left
     long_last = {"role": "user", "content": "one " * 475}  # which alone leaves no room for 60 tokens
     assert counted(MESSAGES[1], turns[1], long_last, limit=60) > counted(long_last, limit=60) > 1024 - 60
     body = {"model": "tiny", "input": long, "max_output_tokens": 12}
     assert client.post("/v1/responses", json=body).json()["error"]["code"] == "context_length_exceeded"
     answered = client.post("/v1/responses", json={**body, "truncation": "auto"}).json()
     assert (answered["truncation"], answered["usage"]["input_tokens"]) == ("auto", expected)
-    endless = [*long, {"role": "user", "content": "word " * 2000}]
-    for refused in ({"messages": long, "truncate": False}, {"messages": endless}):
+    for refused in ({"messages": long, "truncate": False}, {"messages": [{"role": "user", "content": "word " * 2000}]}):
         assert client.post("/api/chat", json={"model": "tiny", **refused}).status_code == 400
 
 

@@ -82,9 +82,11 @@ def _biases(engine: EngineScheduler, request: CompletionRequest) -> dict[int, fl
 
 
 def prompt_of(engine: EngineScheduler, request: ChatRequest) -> ChatPrompt:
-    """Return the prompt of a chat, without its oldest turns if it may drop them and leaves no room for an answer.
+    """Return the prompt of a chat.
 
-    System messages and the last turn stay. APIError 400 if it asks for reasoning that the chat template does not know.
+    The oldest turns are dropped if the request allows it, and what is left is less than the answer's limit and less
+    than an eighth of the context window. System messages and the last turn stay. APIError 400 if it asks for reasoning
+    that the chat template does not know.
     """
     known = engine.chat_template or ""
     if request.reasoning_effort not in (None, "none") and not any(name in known for name in REASONING_VARIABLES):
