@@ -34,7 +34,7 @@ CSV_FIELD_BYTES = 2**31 - 1
 
 def _parse_json(context: ReadContext, content: bytes, place: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8-sig").strip())  # else a cut text ends in a wrong newline
+        return json.loads(content.decode("utf-8-sig").strip("\r\n"))  # the error of a cut line names its open string
     except UnicodeDecodeError as error:
         raise context.not_utf8(error, f"{place} is ") from error
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits, thousands of brackets
