@@ -46,7 +46,7 @@ USES = {
     "chat, serve, bench of an ONNX folder": ("onnx",),
     "chat, serve, bench of a .pte": ("executorch",),
     "serve": ("server",),
-    "bench --profile": ("bench",),
+    "bench --profile": ("export", "bench"),
 }
 """Command -> the extras that it needs, one of those between |. Commands that are not listed need none."""
 
