@@ -99,6 +99,8 @@ def test_table_has_a_cell_for_each_result() -> None:
     assert [len(row) for row in table] == [4] * 4
     assert not any(row[2] for row in table)
     assert "probability 0." in table[1][3]
+    few = job(np.full(19, 0.9), *np.ones((2, 19), dtype=bool))
+    assert (len(rows([few])), rows([few, sure])[3][2]) == (3, "")
     assert rows([without, replace(without, probabilities=[])]) == [] == rows([replace(sure, metric="exact")])
 
 

@@ -103,9 +103,8 @@ def test_ranking_by_bytes_prefers_a_stem_of_whole_k_blocks() -> None:
     with pytest.raises(UsageError, match="--stem-channels 608: the source has 576; give fewer"):
         check_smallest_size(PruneConfig(prune=("stem",), stem_channels=608, target_ratio=0.5), source)
     wide = replace(rules, fixed_stem=480)  # 512 channels would take fewer bytes
-    out_of_reach = measure.of(smallest_architecture(source, fixed))
     with pytest.raises(UsageError, match=r"is too small: .* or give fewer --stem-channels"):
-        check_budget(Budget(out_of_reach, measure), source, wide)
+        check_budget(Budget(measure.of(smallest_architecture(source, fixed)), measure), source, wide)
     eight_bits = bytes_of_file("q8_0", 0)  # no steps there: FFN channels are the better bargain
     after = select_removal(source, scores, replace(rules, measure=eight_bits), 0.9 * eight_bits.of(source)).after
     assert after.hidden_size == 576

@@ -90,7 +90,7 @@ def _acted_on(least: float, share: float) -> str:
 
 
 def rows(results: Sequence[JobResult]) -> list[list[str]]:
-    """Return a row for each of WRONG_ACTS and one of the calibration error, with a cell for each result."""
+    """Return a row for each of WRONG_ACTS and one of the calibration error if known, with a cell for each result."""
     found = [calibration(each) for each in results]
     if not any(found):
         return []

@@ -119,20 +119,20 @@ class ScoreKeeper:
             )
         if found.score >= share * first.score:
             return
-        kept = [each for each in self._kept(share, step) if not damage(self._checkpoint_of(each))]
-        if not kept:  # before anything is deleted
+        kept = next((each for each in self._kept(share, step)[::-1] if not damage(self._checkpoint_of(each))), None)
+        if kept is None:  # before anything is deleted
             raise UsageError(
                 f"the score is below {share:g} of the first, and no sound checkpoint of a size that kept it is left in "
                 f"{self.path.parent / 'checkpoints'}; train again, or without --keep-score"
             )
-        checkpoint = self._checkpoint_of(kept[-1])
+        checkpoint = self._checkpoint_of(kept)
         for newer in checkpoint_folders(checkpoint.parent):  # before the file says so: a killed run measures again
             if newer.name > checkpoint.name:
                 shutil.rmtree(newer)
-        self.smallest = kept[-1].size
+        self.smallest = kept.size
         self._write()
         self.display.say(
-            f"that is below {share:g} of it: the run returns to {format_count(kept[-1].parameters)} parameters"
+            f"that is below {share:g} of it: the run returns to {format_count(kept.parameters)} parameters"
         )
         raise ScoreTooLowError(checkpoint)
 
