@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -121,10 +121,10 @@ def load_source(
             )
         imported, tokenizer = load_foreign(path, called, foreign)
         return imported.model, tokenizer
-    folder, options = _located(source, path)
+    folder, options = _located(source, path, called)
     with loading(called):
         if path.suffix != ".gguf":  # look at the family before gigabytes of weights are read
-            config = _config(folder, called, options)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
             refuse_quantized(config.to_dict(), called)
             architecture_of(config)
             if path.is_dir():
@@ -147,13 +147,14 @@ def load_source(
 
 def weights_folder(source: str, called: str = "") -> Path | None:
     """Return the folder of a source's .safetensors files, downloaded if needed. None for every other kind of source."""
-    path = check_source(source, called or f"--source {source}")
+    called = called or f"--source {source}"
+    path = check_source(source, called)
     if path.suffix == ".gguf" or is_foreign(path):
         return None
     if path.is_dir():
         check_folder(path)
     else:
-        _, options = _located(source, path)
+        _, options = _located(source, path, called)
         path = Path(snapshot_download(source, allow_patterns=[*WEIGHT_FILES, "*.json"], **options))
     return path if locate_tensors(path) else None
 
@@ -189,12 +190,15 @@ def load_tokenizer(source: str, flag: str = "--source") -> PreTrainedTokenizerBa
     """Load the tokenizer of `source` as `load_source` does, but no weights. Raises UsageError or ModelError."""
     called = f"{flag} {source}"
     path = check_source(source, called)
-    folder, options = _located(source, path)
+    folder, options = _located(source, path, called)
     return _foreign_tokenizer(path, called) if is_foreign(path) else _tokenizer(path, folder, options, called)
 
 
-def _located(source: str, path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the folder or hub id of a source at `path`, and transformers' options to load it."""
+def _located(source: str, path: Path, called: str) -> tuple[str, dict[str, Any]]:
+    """Return the folder or hub id of a source at `path`, and transformers' options to load it.
+
+    Without an answer of the hub, what was downloaded before is used. Raises ModelError if nothing was.
+    """
     if path.suffix == ".gguf":
         from transformers import GgufConfig  # absent before 5.x
 
@@ -202,20 +206,13 @@ def _located(source: str, path: Path) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         check_folder(path)
         return str(path), {}
-    # without an answer: what was downloaded before, without asking for something newer
-    return source, {} if hub_answers("model", source) else {"local_files_only": True}
-
-
-def _config(folder: str, called: str, options: dict[str, Any]) -> PreTrainedConfig:
-    """Load the config of a folder or hub id. Raises ModelError if neither a folder nor the hub has it."""
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
-    except OSError as error:
-        if "local_files_only" not in options:
-            raise
+    if hub_answers("model", source):
+        return source, {}
+    if not isinstance(try_to_load_from_cache(source, "config.json"), str):
         raise ModelError(
             f"{called}: no such folder, not downloaded before, and the hub does not answer; check the name"
-        ) from error
+        )
+    return source, {"local_files_only": True}
 
 
 def _foreign_tokenizer(path: Path, called: str) -> PreTrainedTokenizerBase:
