@@ -124,7 +124,7 @@ class OllamaRequest(TranslatedRequest):
     without_effect = ("shift",)
     model: Text
     truncate: Bool = True
-    """Whether the oldest turns of a conversation that does not fit are dropped. Otherwise it is refused."""
+    """Drop the oldest turns of a conversation that does not fit. If false, it is refused."""
     keep_alive: KeepAlive | None = None
     format: Literal["", "json"] | Json = ""
     """The text json, or a JSON schema."""
