@@ -68,8 +68,8 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
 def fastest_small_architecture(architecture: Architecture, rules: SelectionRules) -> Architecture:
     """Return the fastest of the smallest shape and those with one step more FFN, more stem, or both.
 
-    A fixed stem stays.
-    In milliseconds, the smallest shape is not the fastest if a kernel takes two steps of a width at once.
+    In milliseconds, the smallest shape is not the fastest if a kernel takes two steps of a width at once. A fixed stem
+    stays.
     """
     least = smallest_architecture(architecture, rules)
     if rules.floor is not None:
