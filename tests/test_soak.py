@@ -18,7 +18,7 @@ from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.server.models.worker import Deadline, EngineWorker
 from efficientllm.server.options import AppOptions
 
-OPTIONS = EngineOptions(threads=1, context=1024, parallel=2)
+OPTIONS = EngineOptions(threads=1, context=4096, parallel=2)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.models.pool_options import PoolOptions
 from efficientllm.server.options import AppOptions
 
-LONG = 900
+LONG = 3000
 """Tokens of an answer that would go on."""
 
 LONG_STRING = {"type": "object", "properties": {"text": {"type": "string", "minLength": LONG}}, "required": ["text"]}
@@ -298,7 +298,7 @@ def body(argv: Sequence[str]) -> int:
     parser.add_argument("artefact", nargs="+", help="folder written by efficientllm-export, or a .gguf file")
     arguments = parser.parse(argv)
     artefacts, options = arguments.pop("artefact"), flags.take(arguments, SoakOptions)
-    engine_options = EngineOptions(options.threads, context=1024, parallel=4)
+    engine_options = EngineOptions(options.threads, context=4096, parallel=4)
     engine = load_engine(artefacts[0], engine_options)
     tokens = distinct_tokens(engine)
     engine.close()
