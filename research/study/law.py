@@ -45,12 +45,16 @@ class LawConfig:
 
 Row = dict[str, Any]
 """A run: arm, keep, seed, tokens, rate, sizes, cost, and nats: `gap` (above the source), `chat`, `turn_end`."""
+RUN = ("arm", "keep", "seed", "tokens", "learning_rate")
+"""What tells one run from another."""
 Runs = dict[int, list[Row]]
 """{tokens: seeds}, shortest first."""
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """Return the trained runs of a study. Raises UsageError without the untouched source."""
+    """Return the trained runs of a study, or of a file of runs. Raises UsageError without the untouched source."""
+    if folder.suffix == ".json" and folder.is_file():
+        return json.loads(folder.read_text(encoding="utf-8"))["runs"]
     path = folder / "source-s0" / "result.json"
     if not path.is_file():
         raise UsageError(f"{folder} is no study with the untouched source; run it with --arms source first")
@@ -102,9 +106,10 @@ def _predicted(law: TokenLaw | None, tokens: int) -> str:
 def body(argv: Sequence[str]) -> int:
     """Print the table, and write rows and picture if requested."""
     parser = flags.Parser(LawConfig, prog="python -m research.study.law", description=__doc__)
-    parser.add_argument("studies", nargs="+", metavar="STUDY", help="folder of research.study (its --output)")
+    parser.add_argument("studies", nargs="+", metavar="STUDY", help="output of research.study, or of this --output")
     arguments = parser.parse(argv)
-    rows = [row for folder in arguments.pop("studies") for row in read_rows(Path(folder))]
+    found = [row for folder in arguments.pop("studies") for row in read_rows(Path(folder))]
+    rows = [*{tuple(row[name] for name in RUN): row for row in found}.values()]
     config, laws = flags.take(arguments, LawConfig), {}
     lengths, predicted = sorted({row["tokens"] for row in rows}), [int(tokens) for tokens in config.predict]
     heads = [*(f"{tokens:,}" for tokens in lengths), "law", *(f"{tokens:,} by the law" for tokens in predicted)]

@@ -305,8 +305,7 @@ def test_bad_settings_give_one_line(
 
 def made_study(folder: Path, tokens: int, learning_rate: float, gaps: list[float]) -> str:
     """A study whose arm `recover` is these nats above the source, one seed each."""
-    shown = Path(__file__).parents[2] / "docs" / "results" / "results.json"
-    rows = json.loads(shown.read_text(encoding="utf-8"))["results"]
+    rows = json.loads((Path(__file__).parents[2] / "docs/results/results.json").read_text(encoding="utf-8"))["results"]
     source = next(row for row in rows if row["arm"] == "source")
     texts = source["evaluation"]["quality"]["texts"]
     found = {"source-s0": source}
@@ -326,10 +325,9 @@ def test_the_law_predicts_longer_runs_from_the_better_rate(tmp_path: Path, capsy
     def gap(tokens: int) -> float:
         return 9 * tokens**-0.2
 
-    studies = []
-    for tokens in (10_000, 40_000, 160_000):
-        studies.append(made_study(tmp_path / f"{tokens}", tokens, 2e-4, [0.98 * gap(tokens), 1.02 * gap(tokens)]))
-        studies.append(made_study(tmp_path / f"{tokens}-high", tokens, 1e-3, [1.5 * gap(tokens)]))
+    lengths = (10_000, 40_000, 160_000)
+    studies = [made_study(tmp_path / f"{each}", each, 2e-4, [0.98 * gap(each), 1.02 * gap(each)]) for each in lengths]
+    studies += [made_study(tmp_path / f"{each}-high", each, 1e-3, [1.5 * gap(each)]) for each in lengths]
     studies.append(made_study(tmp_path / "longest", 640_000, 2e-4, [2 * gap(640_000)]))
     rows, picture = tmp_path / "tokens.json", tmp_path / "tokens.png"
     more = ["--fit-through", "160000", "--predict", "640000", "--output", str(rows), "--picture", str(picture)]
@@ -339,6 +337,8 @@ def test_the_law_predicts_longer_runs_from_the_better_rate(tmp_path: Path, capsy
     assert "* tokens ^ -0.200" in row  # the longest run is left out
     low, high = map(float, row.split(f"{gap(640_000):.3f} (")[1].split(")")[0].split("-"))
     assert 0.8 * gap(640_000) < low < gap(640_000) < high < 1.2 * gap(640_000)
+    assert run_command(law.body, [str(rows), studies[0], *more]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == row
     assert len(json.loads(rows.read_text())["runs"]) == 3 * 3 + 1
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert run_command(law.body, [str(tmp_path)]) == 2
