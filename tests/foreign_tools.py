@@ -374,19 +374,8 @@ def gpt_neox(folder: Path) -> torch.Tensor:
 TOOLS: dict[str, Callable[[Path], torch.Tensor]] = {
     maker.__name__: maker
     for maker in (
-        *(
-            llm_pruner,
-            adapt_pruner,
-            torch_pruning,
-            flap,
-            flap_qwen2,
-            wanda_sp,
-            shortgpt,
-            gaps,
-            mergekit,
-            darwinlm,
-            puzzletron,
-        ),
+        *(llm_pruner, adapt_pruner, torch_pruning, flap, flap_qwen2, wanda_sp, shortgpt, gaps, mergekit),
+        *(darwinlm, puzzletron),
         *(nemotron_nas, per_layer_config, layer_lists, openelm, fused, gpt_neox),
     )
 }

@@ -230,6 +230,14 @@ def test_index_without_metadata_gives_one_line(copy: Path, tmp_path: Path, capsy
     assert 'has no metadata, which transformers reads; add "metadata": {}' in capsys.readouterr().err
 
 
+def test_a_tensor_in_two_files_gives_one_line(copy: Path, tmp_path: Path, capsys: ERRORS) -> None:
+    first, second = (copy / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    save_file({**load_file(second), "model.norm.weight": torch.ones(64)}, second)
+    save_file({**load_file(first), "model.norm.weight": torch.zeros(64)}, first)
+    assert export(copy, "onnx", tmp_path / "out") == 2
+    assert "tensor model.norm.weight is in" in one_line(capsys)
+
+
 @pytest.mark.parametrize("target", ["onnx", "gguf"])
 def test_odd_number_of_rotated_channels_gives_one_line(
     target: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: ERRORS

@@ -138,12 +138,16 @@ def without_tables(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
 
 
+@pytest.mark.parametrize(("tool", "heads", "hidden"), [(wanda_sp, 10, 160), (flap, 8, 64)])
 def test_a_head_dim_that_nothing_gives_is_asked_for(
-    made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tool: Any, heads: int, hidden: int, made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Five of eight heads in every layer: 80 rows are five heads of 16, or ten (a divisor of 8 x 10) of 8."""
-    folder, expected = made(wanda_sp)
-    change_config(folder, head_dim=None, num_attention_heads=10, hidden_size=160)
+    """Five of eight heads in every layer are 80 rows: five heads of 16, or ten (a divisor of 8 x 10) of 8.
+
+    With unequal layers, 128 rows would be sixteen heads of 64 / 8 channels, more than config.json has.
+    """
+    folder, expected = made(tool)
+    change_config(folder, head_dim=None, num_attention_heads=heads, hidden_size=hidden)
     rename(folder, without_tables)
     assert export(folder, "onnx", tmp_path / "out") == 2
     assert "head_dim is not in config.json and may be 8 or 16; give --head-dim" in capsys.readouterr().err
@@ -518,15 +522,24 @@ def test_export_ends_with_facts_that_shapes_do_not_prove(
         keep(attention.q_proj, channels([0, 1, 2, 4]))
         keep(attention.o_proj, columns=channels([0, 1, 2, 4]))
         attention.num_key_value_groups = 1
-        return save(model, folder)
+        return save(model, folder, head_dim=None)
 
     folder, _ = made(cut)
     doubt = "query over key/value heads are read as 4 over 4 instead of 8 over 4, which is right only if every group"
+    computed = "head_dim 16 is only computed (hidden_size / heads of config.json); if the tool changed one"
     assert export(folder, "onnx", tmp_path / "out", "--quantize", "f32") == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("artefact: ")
-    assert doubt in last
-    assert any(doubt in limit for limit in Manifest.read(tmp_path / "out").limits)
+    for each in (doubt, computed):
+        assert each in last
+        assert any(each in limit for limit in Manifest.read(tmp_path / "out").limits)
+
+
+def test_weights_with_nan_are_named(made: Callable[..., Any], tmp_path: Path, capsys: Any) -> None:
+    folder, _ = made(llm_pruner)
+    rename(folder, lambda tensors: {**tensors, "model.norm.weight": tensors["model.norm.weight"] * float("nan")})
+    assert export(folder, "onnx", tmp_path / "out") == 2
+    assert "tensor model.norm.weight holds NaN or infinite numbers" in capsys.readouterr().err
 
 
 def test_export_ends_with_parts_that_were_not_compared(

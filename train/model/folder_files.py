@@ -180,6 +180,8 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
         try:
             with safe_open(file, framework="np") as stream:
                 for name in stream.keys():  # noqa: SIM118  it is no mapping
+                    if name in found:
+                        raise ModelError(f"tensor {name} is in {found[name].file} and in {file}; remove the wrong one")
                     tensor = stream.get_slice(name)
                     found[name] = TensorHeader(file, tuple(tensor.get_shape()), tensor.get_dtype())
         except SafetensorError as error:

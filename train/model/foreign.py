@@ -31,6 +31,9 @@ WINDOW_SETTINGS = ("sliding_window", "use_sliding_window", "max_window_layers", 
 LISTS = ("layer_types", "no_rope_layers")
 """Settings with a value for each layer."""
 
+COMPUTED = "hidden_size / heads of config.json"
+"""Source of a head_dim that nothing states."""
+
 Tensors = dict[str, Stored]
 
 
@@ -93,6 +96,9 @@ def read_foreign(folder: Path, called: str, given_head_dim: int | None = None) -
     _check_stated(stated, layers)
     tensors, grouped, added = _with_equal_groups(tensors, layers, original, head_dim)
     doubts = _doubts(layers, stated, original)
+    if source == COMPUTED:
+        least = f"head_dim {head_dim} is only computed ({source}); if the tool changed one of the two, give --head-dim"
+        doubts = (*doubts, least)
     vocab_size, hidden_size = _matrix(tensors, EMBEDDING)
     is_tied = bool(config.get("tie_word_embeddings", FAMILIES[family].ties_by_default))
     if is_tied and HEAD in tensors and not torch.equal(*(tensors[each].read().float() for each in (HEAD, EMBEDDING))):
@@ -174,15 +180,16 @@ def _head_dim(config: Mapping[str, Any], tensors: Tensors, parts: Family, given:
                 raise ModelError(f"head_dim {size} ({source}) does not divide the {sorted(rows)} rows of q and k")
             return size, source
     heads = whole_number(config, "num_attention_heads", least=1)
-    # A config without head_dim means hidden_size / heads. Some tools change these two numbers and others do not, so
-    # that a model with equal layers may have a second reading.
-    readings = {whole_number(config, "hidden_size") // heads}
-    readings |= {row // heads for row in queries if len(queries) == 1 and row % heads == 0}
+    # A config without head_dim means hidden_size / heads. Some tools change these two numbers and others do not. So a
+    # model with equal layers, or with more heads than config.json has, may have a second reading.
+    computed = whole_number(config, "hidden_size") // heads
+    is_doubtful = len(queries) == 1 or max(queries, default=0) > computed * heads
+    readings = {computed, *(row // heads for row in queries if is_doubtful and row % heads == 0)}
     fitting = sorted(size for size in readings if size and not any(row % size for row in rows))
     if len(fitting) != 1:
         which = f"may be {' or '.join(map(str, fitting))}" if fitting else f"divides no {sorted(rows)} rows of q and k"
         raise ModelError(f"head_dim is not in config.json and {which}; give --head-dim, or add it to config.json")
-    return fitting[0], "hidden_size / heads of config.json"
+    return fitting[0], COMPUTED
 
 
 def _lengths(tensors: Tensors, ending: str) -> list[int]:

@@ -78,7 +78,12 @@ def import_folder(folder: Path, called: str, options: ImportOptions) -> Imported
     if expected is None:
         return Imported(model, found.table(), original, False, found.doubts)
     with torch.inference_mode():
-        difference = float((model(tokens, use_cache=False).logits - expected).abs().max())
+        logits = model(tokens, use_cache=False).logits
+    if not logits.isfinite().all():
+        broken = next((name for name, tensor in state.items() if not tensor.isfinite().all()), "")
+        where = f"tensor {broken} holds" if broken else "its logits are"
+        raise ModelError(f"{called}: {where} NaN or infinite numbers; no file can compute with it")
+    difference = float((logits - expected).abs().max())
     if not difference <= MOST_DIFFERENCE * max(1.0, float(expected.abs().max()) / 32):
         raise ModelError(
             f"{folder}: the imported logits differ from {original} by {difference:.1e}; please report this model"
