@@ -110,8 +110,9 @@ class ReasoningReader:
 class CallReader:
     """Reads an answer in a ToolFormat piece by piece."""
 
-    def __init__(self, format: ToolFormat) -> None:
-        self.format = format
+    def __init__(self, format: ToolFormat, must_call: bool = False) -> None:
+        """Expect nothing but calls if the answer `must_call`."""
+        self.format, self._must_call = format, must_call
         self.num_calls = 0
         self._state: Literal["text", "name", "arguments", "after"] = "text"
         self._unread = ""
@@ -128,9 +129,9 @@ class CallReader:
         return events
 
     def finish(self) -> list[Event]:
-        """Return the text that was held back, at the end of the answer."""
+        """Return the text that was held back, at the end of the answer. The beginning of a required call is none."""
         rest, self._unread = self._unread, ""
-        return [TextEvent(rest)] if rest and self._state == "text" else []
+        return [TextEvent(rest)] if rest and self._state == "text" and not self._must_call else []
 
     def _take(self, length: int) -> str:
         taken, self._unread = self._unread[:length], self._unread[length:]

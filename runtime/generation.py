@@ -236,9 +236,9 @@ class Generation:
         rows, draft, begin = np.atleast_2d(logits), self.lease.draft, len(self.lease.tokens)
         is_scoring = bool(self._unscored)
         if not self.stats.passes:
-            self.stats.cached_tokens = self.lease.cached_tokens
-            known = len(self.tokens) + len(self._unscored)
-            self.stats.prefilled_tokens = known - len(self.answer) - self.stats.cached_tokens
+            prompt = len(self.tokens) + len(self._unscored) - len(self.answer)
+            self.stats.cached_tokens = min(self.lease.cached_tokens, prompt)  # forced tokens may be cached, too
+            self.stats.prefilled_tokens = prompt - self.stats.cached_tokens
         piece, num_right = self._accept_row(rows[0]), 0
         while not self.is_over:
             # one further token, or several that a grammar forces; none if the window slid

@@ -81,7 +81,7 @@ class ChatPrompt:
         An answer that is not `is_free` follows a response format and has no reasoning.
         """
         use = self.tool_use
-        calls = CallReader(self.format) if use is not None else None
+        calls = CallReader(self.format, use.must_call) if use is not None else None
         must_call = use is not None and (use.must_call or use.only or use.otherwise is not None)
         if self.reasoning == "none" or not is_free or must_call:
             return calls

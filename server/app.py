@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterable
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -40,7 +41,9 @@ def create_app(
         await asyncio.to_thread(pool.close)  # it waits for the answers in progress, which need this loop
 
     # without FastAPI's pages of the document, which load scripts from a CDN
-    app = FastAPI(title="efficientllm", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="efficientllm", version=version("efficientllm"), lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     is_named = (is_local or options.allow_host) and not options.keys
     names = frozenset((*LOCAL_HOSTS, *options.allow_host) if is_named else ())
     limits = {"max_body_bytes": options.max_body_bytes, "body_timeout": options.body_timeout}
@@ -80,7 +83,9 @@ def _complete_document(app: FastAPI, models: Iterable[str]) -> None:
 
 def refuse(scope: Any, error: APIError) -> JSONResponse:
     """Return the answer to a request that fails, in the shape of the API that its path belongs to."""
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    if error.status == 408:
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients would have the same answer computed twice more
     is_ollama = f"{scope['path']}/".startswith(f"{OllamaEndpoints.prefix}/")
     body = OllamaEndpoints.error_body(error) if is_ollama else error.body
     return JSONResponse(body, error.status, headers)

@@ -131,29 +131,28 @@ class OllamaRequest(TranslatedRequest):
     options: Options = Options()
     stream: Bool = True
     think: Bool | Literal["low", "medium", "high"] | None = None
-    """Sets enable_thinking of the chat template, and its variable reasoning_effort if it is a text."""
+    """False sets enable_thinking of the chat template. Other values are a reasoning_effort, true that of medium."""
 
     @property
     def is_load(self) -> bool:
         """Return True for a request without content, which only loads the model."""
         raise NotImplementedError
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> ChatRequest:
-        """Return a chat with these options."""
+    def completion(self, **fields: Any) -> dict[str, Any]:
+        """Return the fields of a CompletionRequest."""
         format: dict[str, Any] = {"type": "json_object"} if self.format else {}
         if isinstance(self.format, dict) and self.format:
             format["schema"] = self.format
-        variables: dict[str, Any] = {} if self.think is None else {"enable_thinking": bool(self.think)}
-        if isinstance(self.think, str):
-            variables["reasoning_effort"] = self.think
-        values = {
-            "model": self.model,
-            "messages": messages,
-            "stream": self.stream,
-            **self.options.as_fields(),
-            **fields,
-        }
-        values |= {"response_format": format, "chat_template_kwargs": variables}
+        common = {"model": self.model, "stream": self.stream, "response_format": format}
+        return common | self.options.as_fields() | fields
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> ChatRequest:
+        """Return a chat with these options."""
+        if self.think is False:
+            fields["chat_template_kwargs"] = {"enable_thinking": False}
+        elif self.think is not None:
+            fields["reasoning_effort"] = "medium" if self.think is True else self.think
+        values = self.completion(messages=messages, **fields)
         return ChatRequest.model_validate(values).allow_dropping(self.truncate)
 
 
@@ -186,8 +185,9 @@ class OllamaPrompt(OllamaRequest):
 
     def translate(self) -> CompletionRequest:
         if self.raw:
-            fields = {"model": self.model, "prompt": self.prompt, "stream": self.stream, **self.options.as_fields()}
-            return TextRequest.model_validate(fields)
+            if self.system or self.think:
+                raise ValueError("raw: has no chat template for system and think; remove them")
+            return TextRequest.model_validate(self.completion(prompt=self.prompt))
         system = [{"role": "system", "content": self.system}] if self.system else []
         return self.chat([*system, {"role": "user", "content": self.prompt}])
 
@@ -232,7 +232,7 @@ class OllamaAnswer(ResponseModel):
     """An answer or one line of its stream. Only the last line has a reason and counts."""
 
     model: str
-    created_at: str
+    created_at: str = Field(default_factory=lambda: datetime.now(UTC).isoformat().replace("+00:00", "Z"))
     message: Annotated[OllamaMessage | None, UNLESS_NONE] = None
     response: Annotated[str | None, UNLESS_NONE] = None
     thinking: Annotated[str | None, UNLESS_NONE] = None
@@ -302,8 +302,7 @@ class OllamaBuilder(ChatBuilder):
         said: dict[str, Any] = {"response": text, "thinking": reasoning or None}
         if self._has_messages:
             said = {"message": OllamaMessage(content=text, thinking=reasoning or None, tool_calls=calls)}
-        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-        return OllamaAnswer(model=self.base["model"], created_at=now, **said, **fields)
+        return OllamaAnswer(model=self.base["model"], **said, **fields)
 
     def _end(self, text: str, reasoning: str = "") -> OllamaAnswer:
         """Return the last line, or the whole answer."""
@@ -422,7 +421,14 @@ class OllamaEndpoints:
             if not unloads or self._pool.model_of(name) in self._pool.loaded:
                 worker = await self._pool.enter(name, self._pool.deadline())
                 worker.leave()
-            return JSONResponse({"model": request.model, "done": True, "done_reason": "unload" if unloads else "load"})
+            else:
+                self._pool.forget_to_keep(name)
+            answer = OllamaAnswer(model=request.model, done=True, done_reason="unload" if unloads else "load")
+            if isinstance(request, OllamaChat):
+                answer.message = OllamaMessage(content="")
+            else:
+                answer.response = ""
+            return JSONResponse(answer.model_dump())
         completion = request.translation
         completion.model = name
         make_builder = partial(OllamaBuilder, completion, isinstance(request, OllamaChat))

@@ -109,6 +109,8 @@ def test_a_prompt_is_continued_or_asked(client: httpx.Client, raw: bool) -> None
 def test_an_answer_may_be_json(client: httpx.Client, stream: bool) -> None:
     lines = ask(client, "chat", messages=MESSAGES, format=SCHEMA, options={"temperature": 0}, stream=stream)
     assert json.loads("".join(line["message"]["content"] for line in lines))["room"] in ("den", "hall")
+    lines = ask(client, "generate", prompt="a", raw=True, format=SCHEMA, options={"temperature": 0}, stream=stream)
+    assert json.loads("".join(line["response"] for line in lines))["room"] in ("den", "hall")
 
 
 TEXTS = {"type": "array", "items": {"type": "string"}}
@@ -194,7 +196,9 @@ def test_models_are_listed_and_shown(client: httpx.Client) -> None:
     shown = client.post("/api/show", json={"model": card["name"]}).json()
     assert shown["capabilities"] == ["completion", "tools"]
     assert 1024 in shown["model_info"].values()
-    assert ask(client, "generate") == [{"model": "tiny:latest", "done": True, "done_reason": "load"}]
+    (loaded,) = ask(client, "generate")
+    assert loaded.items() >= {"model": "tiny:latest", "response": "", "done": True, "done_reason": "load"}.items()
+    assert ask(client, "chat", messages=[])[0]["message"] == {"role": "assistant", "content": ""}
 
 
 def test_details_come_from_manifest_or_header(artefact: Path, tmp_path: Path) -> None:
@@ -239,11 +243,12 @@ def test_a_model_is_unloaded_after_keep_alive(artefact: Path) -> None:
         until_loaded(client, [])
         ask(client, "chat", messages=MESSAGES, options=GREEDY, keep_alive=-1)  # loads it again
         until_loaded(client, ["tiny:latest"])
-        unloaded = [{"model": "tiny:latest", "done": True, "done_reason": "unload"}]
-        assert ask(client, "generate", keep_alive=0) == unloaded
+        assert ask(client, "generate", keep_alive=0)[0]["done_reason"] == "unload"
         until_loaded(client, [])
-        assert ask(client, "chat", messages=[], keep_alive="0") == unloaded
+        assert ask(client, "chat", messages=[], keep_alive="0")[0]["done_reason"] == "unload"
         until_loaded(client, [])
+        ask(client, "generate", prompt="Hello", options=GREEDY)
+        assert pool.expires_in("tiny") == float("inf")  # an earlier 0 has ended
 
 
 def test_a_flag_unloads_idle_models_and_requests_load_them_again(artefact: Path) -> None:
@@ -267,6 +272,8 @@ def test_a_flag_unloads_idle_models_and_requests_load_them_again(artefact: Path)
         ("embed", {"input": "a " * 2000, "truncate": False}, 400, "input: is too large"),
         ("generate", {"prompt": "a", "context": [1, 2]}, 400, "context is not served here"),
         ("generate", {"prompt": "a", "suffix": "b"}, 400, "suffix is not served here; remove it"),
+        ("generate", {"prompt": "a", "raw": True, "system": "b"}, 400, "raw: has no chat template for system"),
+        ("chat", {"messages": MESSAGES, "think": True}, 400, "knows no reasoning; remove reasoning_effort or think"),
         ("generate", {"prompt": "a " * 2000}, 400, "context window"),
     ],
 )

@@ -122,7 +122,7 @@ def test_an_effort_without_reasoning_is_refused(artefact: Path) -> None:
             sent = {"messages": MESSAGES, "reasoning_effort": effort, "max_tokens": 1}
             answer = httpx.post(f"{address}/v1/chat/completions", json=sent)
             assert answer.status_code == status
-    message = "reasoning_effort: the chat template of this model knows no reasoning; remove it"
+    message = "the chat template of this model knows no reasoning; remove reasoning_effort or think"
     assert answer.json()["error"]["message"] == message
 
 

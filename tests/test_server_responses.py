@@ -74,10 +74,11 @@ def test_call_and_result_continue_the_response(client: openai.OpenAI) -> None:
         (streamed,) = events.get_final_response().output
     assert streamed.type == "function_call"
     assert Weather.model_validate_json(arguments) == Weather.model_validate_json(streamed.arguments)
-    result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
-    history: Any = [question, call.model_dump(exclude={"status", "id"}), result]
     common["max_output_tokens"] = 4
-    assert client.responses.create(**common, input=history, tool_choice="none").output_text
+    for output in ("sunny", [{"type": "input_text", "text": "sunny"}]):
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": output}
+        history: Any = [question, call.model_dump(exclude={"status", "id"}), result]
+        assert client.responses.create(**common, input=history, tool_choice="none").output_text
 
 
 @pytest.mark.parametrize(

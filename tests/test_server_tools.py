@@ -80,6 +80,11 @@ def test_a_required_call_is_valid(client: openai.OpenAI, model: str, seed: int) 
         assert not chunk.choices[0].delta.content
         reason = chunk.choices[0].finish_reason or reason
     assert (name, json.loads(streamed), reason) == (call.function.name, arguments, "tool_calls")
+    for limit in range(1, 12):  # the marks of a call that the limit cuts are no text
+        answer = client.chat.completions.create(**settings | {"max_tokens": limit})
+        assert not answer.choices[0].message.content
+        used: Any = answer.usage
+        assert used.prompt_tokens_details.cached_tokens <= used.prompt_tokens  # forced tokens are no part of the prompt
 
 
 def asked(*names: str) -> dict[str, Any]:

@@ -42,21 +42,12 @@ RUNS: dict[str, list[str]] = {
 """Flags of runs that have every phase between them."""
 
 STOPS = [
-    ("samples", "accumulate_gradients", 7),
-    ("samples", "perplexity", 1),
-    ("samples", "perplexity", 5),
+    *(("samples", name, at) for name, at in (("accumulate_gradients", 7), ("perplexity", 1), ("perplexity", 5))),
     ("samples", "<lambda>", 3),
-    ("blocks", "_of_batch", 1),
-    ("blocks", "_of_batch", -1),
-    ("blocks", "perplexity", -3),
-    ("rows", "count_tokens", 1),
-    ("rows", "_nats", 1),
-    ("rows", "_nats", -1),
-    ("rows", "_of_batch", -1),
-    ("rows", "_forward", -1),
-    ("kept rows", "count_tokens", 1),
-    ("kept rows", "_forward", 3),
-    ("kept rows", "_loop", -4),
+    *(("blocks", name, at) for name, at in (("_of_batch", 1), ("_of_batch", -1), ("perplexity", -3))),
+    *(("rows", name, at) for name, at in (("count_tokens", 1), ("_nats", 1), ("_nats", -1))),
+    *(("rows", name, -1) for name in ("_of_batch", "_forward")),
+    *(("kept rows", name, at) for name, at in (("count_tokens", 1), ("_forward", 3), ("_loop", -4))),
 ]
 """(run, function that asks whether to stop, which of the times that it asks; from the end where negative)."""
 

@@ -90,7 +90,7 @@ def prompt_of(engine: EngineScheduler, request: ChatRequest) -> ChatPrompt:
     """
     known = engine.chat_template or ""
     if request.reasoning_effort not in (None, "none") and not any(name in known for name in REASONING_VARIABLES):
-        raise APIError(400, "reasoning_effort: the chat template of this model knows no reasoning; remove it")
+        raise APIError(400, "the chat template of this model knows no reasoning; remove reasoning_effort or think")
     messages = request.template_messages
 
     def after(turn: int) -> ChatPrompt:

@@ -54,8 +54,8 @@ class ModelPool:
         self.options = replace(options, parallel=options.parallel or DEFAULT_PARALLEL)
         self.limits = limits = limits or PoolOptions()
         self._pins = list(map(read_pin, limits.pin))
-        self._keep_seconds = dict.fromkeys(self.artefacts, limits.idle_unload or float("inf"))
-        """{name: time in which the model stays loaded without requests}"""
+        self._keep_seconds: dict[str, float] = {}
+        """{name: time in which the model stays loaded without requests}, where a request gave one"""
         self._workers: dict[str, EngineWorker] = {}
         self._loading = asyncio.Lock()
         self._sizes = {name: artefact.file_bytes for name, artefact in self.artefacts.items()}
@@ -111,17 +111,24 @@ class ModelPool:
         return EngineWorker(engine, self.limits.waiting, partial(self._record_idle, name), save_prompts)
 
     def keep(self, name: str, seconds: float) -> None:
-        """Keep a model loaded for `seconds` after its last request, from now on. A negative number means for ever."""
+        """Keep a model loaded for `seconds` after its last request until it is unloaded. Negative: for ever."""
         self._keep_seconds[self.model_of(name)] = seconds if seconds >= 0 else float("inf")
+
+    def forget_to_keep(self, name: str) -> None:
+        """Keep a model loaded as long as the server's limits say."""
+        self._keep_seconds.pop(self.model_of(name), None)
 
     def expires_in(self, name: str) -> float:
         """Return the seconds until a loaded model is unloaded if no request comes."""
-        return self._keep_seconds[name] - (time.monotonic() - self._workers[name].last_used)
+        return self._idle_seconds(name) - (time.monotonic() - self._workers[name].last_used)
+
+    def _idle_seconds(self, name: str) -> float:
+        return self._keep_seconds.get(name, self.limits.idle_unload or float("inf"))
 
     def _record_idle(self, name: str) -> None:
         """Wake loads that wait for an idle model, and unload this one if it stays idle."""
         self._idle.set()
-        if (seconds := self._keep_seconds[name]) < float("inf"):
+        if (seconds := self._idle_seconds(name)) < float("inf"):
             loop = asyncio.get_running_loop()
 
             def unload() -> None:
@@ -134,7 +141,7 @@ class ModelPool:
         async with self._loading:  # a request that comes now waits, and loads the model again
             worker = self._workers.get(name)
             if worker is not None and not worker.in_flight and self.expires_in(name) <= 0:
-                await _run_to_completion(asyncio.to_thread(self._workers.pop(name).close))
+                await _run_to_completion(self._unload(name))
         self._unloads = {task for task in self._unloads if not task.done()}
 
     def _restore_prompts(self, name: str, engine: EngineScheduler) -> Callable[[], None]:
@@ -270,8 +277,12 @@ class ModelPool:
         """Unload the least recently used idle model. Return False if none is idle."""
         idle = [(worker.last_used, key) for key, worker in self._workers.items() if not worker.in_flight]
         if idle:
-            await asyncio.to_thread(self._workers.pop(min(idle)[1]).close)
+            await self._unload(min(idle)[1])
         return bool(idle)
+
+    async def _unload(self, name: str) -> None:
+        self.forget_to_keep(name)
+        await asyncio.to_thread(self._workers.pop(name).close)
 
     def _fits(self, name: str) -> bool:
         """Return True if a model fits beside the loaded ones. Any model fits alone."""

@@ -20,16 +20,22 @@ class ItemPart(RequestPart):
     text: Text
 
 
+Content = Text | Annotated[list[ItemPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
+def _text_of(content: str | list[ItemPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
 class MessageItem(RequestPart):
     without_effect = ("id", "status")
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[ItemPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+    content: Content
 
     def as_message(self) -> dict[str, Any]:
         """Return the same as a chat message."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": self.role, "content": _text_of(self.content)}
 
 
 class CallItem(RequestPart):
@@ -49,11 +55,11 @@ class ResultItem(RequestPart):
     without_effect = ("id", "status")
     type: Literal["function_call_output"]
     call_id: Text
-    output: Text
+    output: Content
 
     def as_message(self) -> dict[str, Any]:
         """Return the same as a chat message."""
-        return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}
+        return {"role": "tool", "tool_call_id": self.call_id, "content": _text_of(self.output)}
 
 
 class FlatTool(Function):
