@@ -71,6 +71,8 @@ def export(
         with open_checkpoint(str(checkpoint), imports, template) as opened:
             request.notes.extend(opened.notes)
             request.limits.extend(opened.doubts)
+            if opened.context_length < (positions := opened.config["max_position_embeddings"]):
+                request.limits.append(f"the context ends after {opened.context_length:,} of {positions:,} tokens")
             if not getattr(chosen, "verify", True):
                 request.limits.append("not verified")
             exporter.write(opened, request, temporary)

@@ -142,10 +142,7 @@ def without_tables(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_a_head_dim_that_nothing_gives_is_asked_for(
     tool: Any, heads: int, hidden: int, made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Five of eight heads in every layer are 80 rows: five heads of 16, or ten (a divisor of 8 x 10) of 8.
-
-    With unequal layers, 128 rows would be sixteen heads of 64 / 8 channels, more than config.json has.
-    """
+    """80 rows are five heads of 16, or ten of 8. In the second, 128 rows would be more heads than config.json has."""
     folder, expected = made(tool)
     change_config(folder, head_dim=None, num_attention_heads=heads, hidden_size=hidden)
     rename(folder, without_tables)
@@ -525,14 +522,18 @@ def test_export_ends_with_facts_that_shapes_do_not_prove(
         return save(model, folder, head_dim=None)
 
     folder, _ = made(cut)
-    doubt = "query over key/value heads are read as 4 over 4 instead of 8 over 4, which is right only if every group"
-    computed = "head_dim 16 is only computed (hidden_size / heads of config.json); if the tool changed one"
+    change_config(folder, sliding_window=32)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CodeLlamaTokenizer"}')  # would add tokens
+    facts = [
+        "query over key/value heads are read as 4 over 4 instead of 8 over 4, which is right only if every group",
+        "head_dim 16 is only computed (hidden_size / heads of config.json); if the tool changed one",
+        "the context ends after 32 of ",
+    ]
     assert export(folder, "onnx", tmp_path / "out", "--quantize", "f32") == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("artefact: ")
-    for each in (doubt, computed):
-        assert each in last
-        assert any(each in limit for limit in Manifest.read(tmp_path / "out").limits)
+    limits = "; ".join(Manifest.read(tmp_path / "out").limits)
+    assert all(fact in last and fact in limits for fact in facts)
 
 
 def test_weights_with_nan_are_named(made: Callable[..., Any], tmp_path: Path, capsys: Any) -> None:

@@ -216,7 +216,13 @@ def _located(source: str, path: Path, called: str) -> tuple[str, dict[str, Any]]
 
 
 def _foreign_tokenizer(path: Path, called: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a foreign folder or GGUF, whose model transformers may refuse."""
+    """Load the tokenizer of a foreign folder or GGUF, whose model transformers may refuse.
+
+    A tokenizer.json is read as it is, as the exporters do. The class that tokenizer_config.json names may change it.
+    """
+    if (path / "tokenizer.json").is_file():
+        with loading(called):
+            return PreTrainedTokenizerFast.from_pretrained(path)
     return _tokenizer(path, str(path), {"config": PreTrainedConfig()}, called)
 
 
