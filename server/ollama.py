@@ -422,13 +422,10 @@ class OllamaEndpoints:
                 worker = await self._pool.enter(name, self._pool.deadline())
                 worker.leave()
             else:
-                self._pool.forget_to_keep(name)
-            answer = OllamaAnswer(model=request.model, done=True, done_reason="unload" if unloads else "load")
-            if isinstance(request, OllamaChat):
-                answer.message = OllamaMessage(content="")
-            else:
-                answer.response = ""
-            return JSONResponse(answer.model_dump())
+                self._pool.keep_by_default(name)
+            reason = "unload" if unloads else "load"
+            said: Any = {"message": OllamaMessage(content="")} if isinstance(request, OllamaChat) else {"response": ""}
+            return JSONResponse(OllamaAnswer(model=request.model, **said, done=True, done_reason=reason).model_dump())
         completion = request.translation
         completion.model = name
         make_builder = partial(OllamaBuilder, completion, isinstance(request, OllamaChat))

@@ -114,7 +114,7 @@ class ModelPool:
         """Keep a model loaded for `seconds` after its last request until it is unloaded. Negative: for ever."""
         self._keep_seconds[self.model_of(name)] = seconds if seconds >= 0 else float("inf")
 
-    def forget_to_keep(self, name: str) -> None:
+    def keep_by_default(self, name: str) -> None:
         """Keep a model loaded as long as the server's limits say."""
         self._keep_seconds.pop(self.model_of(name), None)
 
@@ -281,7 +281,7 @@ class ModelPool:
         return bool(idle)
 
     async def _unload(self, name: str) -> None:
-        self.forget_to_keep(name)
+        self.keep_by_default(name)
         await asyncio.to_thread(self._workers.pop(name).close)
 
     def _fits(self, name: str) -> bool:

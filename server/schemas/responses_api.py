@@ -21,6 +21,7 @@ class ItemPart(RequestPart):
 
 
 Content = Text | Annotated[list[ItemPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+"""The content of a message or of a result: a text, or texts that belong together."""
 
 
 def _text_of(content: str | list[ItemPart]) -> str:

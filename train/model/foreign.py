@@ -97,8 +97,8 @@ def read_foreign(folder: Path, called: str, given_head_dim: int | None = None) -
     tensors, grouped, added = _with_equal_groups(tensors, layers, original, head_dim)
     doubts = _doubts(layers, stated, original)
     if source == COMPUTED:
-        least = f"head_dim {head_dim} is only computed ({source}); if the tool changed one of the two, give --head-dim"
-        doubts = (*doubts, least)
+        doubt = f"head_dim {head_dim} is only computed ({source}); if the tool changed one of the two, give --head-dim"
+        doubts += (doubt,)
     vocab_size, hidden_size = _matrix(tensors, EMBEDDING)
     is_tied = bool(config.get("tie_word_embeddings", FAMILIES[family].ties_by_default))
     if is_tied and HEAD in tensors and not torch.equal(*(tensors[each].read().float() for each in (HEAD, EMBEDDING))):

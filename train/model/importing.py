@@ -80,9 +80,9 @@ def import_folder(folder: Path, called: str, options: ImportOptions) -> Imported
     with torch.inference_mode():
         logits = model(tokens, use_cache=False).logits
     if not logits.isfinite().all():
-        broken = next((name for name, tensor in state.items() if not tensor.isfinite().all()), "")
-        where = f"tensor {broken} holds" if broken else "its logits are"
-        raise ModelError(f"{called}: {where} NaN or infinite numbers; no file can compute with it")
+        broken = (f"tensor {name} holds" for name, tensor in state.items() if not tensor.isfinite().all())
+        found_in = next(broken, "its logits are")
+        raise ModelError(f"{called}: {found_in} NaN or infinite numbers; no file can compute with it")
     difference = float((logits - expected).abs().max())
     if not difference <= MOST_DIFFERENCE * max(1.0, float(expected.abs().max()) / 32):
         raise ModelError(
