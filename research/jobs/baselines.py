@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficientllm.train.evaluation.job_metrics import Example, calls_in, metric_named
+from efficientllm.train.evaluation.job_metrics import Example, metric_named
 from efficientllm.train.evaluation.jobs import JobResult, read_examples
 
 
@@ -29,7 +29,7 @@ def classifier_answers(training: Sequence[Example], requests: Sequence[str]) -> 
 
 
 def _answer_class(example: Example) -> str:
-    calls = calls_in(example.expected)
+    calls = example.calls
     return json.dumps({"name": calls[0][0], "arguments": {}}) if calls else example.expected
 
 

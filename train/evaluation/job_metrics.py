@@ -48,8 +48,8 @@ class Example:
 
     @property
     def references(self) -> list[str]:
-        """Return all right answers: the field `references`, or the expected answer."""
-        return list(self.record.get("references") or [self.expected])
+        """Return all right answers: the expected one and those of the field `references`."""
+        return [self.expected, *(self.record.get("references") or ())]
 
     @property
     def schema(self) -> Mapping[str, Any] | None:
@@ -67,6 +67,15 @@ class Example:
         if not isinstance(schema, dict):
             raise ValueError(f"response_format must be {RESPONSE_FORMAT}")
         return answer_schema(schema, given["json_schema"].get("strict") is True)
+
+    @property
+    def calls(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the (name, arguments) of the expected calls. In the content, only functions in `tools` count."""
+        message = self.chat.messages[-1]
+        if "tool_calls" in message:
+            return calls_in(text_of({**message, "content": ""}))
+        names = {tool["function"]["name"] for tool in self.chat.tools}
+        return [each for each in calls_in(message["content"]) if not names or each[0] in names]
 
     @property
     def prompt(self) -> Chat:
@@ -103,7 +112,7 @@ def calls_in(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the (name, arguments) of all calls in an answer.
 
     A call is a JSON object with a name and arguments (or parameters), or a name before a JSON object, as templates
-    write them. Other objects are ignored.
+    write them. An object with a name alone is the arguments of a name right before it. Other objects are ignored.
     """
     found: list[tuple[str, dict[str, Any]]] = []
     position = text.find("{")
@@ -115,9 +124,13 @@ def calls_in(text: str) -> list[tuple[str, dict[str, Any]]]:
             continue
         if isinstance(value, dict):
             arguments = _arguments(value.get("arguments", value.get("parameters")))
-            if isinstance(value.get("name"), str) and isinstance(arguments, dict | None):
+            is_named = isinstance(value.get("name"), str) and isinstance(arguments, dict | None)
+            # not the key of an object that is cut
+            between = r"[\s(]*" if is_named else r"(?!\"\s*:)\W*"
+            name = re.search(rf"([A-Za-z_][\w.-]*){between}$", text[:position])
+            if is_named and (arguments is not None or name is None):
                 found.append((value["name"], arguments or {}))
-            elif name := re.search(r"([A-Za-z_][\w.-]*)\W*$", text[:position]):
+            elif name is not None:
                 found.append((name[1], value))
         position = text.find("{", end)
     return found
@@ -170,7 +183,7 @@ def call(answer: str, example: Example) -> Values:
     An example without a call expects a refusal, which is right if the answer has no call. After a result it expects
     its text, in any case.
     """
-    expected, found = calls_in(example.expected), calls_in(answer)
+    expected, found = example.calls, calls_in(answer)
     if not expected:
         refused = float(not found)
         if len(example.chat.messages) > 1 and example.chat.messages[-2]["role"] == "tool":

@@ -26,7 +26,7 @@ from ...runtime.tool_format import tool_format, why_not_called
 from ..data.chat import Chat, ChatFormat
 from ..data.documents import split_job
 from ..data.records import BadLines, ReadContext, document_of
-from .job_metrics import FORM, Example, Values, calls_in, macro_f1, metric_named, text_of
+from .job_metrics import FORM, Example, Values, macro_f1, metric_named, text_of
 from .scoring import Advance, EngineModel, EvaluatedModel, LineCache, cache_key
 
 BOOTSTRAP_SAMPLES = 1000
@@ -67,6 +67,8 @@ def read_examples(task: str | Path, limit: int = 0) -> list[Example]:
         try:
             record = json.loads(line)
             chat = document_of(context, record, f"line {number}")
+        except UnicodeDecodeError as error:
+            raise context.not_utf8(error, f"line {number} is ") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"--task {path}: line {number} is not JSON: {error}") from error
         if not isinstance(chat, Chat) or chat.messages[-1]["role"] != "assistant":
@@ -134,11 +136,11 @@ def _scored(examples: Sequence[Example], answers: Sequence[str], metric: str, su
 def _check_calls(examples: Sequence[Example], metric: str, constrain: Constrain) -> None:
     has_tools = any(each.chat.tools for each in examples)
     # a text without a call counts as a refusal, so that every answer would be right
-    if metric == "call" and not has_tools and not any(calls_in(each.expected) for each in examples):
+    if metric == "call" and not has_tools and not any(each.calls for each in examples):
         remedy = "give --metric json for answers in JSON, or exact, label or another one for texts"
         raise UsageError(f"--metric call: no example of --task has tools or expects a call; {remedy}")
     for number, each in enumerate(examples, 1) if metric == "call" else ():
-        if each.expected.lstrip().startswith("{") and not calls_in(each.expected):
+        if each.expected.lstrip().startswith("{") and not each.calls:
             reason = 'the expected answer is no call; write {"name": ..., "arguments": {...}}'
             raise DataError(f"--metric call: example {number} of --task: {reason}")
     if constrain == "none":
@@ -168,6 +170,11 @@ def _why_rejected(example: Example, grammar: Grammar | None) -> str:
     start = grammar.allowed_start(example.expected)
     rest = example.expected[len(start or "") :]
     return "" if start is None else f"its response_format takes no {rest[:40]!r} after {start[-40:]!r}"
+
+
+def known(value: float) -> float | None:
+    """Return a value, or None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
 
 
 @dataclass(frozen=True)
@@ -211,21 +218,27 @@ class JobResult:
         return float(np.nanmean(pairs)), bootstrap_error(pairs)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the scores. NaN becomes None, which JSON has."""
         means = {name: {"mean": self.mean(name), "stderr": self.stderr(name)} for name in self.values}
-        return {**asdict(self), "scores": means}
+        scores = {name: {kind: known(value) for kind, value in each.items()} for name, each in means.items()}
+        values = {name: [*map(known, each)] for name, each in self.values.items()}
+        return {**asdict(self), "values": values, "scores": scores}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> JobResult:
-        return cls(**{name: value[name] for name in cls.__dataclass_fields__ if name in value})
+        """Return the result whose `to_dict` is `value`. Fields that older results lack have their defaults."""
+        fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
+        values = {name: [math.nan if each is None else each for each in of] for name, of in value["values"].items()}
+        return cls(**{**fields, "values": values})
 
 
 def bootstrap_error(values: Sequence[float] | np.ndarray) -> float:
     """Return the standard deviation of the mean over seeded resamplings; NaN for fewer than two values."""
-    known = np.asarray(values)[~np.isnan(values)]
-    if len(known) < 2:
+    numbers = np.asarray(values)[~np.isnan(values)]
+    if len(numbers) < 2:
         return math.nan
-    draws = np.random.default_rng(0).integers(len(known), size=(BOOTSTRAP_SAMPLES, len(known)))
-    return float(known[draws].mean(axis=1).std(ddof=1))
+    draws = np.random.default_rng(0).integers(len(numbers), size=(BOOTSTRAP_SAMPLES, len(numbers)))
+    return float(numbers[draws].mean(axis=1).std(ddof=1))
 
 
 def run_job(
@@ -273,7 +286,7 @@ def run_job(
     whole: dict[str, float] = {}
     if metric == "label":
         whole["macro F1"] = macro_f1([each.expected for each in examples], answers)
-    calls = [calls_in(each.expected) for each in examples] if metric == "call" else []
+    calls = [each.calls for each in examples] if metric == "call" else []
     functions = [found[0][0] if found else NO_CALL for found in calls]
     mean_tokens, mean_ms = tokens / len(answers), sum(elapsed_ms) / len(answers)
     return JobResult(metric, values, answers, mean_tokens, mean_ms, whole, functions, [*probabilities])
