@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..model.continuation import continuations
 from ..model.folder_files import check_folder
 from ..model.foreign_configs import DEFAULTS, is_foreign
 from ..model.source import load_foreign, loading, quiet_loading
+from ..vocabulary.pieces import bytes_of_tokens, tokenizer_data
 from .scoring import Score, ScoreRequest
 
 ANSWER_BATCH = 50
@@ -69,8 +71,16 @@ class TorchModel:
 
     def num_bytes(self, tokens: Sequence[int]) -> int:
         """Return the bytes of the text of tokens."""
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return len(text.encode("utf-8"))
+        # a part of a character would decode to a replacement character of three bytes
+        others = [token for token in tokens if token not in self._pieces]
+        text = self.tokenizer.decode(others, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(text.encode("utf-8")) + sum(len(self._pieces.get(token, b"")) for token in tokens)
+
+    @cached_property
+    def _pieces(self) -> dict[int, bytes]:
+        """Return {id: bytes} of a tokenizer of byte-pair encoding, except for added tokens; {} of another kind."""
+        data = tokenizer_data(self.tokenizer)
+        return bytes_of_tokens(data) if data["model"]["type"] == "BPE" else {}
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
         # requests that differ only in their last token share one row, as the last token is never an input
