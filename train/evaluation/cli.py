@@ -13,7 +13,7 @@ from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_json_atomically, write_text_atomically
 from ...runtime.base.model_names import may_be_hub_id, source_path
-from ...runtime.base.output import check_place
+from ...runtime.base.output import check_place, locked_output
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import markdown_table, print_rows
 from ...runtime.engines.artefact import Artefact
@@ -221,30 +221,31 @@ def body(argv: Sequence[str]) -> int:
     written = list(paths.values())[first_written:] if store else []
     for path in written:  # before the hours of an evaluation
         check_target(path)
-    output.mkdir(parents=True, exist_ok=True)
-    evaluations: list[Evaluation] = []
-    with ProgressDisplay() as display:
-        for model, path in paths.items():
-            prefix = f"{Path(model).name}: " if len(models) > 1 else ""
+    with locked_output(output):
+        output.mkdir(parents=True, exist_ok=True)
+        evaluations: list[Evaluation] = []
+        with ProgressDisplay() as display:
+            for model, path in paths.items():
+                prefix = f"{Path(model).name}: " if len(models) > 1 else ""
 
-            def report(name: str, done: int, total: int, prefix: str = prefix) -> None:
-                display.update(f"{prefix}{name}", done, total)
+                def report(name: str, done: int, total: int, prefix: str = prefix) -> None:
+                    display.update(f"{prefix}{name}", done, total)
 
-            evaluations.append(evaluate(path, config.measures, config.compute, output, report))
-            results = {"schema_version": 1, "evaluations": [each.to_dict() for each in evaluations]}
-            write_json_atomically(output / "results.json", results)  # after each model: a later one may fail
-    write_text_atomically(output / "results.md", markdown(evaluations))
-    pages: list[Path] = []
-    for number, each in enumerate(evaluations, 1):
-        if each.job is not None:
-            pages.append(output / f"misses-{number}-{_name(each)}.md")
-            write_text_atomically(pages[-1], misses_page(_name(each), config.measures.examples, each.job))
-    for each in evaluations:  # a later evaluation measures times anew
-        for answers in output.glob(f"{each.fingerprint[:DIGITS]}-*{ANSWERS}"):
-            answers.unlink()
-    for path, each in zip(written, evaluations[first_written:], strict=store):
-        source = evaluations[0] if each is not evaluations[0] else None
-        write_score(path, job_score(each, source, config.measures, config.compute))
+                evaluations.append(evaluate(path, config.measures, config.compute, output, report))
+                results = {"schema_version": 1, "evaluations": [each.to_dict() for each in evaluations]}
+                write_json_atomically(output / "results.json", results)  # after each model: a later one may fail
+        write_text_atomically(output / "results.md", markdown(evaluations))
+        pages: list[Path] = []
+        for number, each in enumerate(evaluations, 1):
+            if each.job is not None:
+                pages.append(output / f"misses-{number}-{_name(each)}.md")
+                write_text_atomically(pages[-1], misses_page(_name(each), config.measures.examples, each.job))
+        for each in evaluations:  # a later evaluation measures times anew
+            for answers in output.glob(f"{each.fingerprint[:DIGITS]}-*{ANSWERS}"):
+                answers.unlink()
+        for path, each in zip(written, evaluations[first_written:], strict=store):
+            source = evaluations[0] if each is not evaluations[0] else None
+            write_score(path, job_score(each, source, config.measures, config.compute))
     print_rows(rows(evaluations), narrow_width=140)
     print(f"\nresults: {output / 'results.json'}")
     for page in pages:
