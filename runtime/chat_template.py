@@ -113,6 +113,8 @@ def read_template_file(path: str) -> str:
     """Return the chat template in the file of --chat-template. Raises UsageError unless it renders a question."""
     try:
         template = Path(path).read_text(encoding="utf-8")
+        if not template.strip():
+            raise UsageError("the file is empty")
         render_chat(template, [{"role": "user", "content": "Hello"}])
     except (OSError, UnicodeDecodeError, ArtefactError, UsageError) as error:
         reason = getattr(error, "strerror", None) or str(error).replace("the model's chat template", "the template")

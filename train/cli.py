@@ -58,7 +58,7 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
         config = saved_config(settings.parent)
     if file:
         try:
-            values = flags.read_toml(Path(file).read_text(encoding="utf-8"))
+            values = flags.read_toml(Path(file).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise UsageError(f"--config {file}: cannot be read: {error.strerror}") from error
         except ValueError as error:  # neither UTF-8 nor TOML

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import select
@@ -95,6 +96,10 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         logging.getLogger(name).setLevel(logging.ERROR)
     arguments = [argument for argument in arguments if argument != "--debug"]
     show_messages(debug)
+    if (
+        isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict"
+    ):  # Windows redirects into an encoding without most characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _terminating():
             return body(arguments)

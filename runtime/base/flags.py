@@ -164,6 +164,9 @@ def check_fields(options: object) -> None:
             is_stray_bool = isinstance(value, bool) and kind is not bool  # True is an int in Python
             holds = isinstance(value, accepted) and not is_stray_bool
             require(options, field.name, holds, f"must be of type {kind.__name__}", value=repr(value))
+            if isinstance(value, tuple | list):
+                holds = all(isinstance(each, (int, float) if choices[0] is float else choices[0]) for each in value)
+                require(options, field.name, holds, f"must be a list of {choices[0].__name__}", value=repr(value))
         if bounds := field.metadata.get("bounds"):
             numbers: Sequence[float] = value if isinstance(value, tuple | list) else (value,)  # type: ignore[assignment]
             # NaN fails every comparison, so it is within no range

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import statistics
 from collections.abc import Collection, Iterable, Sequence
@@ -27,7 +28,10 @@ def _parse(text: str, units: dict[str, int], example: str) -> int:
     match = re.fullmatch(r"\s*([0-9_]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
     if match is None or match.group(2).lower() not in units:
         raise ValueError(f"{text!r} is not a number like {example}")
-    return round(float(match.group(1).replace("_", "")) * units[match.group(2).lower()])
+    value = float(match.group(1).replace("_", "")) * units[match.group(2).lower()]
+    if value == math.inf:
+        raise ValueError(f"{text[:9]}... is too large")
+    return round(value)
 
 
 def parse_count(text: str) -> int:

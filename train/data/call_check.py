@@ -113,8 +113,9 @@ class CallCheck:
         self._has_tools[file][bool(chat.tools)].add(chat.place)
         for tool in chat.tools:
             function = tool["function"]
-            properties = (function.get("parameters") or {}).get("properties") or {}
-            self._properties[function["name"]] = {**self._properties.get(function["name"], {}), **properties}
+            properties = (function.get("parameters") or {}).get("properties")
+            if isinstance(properties, dict):
+                self._properties[function["name"]] = {**self._properties.get(function["name"], {}), **properties}
         text = "\n".join(message["content"] for message in chat.messages[:last])
         same, folded = digest(text), digest(" ".join(text.casefold().split()))
         if is_test:
@@ -176,7 +177,7 @@ class CallCheck:
                 found[f"of {total:,} chats in {file} have no tools"] = tallies[False]
         for (name, key), values in self._values.items():
             schema = self._properties.get(name, {}).get(key)
-            is_fixed = isinstance(schema, dict) and ("const" in schema or len(schema.get("enum", ())) == 1)
+            is_fixed = isinstance(schema, dict) and ("const" in schema or len(schema.get("enum") or ()) == 1)
             if values[""] >= FEWEST_CALLS and len(values) == 2 and not is_fixed:
                 shown = f"{name}({key}: {next(value for value in values if value)}) in {values['']:,} calls"
                 found["arguments have one value in the training files, and the model will write no other"].add(shown)

@@ -67,6 +67,8 @@ def _read_json(stream: IO[bytes], context: ReadContext) -> Iterator[Document]:
         return
     content = first + stream.read()
     value = _json_value(context, content)
+    if value is None and content.lstrip().startswith(b"["):
+        _parse_json(context, content, "the file")
     if value is None:
         yield from _read_jsonl(io.BytesIO(content), context)
         return

@@ -228,6 +228,10 @@ def _call(context: ReadContext, call: Any, place: str) -> dict[str, Any]:
         arguments = _parsed(context, arguments or "{}", f'the "arguments" of {place}')
     if not isinstance(arguments, dict):
         raise context.error(f'the "arguments" of {place} must be an object')
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except ValueError as error:
+        raise context.error(f'the "arguments" of {place} have NaN or Infinity, which JSON does not have') from error
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
