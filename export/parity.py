@@ -57,6 +57,7 @@ def _to_blocks(block: int, stores_half: bool = False) -> Callable[[Tensor], Tens
     """
 
     def rounded(x: Tensor) -> Tensor:
+        """Return x [..., N] rounded. The last block may be shorter."""
         missing = -x.shape[-1] % block
         blocks = torch.nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, block))
         scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
@@ -71,6 +72,7 @@ def _asymmetric(axes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     """Return the rounding to 256 levels between the smallest and the largest input over `axes`, zero included."""
 
     def rounded(x: Tensor) -> Tensor:
+        """Return x rounded, in its shape."""
         low = x.amin(axes, keepdim=True).clamp(max=0)
         high = x.amax(axes, keepdim=True).clamp(min=0)
         scale = ((high - low) / 255).clamp(min=1e-30)

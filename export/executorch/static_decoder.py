@@ -70,6 +70,7 @@ class PlainCache(FusedCache):
     """Core operators only, for runtimes without ExecuTorch's. It attends to all slots with a mask."""
 
     def forward(self, qkv: tuple[Tensor, Tensor, Tensor], position: Position, settings: LayerAttention) -> Tensor:
+        """Return attention [1, S, H, D] of queries [1, S, H, D], after keys and values [1, S, K, D] join the cache."""
         query, key, value = qkv
         positions = torch.arange(query.shape[1]) + position.input_pos
         self.keys.index_copy_(1, positions, key)
@@ -89,6 +90,7 @@ class StaticAttention(Attention):
     cache: FusedCache
 
     def forward(self, x: Tensor, context: Position) -> Tensor:
+        """Return the attention of x [1, S, hidden] to the cache and to itself, in its shape."""
         query, key, value = self.project(x)
         rotated = self._rotate(query, context), self._rotate(key, context), value
         attended = self.cache(rotated, context, self.settings)

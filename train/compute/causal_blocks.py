@@ -38,6 +38,7 @@ class _CausalBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return softmax(query @ key.T) @ value [B, H, S, D], over the keys up to each query."""
         ctx.save_for_backward(query, key, value)
         q, k, v = _grouped(query, key, value)
         attended = torch.empty_like(q)
@@ -47,6 +48,12 @@ class _CausalBlocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Return the gradients of query, key and value for that of the result, `gradient` [B, H, S, D].
+
+        The formulas are those of FlashAttention (arXiv 2205.14135, appendix B.2). With the probabilities p and the
+        gradient g, that of value is p.T @ g. That of the scores is s = p * (r - sum of p * r over keys), where r is
+        g @ value.T. Those of query and key are s @ key and s.T @ query.
+        """
         query, key, value = ctx.saved_tensors
         q, k, v = _grouped(query, key, value)
         given = gradient.reshape(q.shape)

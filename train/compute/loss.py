@@ -151,6 +151,7 @@ class _ChunkedLoss(torch.autograd.Function):
         distill: float,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
+        """Return the loss and its cross-entropy, of hidden [N, D], weight [V, D] and targets [N]."""
         # at least 1: a batch without tokens to learn has the loss 0
         h, w, count = hidden.to(dtype), weight.to(dtype), max(1, hidden.shape[0])
         needs_grad = hidden.requires_grad or weight.requires_grad

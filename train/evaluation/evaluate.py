@@ -125,6 +125,7 @@ class Evaluation:
     job: JobResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON has them."""
         return {
             "model": self.model,
             "fingerprint": self.fingerprint,
@@ -136,6 +137,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Evaluation:
+        """Return the evaluation whose `to_dict` is `value`."""
         return cls(
             value["model"],
             value["fingerprint"],

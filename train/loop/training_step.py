@@ -117,6 +117,7 @@ class TrainingStep:
         grams = self.pruner.copy_grams() if self.pruner is not None and is_checked else None
 
         def undo() -> None:
+            """Restore the text's position and the random state, and forget gradients and saliency of the step."""
             self.stream.load_state(position)
             torch.set_rng_state(cpu_state)
             if gpu_state is not None:

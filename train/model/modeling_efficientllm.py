@@ -200,6 +200,7 @@ class StemLayerNorm(nn.Module):
         """Channels of mean and variance (the variance is a sum over H). Other channels become zero."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the normalised states, in the shape [..., H] and the type of `hidden_states`."""
         x, width = hidden_states.float(), hidden_states.shape[-1]
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()

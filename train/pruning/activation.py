@@ -171,6 +171,10 @@ class _Gates(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the gradient of values, and for each gate the sum over tokens of (gradient * values)^2 [groups].
+
+        The product is the first-order change of the loss when the gate is closed at a token.
+        """
         # changes of the loss when a gate is closed at a token, [..., groups]
         changes = gradient.float() * ctx.saved_tensors[0].float()
         if changes.shape[-1] != ctx.num_gates:  # a head's gate closes D channels

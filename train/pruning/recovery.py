@@ -243,6 +243,7 @@ class InputGrams:
     def _observer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         @torch.no_grad()
         def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            """Add x.T @ x / N of the module's input x [N, D] to the moving average [D, D]."""
             x = arguments[0].detach().flatten(0, -2)
             # measurements run the same modules in eval mode and do not count
             if not module.training or (self.max_width and x.shape[1] > self.max_width):

@@ -108,6 +108,7 @@ class RowProbe:
             window[1 : 1 + len(target)] = rows[target]
 
         def read(states: Tensor, head: Tensor) -> float:
+            """Return the nats of all target tokens after `states` [N, D], by the head [V, D]."""
             # the head of the remaining rows only: their softmax, as after the removal
             nats, kept_head = 0.0, head[rows]
             pairs = zip(states.split(LOGIT_ROWS), torch.cat(targets).split(LOGIT_ROWS), strict=True)

@@ -114,6 +114,7 @@ class _RoundToInt8(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
+        """Return values [..., N] on 256 levels between the least and the largest of each row, zero included."""
         x = values.float()
         low = x.amin(-1, keepdim=True).clamp(max=0)
         high = x.amax(-1, keepdim=True).clamp(min=0)
