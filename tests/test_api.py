@@ -134,6 +134,7 @@ WRONG_OPTIONS: list[tuple[Any, dict[str, Any], str]] = [
     (PruneConfig, {"target_params": "100M"}, "--target-params '100M': must be of type int"),
     (PruneConfig, {"target_ratio": 80.0}, "--target-ratio 80.0: must be above 0 and at most 1"),
     (SourceConfig, {"data": "corpus.jsonl"}, "--data 'corpus.jsonl': must be of type tuple"),
+    (SourceConfig, {"data": [1]}, "--data [1]: must be a list of str"),
     (OptimizerConfig, {"tokens": "1B"}, "--tokens '1B': must be of type int"),
     (RunConfig, {"dtype": "bf16"}, "--dtype bf16: is not one of auto, bfloat16, float32"),
     (EngineOptions, {"threads": "2"}, "--threads '2': must be of type int"),

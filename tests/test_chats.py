@@ -132,6 +132,10 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
         answer(tool_calls=[{"type": "function", "function": {"name": "now", "arguments": "{"}}]),
         'the "arguments" of a call in message 2 of {} 2 is not JSON',
     ),
+    "arguments that are no number": (
+        answer(tool_calls=[{"function": {"name": "now", "arguments": {"x": float("nan")}}}]),
+        'the "arguments" of a call in message 2 of {} 2 have NaN or Infinity, which JSON does not have',
+    ),
     "tools without names": (
         {"messages": [ASKED, ANSWERED], "tools": [{"type": "function"}]},
         'the "tools" of {} 2 must be a list of',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import subprocess
 import sys
@@ -27,6 +28,13 @@ def output_of(*argv: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         main()
     shown = capsys.readouterr()
     return int(ended.value.code or 0), shown.out, shown.err
+
+
+def test_output_into_another_encoding_is_written_with_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True))
+    assert run_command(lambda _: print("\u65e5") or 0, []) == 0
+    assert written.getvalue().strip() == b"\\u65e5"
 
 
 def test_the_table_has_every_script() -> None:

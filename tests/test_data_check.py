@@ -167,6 +167,7 @@ def test_learned_text_is_marked_and_control_characters_are_escaped(tokenizer: Pr
 PROPERTIES = {"name": {"type": "string"}, "level": {"type": "integer"}, "on": {"type": "boolean"}}
 SET = {"type": "function", "function": {"name": "set", "parameters": {"properties": PROPERTIES, "required": ["name"]}}}
 WARM = {"name": "fan", "parameters": {"properties": {"name": {"type": "string"}, "mode": {"type": "string"}}}}
+ODD = {"function": {"name": "odd", "parameters": {"properties": ["a"]}}}
 
 
 def example(request: str, function: str = "set", tools: Sequence[object] = (), **arguments: object) -> Any:
@@ -246,7 +247,7 @@ PLANTED: dict[str, tuple[list[Any], list[Any], str]] = {
     ),
     "one value": (
         [example(f"Fan {index}", "fan", name=f"fan {index}", mode="cool") for index in range(30)],
-        [example("Fan", "fan", tools=({"function": WARM},), name="fan", mode="warm")],
+        [example("Fan", "fan", tools=({"function": WARM}, ODD), name="fan", mode="warm")],
         "1 arguments have one value in the training files, and the model will write no other; first: "
         'fan(mode: "cool") in 30 calls',
     ),

@@ -160,6 +160,7 @@ def test_only_tokens_with_enough_before_them_count_and_each_does_once(checkpoint
     assert (found.tokens, found.documents, found.min_context) == (length - 8, 1, 8)
     assert math.log(found.perplexity) == pytest.approx(sum(nats) / len(nats), abs=1e-4)
     size = model.num_bytes(ids[8:])
+    assert model.num_bytes(model.tokenize("\u65e5")[-2:]) == 2  # a part of a character
     assert found.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / size, abs=1e-4)
 
 

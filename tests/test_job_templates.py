@@ -362,6 +362,7 @@ BAD = {
     "no such file": (None, "No such file or directory"),
     "malformed": ("{% for m in messages %}", "the template is malformed: Unexpected end of template"),
     "not text": (b"\xff\xfe", "can't decode byte 0xff"),
+    "empty": ("\n", "the file is empty"),
     "failing": ("{{ messages[3].content | length }}", "the template refuses these messages"),
 }
 

@@ -97,6 +97,8 @@ def test_an_answer_that_only_opens_brackets_is_wrong(metric: str) -> None:
 def test_a_refusal_is_right_without_a_call() -> None:
     refusal = example("Sorry, I can only control the home.")
     assert metric_named("call")("No.", refusal)["refused"] == 1
+    braces = Chat(example("I cannot {} do that.").chat.messages, (TOOL,))
+    assert metric_named("call")("No.", Example(braces, {}))["refused"] == 1
     assert metric_named("call")(json.dumps(CALL), refusal)["refused"] == 0
 
 
@@ -108,19 +110,18 @@ def test_a_refusal_is_right_without_a_call() -> None:
         ("contains", "It is PARIS.", "Paris", 1),
         ("json", '{"b": 1, "a": 2}', '{"a": 2, "b": 1}', 1),
         ("json", "{", "{}", 0),
+        ("call", 'turn_on {"name": "lamp"}', '{"name": "turn_on", "arguments": {"name": "lamp"}}', 1),
+        ("call", '{"name": "now"}', '{"name": "now", "arguments": {}}', 1),
+        ("call", '{"name": "f", "arguments": {"x": 1}', "Sorry.", 1),  # cut before its end
         ("label", "Translate\nmore", "translate", 1),
     ],
 )
 def test_metrics_of_texts(metric: str, answer: str, expected: str, value: float) -> None:
-    assert next(iter(metric_named(metric)(answer, example(expected)).values())) == value
+    for record in ({}, {"references": ["another"]}):
+        assert next(iter(metric_named(metric)(answer, example(expected, **record)).values())) == value
 
 
-@pytest.mark.parametrize(
-    ("metric", "row", "reason"),
-    [
-        ("json", {"completion": "{"}, "Expecting property name"),
-    ],
-)
+@pytest.mark.parametrize(("metric", "row", "reason"), [("json", {"completion": "{"}, "Expecting property name")])
 def test_examples_that_a_metric_cannot_score_are_refused_before_a_model_is_loaded(
     metric: str, row: dict[str, Any], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,6 +276,7 @@ def test_errors_are_bootstrapped_and_differences_are_paired() -> None:
 
 def test_values_that_apply_to_no_example_are_not_shown() -> None:
     job = JobResult("call", {"exact": [1.0], "refused": [math.nan]}, ["x"], 1, 1)
+    assert math.isnan(JobResult.from_dict(json.loads(json.dumps(job.to_dict(), allow_nan=False))).mean("refused"))
     names = [row[0] for row in cli.rows([Evaluation("model", "", {}, {}, None, job)])]
     assert names == ["measure", "job, exact", "tokens per answer", "ms per answer"]
 

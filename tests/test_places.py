@@ -111,10 +111,13 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_done(
 
 def test_wrong_configuration_gives_one_line(tmp_path: Path, capsys: ERRORS) -> None:
     path = tmp_path / "config.toml"
-    for content in (b"\xff\xfe\x00binary", b"tokens = ", b"a = " + b"[" * 100_000, b"tokens = 1\n\0"):
+    wrong = (b"\xff\xfe\x00binary", b"tokens = ", b"a = " + b"[" * 100_000, b"tokens = 1\n\0")
+    marked = b"\xef\xbb\xbftokens = '" + b"9" * 400 + b"'"  # Notepad's byte order mark, which is no part of the TOML
+    refused = f"--config {path}: not valid TOML: "
+    for content, reason in (*((each, refused) for each in wrong), (marked, "999999999... is too large")):
         path.write_bytes(content)
         assert run(["--config", str(path), "--output", str(tmp_path / "run")]) == 2
-        assert f"--config {path}: not valid TOML: " in one_line(capsys)
+        assert reason in one_line(capsys)
     assert run(["--config", str(tmp_path), "--output", str(tmp_path / "run")]) == 2
     assert str(tmp_path) in one_line(capsys)
 

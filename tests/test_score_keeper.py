@@ -124,12 +124,7 @@ def test_no_later_checkpoint_replaces_the_kept_one(
 
 
 def test_nothing_is_deleted_if_the_kept_checkpoint_is_damaged(
-    source_folder: Path,
-    corpus: Path,
-    task: Path,
-    tmp_path: Path,
-    falling: list[int],
-    capsys: ERRORS,
+    source_folder: Path, corpus: Path, task: Path, tmp_path: Path, falling: list[int], capsys: ERRORS
 ) -> None:
     arguments = scored(source_folder, corpus, tmp_path / "run", task, *KEPT)
     run_until(8, arguments)
