@@ -92,11 +92,7 @@ def table(**columns: Any) -> Callable[[Path], None]:
 
 
 BAD: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
-    "huge integer": (
-        "a.jsonl",
-        b'{"text": "x", "n": ' + b"1" * 5000 + b"}",
-        "line 1 is not a JSON object that can be re",
-    ),
+    "huge int": ("a.jsonl", b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "line 1 is not a JSON object that can be re"),
     "truncated line": ("a.jsonl", b'{"text": "a\n{"text": "b"}\n', "object that can be read: Unterminated string"),
     "deep nesting": ("a.jsonl", b"[" * 100_000, "line 1 is not a JSON object that can be read"),
     "deep file": ("a.json", b"[\n" * 100_000, "the file is not a JSON object that can be read"),
@@ -121,11 +117,7 @@ BAD: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "ints": ("a.parquet", table(text=[1]), 'column "text" has type int64, not text (--text-field NAME reads another)'),
     "bytes": ("a.parquet", table(text=[b"a"]), 'column "text" has type binary, not text'),
     "lists": ("a.parquet", table(text=[["a"]]), 'column "text" has type list<'),
-    "column": (
-        "a.parquet",
-        table(body=["a"], n=[1]),
-        'no column "text"; it has body, n (--text-field NAME reads another)',
-    ),
+    "column": ("a.parquet", table(x=["a"], n=[1]), 'no column "text"; it has x, n (--text-field NAME reads another)'),
     "no parquet": ("a.parquet", b"plain text, and not a table", "a.parquet: Parquet magic bytes not found"),
 }
 

@@ -33,6 +33,7 @@ from efficientllm.train.evaluation.evaluate import Evaluation
 from efficientllm.train.evaluation.job_metrics import Example, calls_in, macro_f1, metric_named
 from efficientllm.train.evaluation.job_score import stored_scores
 from efficientllm.train.evaluation.jobs import JobResult, read_examples
+from efficientllm.train.evaluation.perplexity import Perplexity
 from efficientllm.train.evaluation.scoring import EngineModel
 
 CALL = {"name": "set_light", "arguments": {"area": "loft", "level": 3}}
@@ -112,6 +113,7 @@ def test_a_refusal_is_right_without_a_call() -> None:
         ("json", "{", "{}", 0),
         ("call", 'turn_on {"name": "lamp"}', '{"name": "turn_on", "arguments": {"name": "lamp"}}', 1),
         ("call", '{"name": "now"}', '{"name": "now", "arguments": {}}', 1),
+        ("call", 'Sure. {"name": "now"}', '{"name": "now", "arguments": {}}', 1),
         ("call", '{"name": "f", "arguments": {"x": 1}', "Sorry.", 1),  # cut before its end
         ("label", "Translate\nmore", "translate", 1),
     ],
@@ -276,7 +278,11 @@ def test_errors_are_bootstrapped_and_differences_are_paired() -> None:
 
 def test_values_that_apply_to_no_example_are_not_shown() -> None:
     job = JobResult("call", {"exact": [1.0], "refused": [math.nan]}, ["x"], 1, 1)
-    assert math.isnan(JobResult.from_dict(json.loads(json.dumps(job.to_dict(), allow_nan=False))).mean("refused"))
+    evaluation = Evaluation("model", "", {"m": Perplexity(9.0, 1.0, 9, 9, 1, math.nan)}, {}, None, job)
+    stored = Evaluation.from_dict(json.loads(json.dumps(evaluation.to_dict(), allow_nan=False)))
+    assert stored.job is not None
+    assert math.isnan(stored.job.mean("refused"))
+    assert math.isnan(stored.perplexity["m"].stderr)
     names = [row[0] for row in cli.rows([Evaluation("model", "", {}, {}, None, job)])]
     assert names == ["measure", "job, exact", "tokens per answer", "ms per answer"]
 

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -152,6 +153,15 @@ def written_atomically(path: Path) -> Iterator[IO[bytes]]:
 def write_json_atomically(path: Path, value: Any) -> None:
     """Write `json_text(value)` with `write_text_atomically`."""
     write_text_atomically(path, json_text(value) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """Return a value of dicts, lists and numbers with None in place of NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def json_text(value: Any, depth: int = 0) -> str:

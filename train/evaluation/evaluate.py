@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
-from ...runtime.base.files import write_json_atomically
+from ...runtime.base.files import without_nan, write_json_atomically
 from ...runtime.engines.engine import EngineOptions
 from ..config.sections import check_device
 from ..data.documents import DataSpec, check_documents
@@ -125,8 +126,8 @@ class Evaluation:
     job: JobResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON has them."""
-        return {
+        """Return all fields as JSON has them: None for NaN."""
+        values = {
             "model": self.model,
             "fingerprint": self.fingerprint,
             "perplexity": {name: asdict(value) for name, value in self.perplexity.items()},
@@ -134,6 +135,7 @@ class Evaluation:
             "quality": asdict(self.quality) if self.quality is not None else None,
             "job": self.job.to_dict() if self.job is not None else None,
         }
+        return without_nan(values)
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Evaluation:
@@ -141,7 +143,10 @@ class Evaluation:
         return cls(
             value["model"],
             value["fingerprint"],
-            {name: Perplexity(**entry) for name, entry in value["perplexity"].items()},
+            {
+                name: Perplexity(**{**entry, "stderr": math.nan if entry["stderr"] is None else entry["stderr"]})
+                for name, entry in value["perplexity"].items()
+            },
             {name: TaskResult.from_dict(entry) for name, entry in value["tasks"].items()},
             Quality(**value["quality"]) if value.get("quality") else None,
             JobResult.from_dict(value["job"]) if value.get("job") else None,

@@ -24,7 +24,7 @@ from ...runtime.engines.manifest import JOB_FILE, MANIFEST_NAME, Manifest
 from ..data.documents import split_job
 from .confidence import calibration
 from .evaluate import ComputeConfig, Evaluation, MeasureConfig
-from .jobs import JobResult, known
+from .jobs import JobResult
 from .scoring import is_checkpoint
 
 CARD = "README.md"
@@ -50,7 +50,7 @@ def job_score(
     if source is not None and source.job is not None:
         difference, error = source.job.difference(job, name)
         beside = {"model": display_name(source.model), **_mean_and_error(source.job, name)}
-        beside |= {"difference": difference, "difference_stderr": known(error)}
+        beside |= {"difference": difference, "difference_stderr": _known(error)}
     values = {each: _mean_and_error(job, each) for each in job.values if not math.isnan(job.mean(each))}
     values |= {each: {"mean": value, "stderr": None} for each, value in job.whole.items()}
     path = Path(evaluation.model)
@@ -79,7 +79,12 @@ def job_score(
 
 
 def _mean_and_error(job: JobResult, name: str) -> dict[str, float | None]:
-    return {"mean": job.mean(name), "stderr": known(job.stderr(name))}
+    return {"mean": job.mean(name), "stderr": _known(job.stderr(name))}
+
+
+def _known(value: float) -> float | None:
+    """Return None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
 
 
 def write_score(path: Path, score: Mapping[str, Any]) -> None:

@@ -172,11 +172,6 @@ def _why_rejected(example: Example, grammar: Grammar | None) -> str:
     return "" if start is None else f"its response_format takes no {rest[:40]!r} after {start[-40:]!r}"
 
 
-def known(value: float) -> float | None:
-    """Return a value, or None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else value
-
-
 @dataclass(frozen=True)
 class JobResult:
     """Answers of one model to the examples of a job, with their values."""
@@ -218,15 +213,13 @@ class JobResult:
         return float(np.nanmean(pairs)), bootstrap_error(pairs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields and the scores. NaN becomes None, which JSON has."""
+        """Return the fields and the scores."""
         means = {name: {"mean": self.mean(name), "stderr": self.stderr(name)} for name in self.values}
-        scores = {name: {kind: known(value) for kind, value in each.items()} for name, each in means.items()}
-        values = {name: [*map(known, each)] for name, each in self.values.items()}
-        return {**asdict(self), "values": values, "scores": scores}
+        return {**asdict(self), "scores": means}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> JobResult:
-        """Return the result whose `to_dict` is `value`. Fields that older results lack have their defaults."""
+        """Return the result whose `to_dict` is `value`, with None for NaN. Fields that it lacks have their defaults."""
         fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
         values = {name: [math.nan if each is None else each for each in of] for name, of in value["values"].items()}
         return cls(**{**fields, "values": values})
@@ -234,11 +227,11 @@ class JobResult:
 
 def bootstrap_error(values: Sequence[float] | np.ndarray) -> float:
     """Return the standard deviation of the mean over seeded resamplings; NaN for fewer than two values."""
-    numbers = np.asarray(values)[~np.isnan(values)]
-    if len(numbers) < 2:
+    known = np.asarray(values)[~np.isnan(values)]
+    if len(known) < 2:
         return math.nan
-    draws = np.random.default_rng(0).integers(len(numbers), size=(BOOTSTRAP_SAMPLES, len(numbers)))
-    return float(numbers[draws].mean(axis=1).std(ddof=1))
+    draws = np.random.default_rng(0).integers(len(known), size=(BOOTSTRAP_SAMPLES, len(known)))
+    return float(known[draws].mean(axis=1).std(ddof=1))
 
 
 def run_job(
