@@ -125,13 +125,14 @@ def calls_in(text: str) -> list[tuple[str, dict[str, Any]]]:
         if isinstance(value, dict):
             arguments = _arguments(value.get("arguments", value.get("parameters")))
             is_named = isinstance(value.get("name"), str) and isinstance(arguments, dict | None)
-            # not the key of an object that is cut
-            between = r"[\s(]*" if is_named else r"(?!\"\s*:)\W*"
-            name = re.search(rf"([A-Za-z_][\w.-]*){between}$", text[:position])
-            if is_named and (arguments is not None or name is None):
-                found.append((value["name"], arguments or {}))
-            elif name is not None:
+            # right before the object, or not the key of one that is cut
+            between = r"(?<=\w)[\s(]*" if is_named else r"(?!\"\s*:)\W*"
+            if is_named and arguments is not None:
+                found.append((value["name"], arguments))
+            elif name := re.search(rf"([A-Za-z_][\w.-]*){between}$", text[:position]):
                 found.append((name[1], value))
+            elif is_named:
+                found.append((value["name"], {}))
         position = text.find("{", end)
     return found
 
