@@ -96,9 +96,8 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         logging.getLogger(name).setLevel(logging.ERROR)
     arguments = [argument for argument in arguments if argument != "--debug"]
     show_messages(debug)
-    if (
-        isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict"
-    ):  # Windows redirects into an encoding without most characters
+    # Windows redirects into an encoding without most characters
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _terminating():

@@ -67,9 +67,9 @@ def _read_json(stream: IO[bytes], context: ReadContext) -> Iterator[Document]:
         return
     content = first + stream.read()
     value = _json_value(context, content)
-    if value is None and content.lstrip().startswith(b"["):
-        _parse_json(context, content, "the file")
     if value is None:
+        if content.lstrip().startswith(b"["):
+            _parse_json(context, content, "the file")
         yield from _read_jsonl(io.BytesIO(content), context)
         return
     yield from read_records(value if isinstance(value, list) else [value], context, "document")
