@@ -39,7 +39,7 @@ MAY_IMPORT = {
     | TRAINED
     | {"train/config", "train/checkpoint", "train/evaluation", "train/pruning", "train/reporting"},
     "train/quantisation": {"train/config", "train/model", "train/compute"},
-    "train/evaluation": RUNTIME | TRAINED | {"train/config"},
+    "train/evaluation": RUNTIME | TRAINED | {"train/config", "train/vocabulary"},
     "train/loop": {*RUNTIME, *TRAINED, "train/config", "train/reporting", "train/checkpoint", "train/vocabulary"}
     | {"train/pruning", "train/quantisation", "train/evaluation", "train/family"},
     "train": {*RUNTIME, *TRAINED, "train/config", "train/reporting", "train/checkpoint", "train/pruning"}
