@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ def configure(
         # compiled as a whole has one that keeps attention from its fast kernels (transformers 5). torch does not trace
         # a layer within a checkpoint that is not compiled (2.13).
         modules = [model.model] if activation_checkpointing else list(model.model.layers)
+        for layer in model.model.layers if activation_checkpointing else ():
+            _drop_choice_of_kernels(layer.self_attn)
         torch._dynamo.config.recompile_limit = 8 * len(model.model.layers)
         for module in modules:
             module.compile()
@@ -34,6 +37,13 @@ def configure(
         choose_attention(model, device)
     if stores_gradients_as_computed:
         store_gradients_as_computed(model)
+
+
+def _drop_choice_of_kernels(attention: torch.nn.Module) -> None:
+    """Undo the wrapper of transformers 5.25. Within a checkpoint, torch does not trace the global that it sets."""
+    forward = type(attention).forward
+    if forward.__globals__["__name__"].startswith("kernels."):
+        attention.forward = inspect.unwrap(forward).__get__(attention)
 
 
 class TrainedModel:
