@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from disks import grow, small_disk
@@ -115,11 +116,7 @@ def test_full_quota_is_recognised_without_a_message_of_torch(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a network drive that accepts what is written, and refuses when it is to be kept."""
-
-    def refuses(descriptor: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", refuses)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(code, os.strerror(code))))
     reason = "the quota of its owner is used up" if code == errno.EDQUOT else r"\d.*B are free"
     refused = pytest.raises(DiskFullError, match=rf"/target cannot be written: the disk is full \({reason}\)")
     with refused, folder_written_atomically(tmp_path / "target") as temporary:
@@ -127,8 +124,13 @@ def test_full_quota_is_recognised_without_a_message_of_torch(
     assert not any(tmp_path.iterdir())
 
 
-def test_rank_names_the_full_disk_after_another_made_room(tmp_path: Path) -> None:
-    failures: Any = {0: (OSError(28, "No space left on device"), None)}
+def test_rank_names_the_full_disk_after_another_made_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = training_state.HashingWriter(tmp_path)._create_stream(tmp_path / "a", "wb")
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 0)
+    with pytest.raises(OSError, match="No space left") as raised, stream:
+        fails_as_torch(tmp_path)
+    monkeypatch.undo()
+    failures: Any = {0: (raised.value, None)}
     with pytest.raises(DiskFullError, match=r"the disk is full \(\d.*B are free\)"), disk.writing(tmp_path / "a"):
         raise CheckpointException("write", failures)
 

@@ -70,21 +70,17 @@ def writing(path: Path) -> Iterator[None]:
     except DiskFullError as error:  # of a temporary file below `path`
         raise DiskFullError(path, error.reason) from error
     except BaseException as error:  # torch's CheckpointException is not an Exception
-        reason = _full_disk_reason(path, error)
-        if not reason:
+        code = full_disk_errno(path, error)
+        if not code:
             raise
-        raise DiskFullError(path, reason) from error
+        raise DiskFullError(path, REASONS.get(code) or f"{format_bytes(free_bytes(path))} are free") from error
 
 
-def _full_disk_reason(path: Path, error: BaseException) -> str:
-    """Return why the disk or a quota caused `error`, "" if it did not."""
-    free = free_bytes(path)
-    if free < LAST_BYTES:
-        return f"{format_bytes(free)} are free"
-    code = _errno_of(error) or _test_write(path) or _size_limit(error)
-    if code in REASONS:
-        return REASONS[code]
-    return f"{format_bytes(free)} are free" if code else ""
+def full_disk_errno(path: Path, error: BaseException) -> int:
+    """Return the errno of a full disk, a used-up quota or a limit of file sizes if it caused `error`, else 0."""
+    if free_bytes(path) < LAST_BYTES:
+        return errno.ENOSPC
+    return _errno_of(error) or _test_write(path) or _size_limit(error)
 
 
 def _errno_of(error: BaseException | None) -> int:

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
-from ...runtime.base.files import HashingFile, folder_written_atomically
+from ...runtime.base.files import HashingFile, folder_written_atomically, full_disk_errno
 from ..compute.distributed import Parallel
 from ..reporting.metrics import RunProgress
 from .run_folder import checkpoint_folders, write_contents
@@ -105,9 +105,15 @@ class HashingWriter(FileSystemWriter):
 
     @contextlib.contextmanager
     def _create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[HashingFile]:
-        with HashingFile(Path(path)) as file:
-            self.files.append(file)
-            yield file
+        try:
+            with HashingFile(Path(path)) as file:
+                self.files.append(file)
+                yield file
+        except (OSError, RuntimeError) as error:  # all ranks receive it without its cause, and the main one makes room
+            code = full_disk_errno(self.folder, error)
+            if not code:
+                raise
+            raise OSError(code, os.strerror(code)) from error
 
     def contents(self) -> dict[str, dict[str, Any]]:
         """Return {name below the checkpoint: size and hash} of the files, less torch's metadata, which it renames."""
