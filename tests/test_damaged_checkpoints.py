@@ -85,7 +85,7 @@ def test_training_and_evaluation_refuse_a_damaged_file_in_one_line(
     (copy / file).write_bytes(DAMAGE[how]((copy / file).read_bytes()))
     assert run(command(copy, corpus, tmp_path / "run")) == 2
     assert file in one_line(capsys)
-    assert run_command(eval_cli.body, [str(copy), "--tasks", "none", "--text", f"own={corpus}"]) == 2
+    assert run_command(eval_cli.body, [str(copy), "--tasks=none", f"--text=own={corpus}", f"--output={tmp_path}"]) == 2
     assert file in one_line(capsys)
 
 

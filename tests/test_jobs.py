@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training import ERRORS
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
@@ -125,12 +126,13 @@ def test_metrics_of_texts(metric: str, answer: str, expected: str, value: float)
 
 @pytest.mark.parametrize(("metric", "row", "reason"), [("json", {"completion": "{"}, "Expecting property name")])
 def test_examples_that_a_metric_cannot_score_are_refused_before_a_model_is_loaded(
-    metric: str, row: dict[str, Any], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    metric: str, row: dict[str, Any], reason: str, tmp_path: Path, capsys: ERRORS
 ) -> None:
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps({"prompt": "Which?", **row}), encoding="utf-8")
     (tmp_path / "no model").mkdir()
-    assert run_command(cli.body, [str(tmp_path / "no model"), "--task", str(path), "--metric", metric]) == 2
+    flags = [f"--task={path}", f"--metric={metric}", f"--output={tmp_path}"]
+    assert run_command(cli.body, [str(tmp_path / "no model"), *flags]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: --metric {metric}: example 1 of --task cannot be scored: ")
     assert reason in said
@@ -184,12 +186,12 @@ INEFFECTIVE = {
 
 @pytest.mark.parametrize("case", INEFFECTIVE)
 def test_a_metric_or_constraint_without_effect_is_refused(
-    case: str, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, artefact: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     flags, fields, reason = INEFFECTIVE[case]
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps({"prompt": "Which?", "completion": '{"a": "x"}', **fields}), encoding="utf-8")
-    assert run_command(cli.body, [str(artefact), "--task", str(path), *flags]) == 2
+    assert run_command(cli.body, [str(artefact), f"--task={path}", f"--output={tmp_path}", *flags]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert reason in said
 
@@ -308,7 +310,7 @@ def task(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["checkpoint", "file", "schema", "copy"])
 def test_a_job_is_scored_on_checkpoints_and_files(
-    kind: str, task: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, task: Path, artefact: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     model = artefact.parent / "checkpoint" if kind == "checkpoint" else artefact
     arguments = [str(model), "--task", str(task), "--metric", "call", "--task-tokens", "8", "--threads", "1"]
@@ -328,7 +330,7 @@ def test_a_job_is_scored_on_checkpoints_and_files(
 
 
 def test_answers_are_kept_when_an_evaluation_ends_early(
-    task: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    task: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     """Interrupt one by a signal, and end one by a metric that cannot score an answer."""
     output, answer, asked = tmp_path / "out", EngineModel.answer, []
@@ -371,9 +373,7 @@ def test_answers_are_kept_when_an_evaluation_ends_early(
     assert len(asked) == 6
 
 
-def test_schemas_are_enforced_as_by_the_server(
-    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_schemas_are_enforced_as_by_the_server(artefact: Path, tmp_path: Path, capsys: ERRORS) -> None:
     """A keyword that cannot be enforced is ignored if the function is not strict."""
     path = tmp_path / "test.jsonl"
     message = called(CALL).chat.messages[1]
@@ -400,9 +400,7 @@ def test_response_format_is_enforced_as_by_the_server(strict: bool) -> None:
         jobs.check_examples(asked[1:], "json", "schema")
 
 
-def test_two_models_are_compared_example_by_example(
-    task: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_models_are_compared_example_by_example(task: Path, artefact: Path, tmp_path: Path, capsys: ERRORS) -> None:
     models = [str(artefact), "--compare", str(artefact.parent / "checkpoint")]
     limits = ["--metric", "label", "--task-tokens", "4", "--task-limit", "2", "--threads", "1"]
     assert run_command(cli.body, [*models, "--task", str(task), *limits, "--output", str(tmp_path / "out")]) == 0
@@ -415,7 +413,7 @@ def test_two_models_are_compared_example_by_example(
 
 @pytest.mark.parametrize("kind", ["checkpoint", "artefact"])
 def test_an_example_beyond_the_context_is_named(
-    kind: str, task: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, task: Path, artefact: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     asked = {"role": "user", "content": "Turn on lamp 1. " * 2000}
     long = {"messages": [asked, {"role": "assistant", "content": "ok"}]}
@@ -552,7 +550,7 @@ def test_copied_texts_of_a_model_that_knows_its_functions(artefact: Path) -> Non
 
 
 def test_a_score_travels_to_cards_manifests_and_pages(
-    task: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: Path, straight: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     """From a checkpoint through its export to the hub's folder and the page of results."""
     model, artefact = tmp_path / "model", tmp_path / "small"
@@ -588,13 +586,13 @@ def test_a_score_travels_to_cards_manifests_and_pages(
     assert [each["examples"] for each in stored_scores(model)] == [4, 2]
 
 
-def test_a_score_needs_a_folder_and_a_job(task: Path, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(cli.body, [str(artefact), "--metric", "call"]) == 2
+def test_a_score_needs_a_folder_and_a_job(task: Path, artefact: Path, tmp_path: Path, capsys: ERRORS) -> None:
+    assert run_command(cli.body, [str(artefact), "--metric", "call", f"--output={tmp_path}"]) == 2
     assert "--task: missing; give the examples that --metric" in capsys.readouterr().err
-    assert run_command(cli.body, [str(artefact), "--write"]) == 2
+    assert run_command(cli.body, [str(artefact), "--write", f"--output={tmp_path}"]) == 2
     assert "--write stores the score of a job; give --task" in capsys.readouterr().err
     (file,) = artefact.glob("*.gguf")
-    assert run_command(cli.body, [str(file), "--task", str(task), "--write"]) == 2
+    assert run_command(cli.body, [str(file), "--task", str(task), "--write", f"--output={tmp_path}"]) == 2
     assert "is no model folder and no folder written by efficientllm-export" in capsys.readouterr().err
 
 
@@ -607,7 +605,7 @@ def test_one_example_has_no_error_and_a_card_of_others_stays() -> None:
     assert with_jobs("# A card\n", [score]) == "# A card\n"
 
 
-def test_constraints_need_an_exported_file(task: Path, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_constraints_need_an_exported_file(task: Path, artefact: Path, capsys: ERRORS) -> None:
     arguments = [str(artefact.parent / "checkpoint"), "--task", str(task), "--constrain", "copy"]
     assert run_command(cli.body, [*arguments, "--output", str(task.parent / "out")]) == 2
     assert "--constrain copy needs an exported file" in capsys.readouterr().err

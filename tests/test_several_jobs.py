@@ -134,13 +134,13 @@ def test_no_job_answers_from_the_cache_of_another(client: httpx.Client) -> None:
         assert list(threads.map(lambda each: answer(client, *each), asked)) == alone
 
 
-def test_a_score_has_the_name_of_its_job(trained: Path, data: dict[str, Path], capsys: ERRORS) -> None:
-    task = f"{data['notes']}@notes"
-    arguments = [str(trained), "--task", task, "--task-limit", "3", "--task-tokens", "4", "--write"]
+def test_a_score_has_the_name_of_its_job(trained: Path, data: dict[str, Path], tmp_path: Path, capsys: ERRORS) -> None:
+    task, output = f"{data['notes']}@notes", f"--output={tmp_path}"
+    arguments = [str(trained), "--task", task, "--task-limit", "3", "--task-tokens", "4", "--write", output]
     assert run_command(eval_cli.body, arguments) == 0, capsys.readouterr().err
     (score,) = Manifest.read(trained).jobs
     assert (score["job"], score["task"]) == ("notes", "notes.jsonl")
-    assert run_command(eval_cli.body, [str(trained), "--task", f"{task}s"]) == 2
+    assert run_command(eval_cli.body, [str(trained), "--task", f"{task}s", output]) == 2
     assert "has no job notess; its jobs are notes, replies" in capsys.readouterr().err
 
 
