@@ -1,16 +1,17 @@
-"""Draw the right requests of models in a real Home Assistant against the bytes of their files.
+"""Draw the right requests of models against the bytes of their files, or against the examples of their training.
 
     python -m research.home.picture docs/results/home.json docs/results/home.png
 
-Each row of the JSON file has a name, the share of right requests, whether the model is ours, and the bytes of its file,
-or null if the file is not known. `offset` moves its label, in points.
+The JSON file has the `label`, `limits` and `ticks` of the axis across. Each row has a name, the share of right requests,
+its place on that axis, or null if it has none, and whether the model is ours. `line` joins rows that name the same one,
+and `offset` moves a label, in points.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,30 @@ from efficientllm.train.reporting.plots import KEPT_COLOR, SOURCE_COLOR, save_fi
 OTHER_COLOR = "0.35"
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw a point for each file, and a line for what has no file. The axis of bytes is logarithmic."""
+def draw(figures: Mapping[str, Any], path: Path) -> None:
+    """Draw a point for each row, and a line across for a row without a place. The axis across is logarithmic."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for row in rows:
+    axes, lines = figure.subplots(), dict[str, list[tuple[float, float]]]()
+    for row in figures["rows"]:
         percent = 100 * row["right"]
-        if row["bytes"] is None:
+        if row["at"] is None:
             axes.axhline(percent, color=SOURCE_COLOR, linewidth=1)
-            axes.annotate(row["name"], (8e6, percent), xytext=(0, 3), textcoords="offset points", size=8)
+            place = (figures["limits"][0] * 1.15, percent)
+            axes.annotate(row["name"], place, xytext=(0, 3), textcoords="offset points", size=8)
             continue
-        color = KEPT_COLOR if row["ours"] else OTHER_COLOR
-        axes.plot(row["bytes"], percent, "o", color=color)
+        axes.plot(row["at"], percent, "o", color=KEPT_COLOR if row["ours"] else OTHER_COLOR)
         offset = row.get("offset", (6, -3))
-        axes.annotate(row["name"], (row["bytes"], percent), xytext=offset, textcoords="offset points", size=8)
+        axes.annotate(row["name"], (row["at"], percent), xytext=offset, textcoords="offset points", size=8)
+        lines.setdefault(row.get("line", ""), []).append((row["at"], percent))
+    for points in (points for name, points in lines.items() if name):
+        axes.plot(*zip(*points, strict=True), color=KEPT_COLOR, linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlim(7e6, 3e10)
-    axes.set_xticks([1e7, 1e8, 1e9, 1e10], ["10 MB", "100 MB", "1 GB", "10 GB"])
+    axes.set_xlim(*figures["limits"])
+    axes.set_xticks([*figures["ticks"].values()], [*figures["ticks"]])
     axes.set_ylim(0, 104)
-    axes.set_xlabel("bytes of the file")
+    axes.set_xlabel(figures["label"])
     axes.set_ylabel("right of the requests, %")
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
@@ -47,11 +51,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Draw the picture."""
-    parser = argparse.ArgumentParser(description="Draw right requests in Home Assistant against bytes.")
-    parser.add_argument("rows", type=Path)
+    parser = argparse.ArgumentParser(description="Draw right requests against bytes or examples.")
+    parser.add_argument("figures", type=Path)
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
-    draw(json.loads(arguments.rows.read_text(encoding="utf-8"))["rows"], arguments.picture)
+    draw(json.loads(arguments.figures.read_text(encoding="utf-8")), arguments.picture)
 
 
 if __name__ == "__main__":
