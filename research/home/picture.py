@@ -2,9 +2,9 @@
 
     python -m research.home.picture docs/results/home.json docs/results/home.png
 
-The JSON file has the `label`, `limits` and `ticks` of the axis across. Each row has a name, the share of right requests,
-its place on that axis, or null if it has none, and whether the model is ours. `line` joins rows that name the same one,
-and `offset` moves a label, in points.
+The JSON file has the `label`, `limits` and `ticks` of the axis across. Each row has a name, the share of right
+requests, its place on that axis, or null if it has none, and whether the model is ours. `line` joins rows that name the
+same one, and `offset` moves a label, in points.
 """
 
 from __future__ import annotations
