@@ -112,8 +112,8 @@ def fit(points: Sequence[RunPoint]) -> TokenLaw:
     return TokenLaw(intercept, -slope, tuple(points))
 
 
-def draw_laws(laws: Mapping[str, TokenLaw], end: float, path: Path) -> None:
-    """Draw gap against tokens on logarithmic axes: runs, and laws up to `end` tokens with their bands."""
+def draw_laws(laws: Mapping[str, TokenLaw], later: Mapping[str, dict[int, float]], end: float, path: Path) -> None:
+    """Draw gap against tokens: runs, laws up to `end` tokens with their bands, and later runs as circles."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -125,6 +125,7 @@ def draw_laws(laws: Mapping[str, TokenLaw], end: float, path: Path) -> None:
         lowest, highest = zip(*bands, strict=True)
         axes.fill_between(tokens, lowest, highest, color=f"C{number}", alpha=0.15, linewidth=0)
         axes.plot([point.tokens for point in law.points], [point.gap for point in law.points], "o", color=f"C{number}")
+        axes.plot([*later[name]], [*later[name].values()], "o", color=f"C{number}", fillstyle="none")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("tokens of the run")

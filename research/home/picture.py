@@ -27,14 +27,13 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes, lines = figure.subplots(), dict[str, list[tuple[float, float]]]()
     for row in figures["rows"]:
-        percent = 100 * row["right"]
+        percent, offset = 100 * row["right"], row.get("offset", (6, -3))
         if row["at"] is None:
             axes.axhline(percent, color=SOURCE_COLOR, linewidth=1)
             place = (figures["limits"][0] * 1.15, percent)
             axes.annotate(row["name"], place, xytext=(0, 3), textcoords="offset points", size=8)
             continue
         axes.plot(row["at"], percent, "o", color=KEPT_COLOR if row["ours"] else OTHER_COLOR)
-        offset = row.get("offset", (6, -3))
         axes.annotate(row["name"], (row["at"], percent), xytext=offset, textcoords="offset points", size=8)
         lines.setdefault(row.get("line", ""), []).append((row["at"], percent))
     for points in (points for name, points in lines.items() if name):

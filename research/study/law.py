@@ -110,7 +110,7 @@ def body(argv: Sequence[str]) -> int:
     arguments = parser.parse(argv)
     found = [row for folder in arguments.pop("studies") for row in read_rows(Path(folder))]
     rows = [*{tuple(row[name] for name in RUN): row for row in found}.values()]
-    config, laws = flags.take(arguments, LawConfig), {}
+    config, laws, later = flags.take(arguments, LawConfig), {}, {}
     lengths, predicted = sorted({row["tokens"] for row in rows}), [int(tokens) for tokens in config.predict]
     heads = [*(f"{tokens:,}" for tokens in lengths), "law", *(f"{tokens:,} by the law" for tokens in predicted)]
     table = [["keep", "arm", "parameters", *heads]]
@@ -119,7 +119,8 @@ def body(argv: Sequence[str]) -> int:
             if runs := at_best_rate(rows, keep, arm):
                 law = law_of(runs, config.fit_through)
                 if law is not None:
-                    laws[f"{description.title}, {keep:g}"] = law
+                    laws[name := f"{description.title}, {keep:g}"] = law
+                    later[name] = {at: mean_gap(seeds) for at, seeds in runs.items() if at > config.fit_through}
                 cells = [*(_measured(runs.get(tokens, [])) for tokens in lengths), law.formula if law else ""]
                 cells += [_predicted(law, tokens) for tokens in predicted]
                 table.append(
@@ -129,7 +130,7 @@ def body(argv: Sequence[str]) -> int:
     if config.output:
         write_json_atomically(Path(config.output), {"schema_version": 1, "runs": rows})
     if config.picture:
-        draw_laws(laws, max(predicted), Path(config.picture))
+        draw_laws(laws, later, max(predicted), Path(config.picture))
     return 0
 
 
