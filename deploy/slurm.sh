@@ -15,7 +15,7 @@ HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export EFFICIENTLLM_CACHE=/shared/cache
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 3 --shutdown-timeout 240 \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" --rdzv-id "$SLURM_JOB_ID" \
-  -m efficientllm.train.cli --preset recover --source /shared/Llama-3.2-1B --data /shared/corpus.jsonl \
+  -m efficientllm.runtime.start train --preset recover --source /shared/Llama-3.2-1B --data /shared/corpus.jsonl \
   --tokens 10B --target-ratio 0.5 --output "$OUTPUT" --resume-or-start
 if [ ! -f "$OUTPUT/architecture.json" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
   scontrol requeue "$SLURM_JOB_ID"

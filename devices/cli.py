@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..runtime.base import flags
-from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_file
 from ..runtime.base.quantities import print_rows
@@ -20,6 +18,9 @@ from .bench import as_profiled, benchmark, journal_path, log_progress
 from .device import DeviceOptions, open_device
 from .profiler import ProfileOptions, profile, summary
 from .results import BenchOptions
+
+OWN_KEYS = {"json": {"schema_version", "device", "results"}, "profile": {"measured_on", "table"}}
+"""Output flag -> keys of the files that are written for it. A file without them is not overwritten."""
 
 
 def build_parser() -> flags.Parser:
@@ -52,9 +53,9 @@ def body(argv: Sequence[str]) -> int:
     paths = arguments.pop("artefacts")
     predict_path = arguments.pop("predict")
     inputs = [*paths, *([predict_path] if predict_path else [])]
-    outputs = {name: _output_path(arguments, name, inputs) for name in OWN_FILE_CHECKS}
-    _check_distinct(outputs)
-    json_path, profile_path = outputs["json"], outputs["profile"]
+    json_path, profile_path = (_output_path(arguments, name, inputs) for name in OWN_KEYS)
+    if json_path and profile_path and json_path.resolve() == profile_path.resolve():
+        raise UsageError(f"--profile {profile_path} is also --json; name two files")
     device_options, options = flags.take(arguments, DeviceOptions), flags.take(arguments, BenchOptions)
     profile_options = flags.take(arguments, ProfileOptions)
     if not paths and not profile_path:
@@ -83,39 +84,14 @@ def _output_path(arguments: dict[str, str | None], name: str, inputs: Sequence[s
     check_file(flag, path, inputs)
     if name == "json" and (journal := journal_path(path)).is_dir():
         raise UsageError(f"{flag} {path}: its journal {journal} is a folder; name another file")
-    if path.is_file() and path.stat().st_size and not OWN_FILE_CHECKS[name](path):
+    if path.is_file() and path.stat().st_size and not _has_keys(path, OWN_KEYS[name]):
         raise UsageError(f"{flag} {path} was not written by this command; name another file")
     return path
 
 
-def _check_distinct(outputs: Mapping[str, Path | None]) -> None:
-    names: dict[Path, str] = {}
-    for name, path in outputs.items():
-        if path is not None and (other := names.setdefault(path.resolve(), name)) != name:
-            raise UsageError(f"--{name} {path} is also --{other}; name two files")
-
-
-def _is_json_with(*keys: str) -> Callable[[Path], bool]:
-    def check(path: Path) -> bool:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return False
-        return isinstance(values, dict) and all(key in values for key in keys)
-
-    return check
-
-
-OWN_FILE_CHECKS: dict[str, Callable[[Path], bool]] = {
-    "json": _is_json_with("schema_version", "device", "results"),
-    "profile": _is_json_with("measured_on", "table"),
-}
-"""Maps an output flag to the check that an existing file was written for it."""
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()
+def _has_keys(path: Path, keys: set[str]) -> bool:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and keys <= values.keys()

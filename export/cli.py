@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..runtime.base import flags
-from ..runtime.base.command import run_command
 from ..runtime.base.extras import require_extra
 from ..runtime.base.model_names import check_adapter, check_source
 from ..runtime.base.output import atomic_output
@@ -134,11 +132,3 @@ def body(argv: Sequence[str]) -> int:
     output = "-".join(filter(None, parts)) if output is None else output
     export(checkpoint, target, output, **arguments)
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

@@ -164,7 +164,7 @@ def time_case(
 
 def train(folder: Path, source: str, data: str, device: str, *more: str, kill_at: int | None = None) -> int:
     """Run efficientllm-train with the settings CHECKED, and kill it after step `kill_at`. Return its exit status."""
-    command = [sys.executable, "-m", "efficientllm.train.cli", "--source", source, "--data", data]
+    command = [sys.executable, "-m", "efficientllm.runtime.start", "train", "--source", source, "--data", data]
     command += ["--output", str(folder), "--device", device, *CHECKED, *more]
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     with (folder.parent / f"{folder.name}.log").open("ab") as log:

@@ -66,7 +66,7 @@ def serve_in_child(artefact: str, threads: int) -> Iterator[httpx.Client]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        *(sys.executable, "-c", "from efficientllm.server.cli import main; main()", "--model", f"model={artefact}"),
+        *(sys.executable, "-m", "efficientllm.runtime.start", "serve", "--model", f"model={artefact}"),
         *("--port", str(port), "--threads", str(threads), "--context", str(CONTEXT), "--parallel", "1"),
     ]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .base import flags
-from .base.command import run_command, show_messages
+from .base.command import show_messages
 from .base.errors import UsageError
 from .engines.artefact import ARTEFACT_HELP, open_or_export
 from .engines.engine import EngineOptions, load_engine
@@ -76,11 +76,3 @@ def body(argv: Sequence[str]) -> int:
     finally:
         engine.close()
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

@@ -89,7 +89,3 @@ def main() -> None:
         name, *arguments = arguments
         sys.argv[:2] = [f"{PROGRAM} {name}"]  # its help and errors then show this name, see flags.Parser
     sys.exit(run(name, arguments) if name in COMMANDS else run_command(body, arguments))
-
-
-if __name__ == "__main__":
-    main()

@@ -12,3 +12,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as a shell shows it
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..runtime.base import flags
-from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from ..runtime.engines.artefact import ARTEFACT_HELP, Artefact, open_or_export
@@ -141,11 +140,3 @@ def body(argv: Sequence[str]) -> int:
         if server.load_error is not None:
             raise server.load_error
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

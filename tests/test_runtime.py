@@ -249,7 +249,7 @@ def test_bad_artefacts_give_one_line(artefact: Path, tmp_path: Path, capsys: pyt
     for name, content in {"foreign": b"not a model", "truncated": data[: len(data) // 2], "empty": b""}.items():
         (tmp_path / f"{name}.gguf").write_bytes(content)
         # a fresh process: what a user would see, llama.cpp's own log included
-        command = [sys.executable, "-m", "efficientllm.runtime.chat", str(tmp_path / f"{name}.gguf"), "Hi"]
+        command = [sys.executable, "-m", "efficientllm.runtime.start", "chat", str(tmp_path / f"{name}.gguf"), "Hi"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -71,7 +71,7 @@ def test_commands_of_all_launchers_are_understood() -> None:
         del values["print_config"]
         assert configuration(values).run.resume_or_start
         numbers = [word if not word.startswith("$") else "2" for word in launcher]
-        get_args_parser().parse_args([*numbers, "-m", "efficientllm.train.cli"])
+        get_args_parser().parse_args([*numbers, "-m", "efficientllm.runtime.start", "train"])
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_two_agents_of_the_slurm_file_train_one_model(source_folder: Path, corpu
     values = {"$SLURM_NNODES": "2", "$HEAD:29500": "127.0.0.1:29517", "$SLURM_JOB_ID": str(os.getpid()), "8": "1"}
     launcher = [values.get(word, word) for word in launcher]
     arguments = command(source_folder, corpus, tmp_path / "run", "--batch-size", "2", "--resume-or-start")
-    run = ["-m", "efficientllm.train.cli", *arguments, "--tokens", "640"]
+    run = ["-m", "efficientllm.runtime.start", "train", *arguments, "--tokens", "640"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     agents = [
         subprocess.Popen(

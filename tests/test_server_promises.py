@@ -387,9 +387,9 @@ def test_server_notices_a_closed_connection_soon(artefact: Path) -> None:
 @contextlib.contextmanager
 def stopping_server(artefact: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server of its own that gives answers one second; its process and address."""
-    command = [sys.executable, "-m", "efficientllm.server.cli", str(artefact), "--threads", "1", "--grace", "1"]
+    command = [sys.executable, "-m", "efficientllm.runtime.start", "serve", str(artefact), "--threads", "1"]
     port = free_port()
-    command += ["--port", str(port), "--overflow", "slide", "--context", "256"]
+    command += ["--port", str(port), "--grace", "1", "--overflow", "slide", "--context", "256"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         assert server.stderr is not None
@@ -523,7 +523,7 @@ def test_a_server_ends_if_its_first_model_cannot_be_loaded(artefact: Path, tmp_p
     with next(damaged.glob("*.gguf")).open("r+b") as stream:
         stream.seek(-4, 2)
         stream.write(b"!!!!")
-    command = [sys.executable, "-m", "efficientllm.server.cli", str(damaged), "--port", str(free_port())]
+    command = [sys.executable, "-m", "efficientllm.runtime.start", "serve", str(damaged), "--port", str(free_port())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

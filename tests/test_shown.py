@@ -56,8 +56,8 @@ def test_the_first_line_comes_before_anything_is_loaded(tmp_path: Path) -> None:
     """Also before torch; a second is what a person waits without a doubt, the interpreter's own start included."""
     source = tmp_path / "damaged.gguf"
     source.write_bytes(b"GGUF")
-    arguments = [sys.executable, "-m", "efficientllm.train.cli", "--source", str(source), "--prune", "none"]
-    arguments += ["--output", str(tmp_path / "run")]
+    arguments = [sys.executable, "-m", "efficientllm.runtime.start", "train", "--source", str(source)]
+    arguments += ["--prune", "none", "--output", str(tmp_path / "run")]
     began = time.monotonic()
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -90,7 +90,7 @@ class InterruptedOutput(io.StringIO):
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])
 def test_bytes_of_another_encoding_give_one_line(exported: Callable[..., Path], kind: str) -> None:
     artefact = exported(kind, "--quantize", "f32")
-    command = [sys.executable, "-m", "efficientllm.runtime.chat", str(artefact), "--threads", "1", "--max-tokens", "2"]
+    command = [sys.executable, "-m", "efficientllm.runtime.start", "chat", str(artefact), "--max-tokens", "2"]
     piped = subprocess.run(command, input=b"a\xffb", capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
     given = subprocess.run([*command, b"a\xffb"], capture_output=True)
     system = subprocess.run([*command, "--system", b"a\xffb", "Hi"], capture_output=True)
@@ -147,7 +147,7 @@ class Screen:
 def test_a_checkpoint_is_exported_where_the_user_agrees(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture()).rename(tmp_path / "small")
     environment = {**os.environ, "TERM": "xterm", "EFFICIENTLLM_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "efficientllm.runtime.command_line", "chat", str(checkpoint), "Hi"]
+    command = [sys.executable, "-m", "efficientllm.runtime.start", "chat", str(checkpoint), "Hi"]
     for answer, code in (("n", 2), ("y", 0)):
         screen = Screen([*command, "--max-tokens", "2", "--no-tune"], environment, cwd=tmp_path)
         screen.wait_for(r"is a checkpoint; export it to small-gguf first\? y/N ")
@@ -164,8 +164,9 @@ def test_a_checkpoint_is_exported_where_the_user_agrees(save_tiny: Callable[...,
 @pytest.mark.slow
 def test_pasted_lines_are_one_question_and_ctrl_c_leaves_the_conversation(artefact: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "TERM": "xterm", "EFFICIENTLLM_CACHE": str(tmp_path)}
-    command = [sys.executable, "-m", "efficientllm.runtime.chat", str(artefact), "--temperature", "1", "--seed", "3"]
-    screen = Screen([*command, "--max-tokens", "100000", "--overflow", "slide"], environment)
+    command = [sys.executable, "-m", "efficientllm.runtime.start", "chat", str(artefact), "--temperature", "1"]
+    flags = ["--seed", "3", "--max-tokens", "100000", "--overflow", "slide"]
+    screen = Screen([*command, *flags], environment)
     screen.wait_for("> $")
     screen.type("\x1b[200~first\nsecond\nthird\x1b[201~\r")
     screen.wait_for(r"third\r\n\x1b\[\?2004l\r.{3}")  # the editor gives the screen back, and the answer begins

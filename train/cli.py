@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.base import flags
-from ..runtime.base.command import is_main_process, run_command
+from ..runtime.base.command import is_main_process
 from ..runtime.base.cpu_load import FreeCores
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
@@ -110,11 +110,3 @@ def body(argv: Sequence[str]) -> int:
         return 130
     _log.info(f"model: {model}")
     return 0
-
-
-def main() -> None:
-    sys.exit(run_command(body))
-
-
-if __name__ == "__main__":
-    main()

@@ -31,7 +31,7 @@ TARGETS = {"llama.cpp": "gguf", "onnxruntime": "onnx", "executorch": "executorch
 """Maps an engine to the export target of its artefacts."""
 DEFAULT_TYPES = {"llama.cpp": "q4_0", "onnxruntime": "int4", "executorch": "8da4w"}
 """Maps an engine to its default weight type."""
-EXPORT = "from efficientllm.export.cli import main; main()"
+EXPORT = "-m", "efficientllm.runtime.start", "export"
 PARALLEL_EXPORTS = 2
 END_TOKEN = "<|endoftext|>"
 POOL_SIZE = 1 << 20
@@ -70,7 +70,7 @@ def _export(shape: DecoderShape, target: str, quantization: str, context: int, p
     try:
         write_checkpoint(shape, source, context)
         flags = ["--target", target, "--quantize", quantization, "--no-verify", "--output", str(path)]
-        finished = run_python("-c", EXPORT, str(source), *flags)
+        finished = run_python(*EXPORT, str(source), *flags)
     finally:
         shutil.rmtree(source, ignore_errors=True)
     if finished.code:

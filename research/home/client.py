@@ -64,8 +64,8 @@ def served(artefact: Path, flags: Sequence[str] = ()) -> Iterator[Client]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "efficientllm.server.cli", "--model", f"home={artefact}", "--port", str(port)]
-    command += [*FLAGS, *flags]
+    command = [sys.executable, "-m", "efficientllm.runtime.start", "serve", "--model", f"home={artefact}"]
+    command += ["--port", str(port), *FLAGS, *flags]
     with tempfile.TemporaryFile() as errors:
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         try:

@@ -36,8 +36,8 @@ POINTS = (
     *("q4_0/q4_0@70MB+qat", "q4_0/q4_0@62MB", "q4_0/q4_0@62MB+imatrix", "q4_0/q4_0@62MB+qat", "q4_0/q4_0@48MB+qat"),
 )
 
-EXPORT, BENCH = (f"from efficientllm.{room}.cli import main; main()" for room in ("export", "devices"))
-"""Python that runs a command of a room that training does not import."""
+COMMAND = "-m", "efficientllm.runtime.start"
+"""Arguments of Python that run a command of a room that training does not import."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class FilesStudy:
 
     def _export(self, source: str, output: Path, *more: str) -> None:
         """In a process of its own: export is no part of training, and llama.cpp's quantiser may abort."""
-        command = ["-c", EXPORT, source, "--target", "gguf", "--output", str(output), *more]
+        command = [*COMMAND, "export", source, "--target", "gguf", "--output", str(output), *more]
         done = run_python(*command, "--no-verify")  # what a file costs is measured below, not judged
         if done.code:
             raise ArtefactError(f"{output.parent.name}: {done.last_error}")
@@ -202,7 +202,7 @@ class FilesStudy:
         paths = [str(self.artefact(job)) for job in self.jobs if not job.seed and self.artefact(job).is_dir()]
         options = ["--rounds", str(self.config.rounds), "--repetitions", "3", "--depths", "512"]
         options += ["--threads", str(self.config.threads)]
-        done = run_python("-c", BENCH, *paths, *options, "--json", str(self.folder / "bench.json"))
+        done = run_python(*COMMAND, "bench", *paths, *options, "--json", str(self.folder / "bench.json"))
         if done.code:
             raise ArtefactError(f"efficientllm-bench: {done.last_error}")
 

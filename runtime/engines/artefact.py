@@ -131,7 +131,7 @@ def open_or_export(path: str | Path) -> Artefact:
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise
         # a child, because the export needs torch, whose memory this process would keep
-        done = subprocess.run([sys.executable, "-m", "efficientllm.runtime.command_line", *error.arguments])
+        done = subprocess.run([sys.executable, "-m", "efficientllm.runtime.start", *error.arguments])
         if done.returncode:
             sys.exit(done.returncode)
         return Artefact.open(error.output)

@@ -88,9 +88,9 @@ class Launcher:
         if key not in self.ports:
             name, context, parallel, temperature = key
             port = 8200 + len(self.ports)
-            command = [sys.executable, "-m", "efficientllm.server.cli", "--model", f"{name}={self.model}", "--no-tune"]
+            command = [sys.executable, "-m", "efficientllm.runtime.start", "serve", "--model", f"{name}={self.model}"]
             command += ["--port", str(port), "--context", str(context), "--parallel", str(parallel), "--threads", "1"]
-            self.ports[key] = port, subprocess.Popen([*command, "--temperature", str(temperature)])
+            self.ports[key] = port, subprocess.Popen([*command, "--no-tune", "--temperature", str(temperature)])
         server.server_port, process = self.ports[key]
         while process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):

@@ -254,7 +254,7 @@ def server_of(
     port = free_port()
     models = itertools.chain.from_iterable(("--model", f"{name}={artefact}") for name, artefact in names.items())
     command = [
-        *(sys.executable, "-m", "efficientllm.server.cli", *models, "--port", str(port)),
+        *(sys.executable, "-m", "efficientllm.runtime.start", "serve", *models, "--port", str(port)),
         *("--threads", str(options.threads), "--context", str(context), "--parallel", "4"),
         *("--waiting", str(options.clients), "--max-memory", str(options.max_memory)),
     ]

@@ -196,7 +196,7 @@ def main() -> int:
         write_inputs(folder)
         save_checkpoint(tiny_model(tiny_architecture()), tiny_tokenizer(), folder / "MODEL")
         for command, expected in COMMANDS.items():
-            script = [sys.executable, "-m", "efficientllm.runtime.command_line", *command.split()]
+            script = [sys.executable, "-m", "efficientllm.runtime.start", *command.split()]
             code, seconds, errors = cpu_seconds(script, folder)
             is_clear = code == 2 and errors.count("\n") == 1 and expected in errors
             num_slow, num_unclear = num_slow + (seconds > BAR_SECONDS), num_unclear + (not is_clear)

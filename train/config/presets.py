@@ -102,8 +102,8 @@ def gpu24_1b() -> TrainConfig:
 def node8_8b() -> TrainConfig:
     """Return settings for Llama-3.1-8B to a half on one node of eight 80 GB GPUs, half a million tokens a step.
 
-    FSDP shards weights, gradients and moments. Start it with `torchrun --nproc-per-node 8 -m efficientllm.train.cli`.
-    Not run on such a node yet.
+    FSDP shards weights, gradients and moments. Start it with `torchrun --nproc-per-node 8 -m efficientllm.runtime.start
+    train`. Not run on such a node yet.
     """
     return _llama(
         "meta-llama/Llama-3.1-8B",
