@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import operator
 import os
 import platform
 import re
@@ -14,6 +13,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from .base import flags
 from .base.child import run, run_python
@@ -69,8 +71,7 @@ if torch.backends.mps.is_available():
 print(json.dumps(found))
 """
 
-COMPARISONS = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
-"""The operators in the requirements of pyproject.toml."""
+PACKAGE = "efficientllm"
 
 
 def version_of(distribution: str) -> str:
@@ -87,41 +88,21 @@ def requirements() -> dict[str, dict[str, str]]:
     Requirements of other operating systems are left out. The range has the form of the package's metadata, such as
     "<6,>=5.24".
     """
-    found: dict[str, dict[str, str]] = {"": {}}
-    included: dict[str, list[str]] = {}
-    for line in importlib.metadata.requires("efficientllm") or []:
-        requirement, _, marker = line.partition(";")
-        match = re.fullmatch(r"([\w.-]+)(?:\[(.*)\])?(.*)", requirement.strip())
-        extra_match = re.search(r"extra == ['\"](.+?)['\"]", marker)
-        assert match is not None
-        name, extras, version_range = match.groups()
-        extra = extra_match[1] if extra_match else ""
-        found.setdefault(extra, {})
-        if re.search(rf"sys_platform != ['\"]{sys.platform}['\"]", marker):
-            continue
-        if name == "efficientllm":
-            included.setdefault(extra, []).extend(extras.split(","))
-        else:
-            found[extra][name] = version_range
+    required = [Requirement(line) for line in importlib.metadata.requires(PACKAGE) or []]
 
-    def resolve(extra: str) -> dict[str, str]:
-        resolved = dict(found[extra])
-        for each in included.get(extra, []):
-            resolved |= resolve(each)
-        return resolved
+    def of(extra: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for each in required:
+            if each.marker is not None and not each.marker.evaluate({"extra": extra}):
+                continue
+            if each.name == PACKAGE:
+                found |= {name: versions for other in each.extras for name, versions in of(other).items()}
+            elif each.marker is not None or not extra:
+                found[each.name] = str(each.specifier)
+        return found
 
-    return {extra: resolve(extra) for extra in found}
-
-
-def is_within(version: str, version_range: str) -> bool:
-    """Return whether `version` is in a range such as "<6,>=5.24". Suffixes such as +cpu do not count."""
-    parts = re.findall(r"(>=|<|==)([\d.]+)", version_range)
-    return bool(version) and all(COMPARISONS[sign](_numbers(version), _numbers(bound)) for sign, bound in parts)
-
-
-def _numbers(version: str) -> list[int]:
-    found = re.match(r"\d+(\.\d+)*", version)
-    return [int(part) for part in found[0].split(".")] if found else []
+    extras = importlib.metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
+    return {extra: of(extra) for extra in ["", *extras]}
 
 
 def needs() -> dict[str, dict[str, Any]]:
@@ -144,7 +125,12 @@ def needs() -> dict[str, dict[str, Any]]:
 
 def _lacks(wanted: Mapping[str, str]) -> dict[str, str]:
     """Return those of {distribution: version range} that are not installed, or outdated."""
-    return {name: versions for name, versions in wanted.items() if not is_within(version_of(name), versions)}
+    found = {name: version_of(name) for name in wanted}
+    return {
+        name: versions
+        for name, versions in wanted.items()
+        if not found[name] or not SpecifierSet(versions).contains(found[name], prereleases=True)
+    }
 
 
 def cpu() -> dict[str, Any]:
@@ -201,7 +187,7 @@ def examine() -> dict[str, Any]:
     """Return everything that the command shows, as JSON values."""
     packages = sorted({name for extra in requirements().values() for name in extra}, key=str.lower)
     return {
-        "efficientllm": {"version": version_of("efficientllm"), "commit": commit()},
+        "efficientllm": {"version": version_of(PACKAGE), "commit": commit()},
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": cpu(),
