@@ -104,7 +104,7 @@ class Model:
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens` without control tokens."""
         self._check_tokens(tokens)
-        return b"".join(map(self.engine.token_bytes, tokens)).decode("utf-8", errors="replace")
+        return self.engine.text_of(tokens)
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         """Raise UsageError for an id outside the vocabulary."""

@@ -20,7 +20,7 @@ from ..runtime.prompt import text_prompt
 from ..runtime.sampling import SamplingDefaults
 from .access.guard import TRUSTED
 from .answers.builders import ChatBuilder, CompletionBuilder, TextBuilder
-from .answers.choices import Choice, make_choices, pieces_of, prompt_of, text_of
+from .answers.choices import Choice, make_choices, pieces_of, prompt_of
 from .answers.embeddings import embed_texts
 from .answers.responses_builder import ResponsesBuilder
 from .body import BodyRoute
@@ -192,7 +192,7 @@ class Endpoints:
         def compute(engine: EngineScheduler) -> Detokenized:
             if request.tokens and max(request.tokens) >= engine.vocab_size:
                 raise APIError(400, f"tokens: {max(request.tokens)} is outside the vocabulary of {engine.vocab_size}")
-            return Detokenized(content=text_of(engine, request.tokens))
+            return Detokenized(content=engine.text_of(request.tokens))
 
         return await self.until_disconnect(http, self.with_engine(request.model, compute))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -307,13 +308,11 @@ class OllamaBuilder(ChatBuilder):
     def _end(self, text: str, reasoning: str = "") -> OllamaAnswer:
         """Return the last line, or the whole answer."""
         stats = self.choices[0].generation.stats
-        calls = [call.function for call in self._collected.calls]
-        if self._collected.finish_reason == "length" and calls and not _is_json(calls[-1].arguments):
-            calls.pop()  # the limit cut it
         parsed = []
-        for call in calls:  # Ollama's arguments are an object, not text
-            function = OllamaFunction(name=call.name, arguments=json.loads(call.arguments))
-            parsed.append(OllamaCall(function=function))
+        for call in self._collected.calls:  # Ollama's arguments are an object, not text
+            with contextlib.suppress(ValueError):  # the limit may have cut the last call
+                arguments = json.loads(call.function.arguments)
+                parsed.append(OllamaCall(function=OllamaFunction(name=call.function.name, arguments=arguments)))
         first_seconds = stats.time_to_first_token_ms / 1e3
         return self._answer(
             text,
@@ -329,14 +328,6 @@ class OllamaBuilder(ChatBuilder):
             eval_duration=int(NANOSECONDS * stats.decode_seconds),
             confidence=self.confidence(),
         )
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 class OllamaEndpoints:

@@ -22,7 +22,7 @@ from efficientllm.train.config.sections import SourceConfig
 from efficientllm.train.data import packing
 from efficientllm.train.data.chat import Encoder, tokenize
 from efficientllm.train.data.documents import DataSpec, check_held_out, is_held_out, open_documents, open_texts, text_of
-from efficientllm.train.data.packing import LANES, PackedStream, PrefetchedStream, held_out_windows
+from efficientllm.train.data.packing import LANES, ORDER, PackedStream, PrefetchedStream, held_out_windows
 from efficientllm.train.loop.run_text import RunText
 
 TEXTS = [f"text number {index}, with a few words" for index in range(30)]
@@ -78,7 +78,7 @@ def test_windows_of_a_lane_are_its_documents_end_to_end(corpus: Path, tokenizer:
     count = len(packed.corpora[0].buffers)
     assert count == LANES
     # a window begins with the token that another one ends with: follow one lane from its first window
-    rng_order = [packed.corpora[0]._order(visit) for visit in range(40)]
+    rng_order = [packed.corpora[0]._random(ORDER, visit).permutation(count) for visit in range(40)]
     lane = [windows[visit * count + int(np.flatnonzero(rng_order[visit] == 5)[0])] for visit in range(40)]
     assert all(one[-1] == other[0] for one, other in itertools.pairwise(lane))
     texts = tokenizer.decode(np.concatenate([lane[0], *[window[1:] for window in lane[1:]]])).split("<|endoftext|>")

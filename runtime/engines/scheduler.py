@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,10 @@ class EngineScheduler(SharedEngine):
         """Return `token_bytes` of every token."""
         with self._open() as engine:
             return list(map(engine.token_bytes, range(self.vocab_size)))
+
+    def text_of(self, tokens: Iterable[int]) -> str:
+        """Return the text of tokens. Control tokens have none."""
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
 
     def embed(self, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
         """Return the embedding of a text, see `Embedder.embed`.

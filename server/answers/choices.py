@@ -128,7 +128,7 @@ def _text_choices(engine: EngineScheduler, request: TextRequest, each: Iterable[
     for prompt in request.prompts:
         text = prompt if isinstance(prompt, str) else ""
         tokens = tokens_of(engine, prompt, "prompt", request.has_control_tokens)
-        echo = (text or text_of(engine, tokens)) if request.echo else ""
+        echo = (text or engine.text_of(tokens)) if request.echo else ""
         for options in each:
             generation = Generation(engine, tokens, options, _copy_of(constraint))
             yield Choice(generation, echo=echo, prompt=text)
@@ -162,11 +162,6 @@ def _constraint_of(engine: EngineScheduler, request: CompletionRequest) -> Gramm
 def _copy_of(constraint: GrammarConstraint | None) -> GrammarConstraint | None:
     # each answer advances its own
     return constraint.copy() if constraint is not None else None
-
-
-def text_of(engine: EngineScheduler, tokens: Iterable[int]) -> str:
-    """Return the text of `tokens` without control tokens."""
-    return b"".join(map(engine.token_bytes, tokens)).decode("utf-8", errors="replace")
 
 
 def pieces_of(engine: EngineScheduler, tokens: Iterable[int]) -> list[TokenPiece]:

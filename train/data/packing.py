@@ -168,7 +168,7 @@ class CorpusWindows:
         window begins with a document instead, as prompts do, because attention depends on the first token.
         """
         visit, turn = divmod(self.drawn, len(self.buffers))
-        lane = int(self._order(visit)[turn])
+        lane = int(self._random(ORDER, visit).permutation(len(self.buffers))[turn])
         parts, size = [self.buffers[lane]], len(self.buffers[lane])
         while size <= self.window:
             document = self._next_document()
@@ -216,10 +216,6 @@ class CorpusWindows:
                 f"{self.window} cut it; efficientllm-data check counts such chats"
             )
         return document
-
-    def _order(self, visit: int) -> np.ndarray:
-        """Return the order in which a visit reads the lanes, int64 [lanes]."""
-        return self._random(ORDER, visit).permutation(len(self.buffers))
 
     def _random(self, *purpose: int) -> np.random.Generator:
         """Return a generator that depends on the seed and the purpose, not on numbers drawn before."""

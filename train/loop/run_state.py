@@ -133,7 +133,8 @@ class RunState:
             lambda: PartState(tensors=training_state.as_tensors(stream.state())),
             lambda state: stream.load_state(training_state.as_arrays(state.tensors)),
         )
-        parts["step"] = Part(self._unfinished_state, self._load_unfinished)
+        # the step between whose update and removal or measurements the checkpoint is, if it is
+        parts["step"] = Part(lambda: PartState(self.unfinished and asdict(self.unfinished)), self._load_unfinished)
         later = self._later_steps()
         if later is not None:
             parts["later_steps"] = Part(later.state, later.load)
@@ -182,10 +183,6 @@ class RunState:
         """Yield the model for answers, with the weights of the exported file."""
         with self.rounded_weights(), evaluated(self.trained, self.text, self.stop_signal.check_alone) as model:
             yield model
-
-    def _unfinished_state(self) -> PartState:
-        """Return the step between whose update and removal or measurements the checkpoint is, if it is."""
-        return PartState(asdict(self.unfinished) if self.unfinished is not None else None)
 
     def _load_unfinished(self, state: PartState) -> None:
         if state.values is not None:

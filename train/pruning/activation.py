@@ -36,23 +36,29 @@ READERS = ("self_attn.o_proj", "mlp.down_proj")
 class ReaderScores(RunningScores):
     """Observer of the inputs of every matrix of READERS in training, with one score per FFN channel and query head."""
 
+    name = TOKEN_FISHER
+    """Value of --saliency."""
     observes_stem = False
     """Whether the outputs of the stem's norms are observed as well."""
 
     def __init__(
-        self, name: str, kinds: Iterable[str], architecture: Architecture, decay: float, mean_over_ranks: MeanOverRanks
+        self,
+        kinds: Iterable[str],
+        architecture: Architecture,
+        decay: float,
+        mean_over_ranks: MeanOverRanks = single_rank,
     ) -> None:
         """Raise UsageError if the stem is in the pruning space and not observed."""
-        super().__init__(kinds, architecture, decay)
+        super().__init__(kinds, architecture, decay, mean_over_ranks)
         if "stem" in self.kinds and not self.observes_stem:
-            raise UsageError(f"--saliency {name} ranks attention and ffn only; remove stem from --prune")
+            raise UsageError(f"--saliency {self.name} ranks attention and ffn only; remove stem from --prune")
         if "stem" in self.kinds and not {"before_attention", "before_ffn"} >= architecture.parts.norms.keys():
             raise UsageError(
-                f"--saliency {name} observes the stem before each block, and {architecture.family} has norms after its "
-                "blocks; remove stem from --prune, or use --saliency taylor1"
+                f"--saliency {self.name} observes the stem before each block, and {architecture.family} has norms "
+                "after its blocks; remove stem from --prune, or use --saliency taylor1"
             )
-        self.mean_over_ranks = mean_over_ranks
         self._handles: list[RemovableHandle] = []
+        self.detach()
 
     def observe(self, name: str, module: Any) -> RemovableHandle:
         """Add a hook that observes the training passes of the named module, and return its handle.
@@ -124,7 +130,8 @@ class ActivationScores(ReaderScores):
         mean_over_ranks: MeanOverRanks = single_rank,
     ) -> None:
         """Raise UsageError if the stem is in the pruning space, because these criteria do not cover it."""
-        super().__init__(name, kinds, architecture, decay, mean_over_ranks)
+        self.name = name
+        super().__init__(kinds, architecture, decay, mean_over_ranks)
         self.criterion = criterion
         self._moments: dict[str, Moments] = {}
         self._weights: dict[str, Any] = {}
@@ -200,17 +207,8 @@ class GateScores(ReaderScores):
     """Scores by the Fisher information of gates."""
 
     observes_stem = True
-
-    def __init__(
-        self,
-        kinds: Iterable[str],
-        architecture: Architecture,
-        decay: float,
-        mean_over_ranks: MeanOverRanks = single_rank,
-    ) -> None:
-        super().__init__(TOKEN_FISHER, kinds, architecture, decay, mean_over_ranks)
-        self.gates: dict[str, Tensor] = {}
-        """Gates of every observed module. Their gradient is the scores of the step so far."""
+    gates: dict[str, Tensor]
+    """Gates of every observed module. Their gradient is the scores of the step so far."""
 
     def observe(self, name: str, module: Any) -> RemovableHandle:
         """Multiply the values of a module by gates whose gradients are its scores."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compute.distributed import MeanOverRanks, single_rank
 from ..model.architecture import Architecture
 from ..model.groups import counts
 
@@ -28,11 +29,21 @@ class RunningScores:
     needs_microbatches = False
     """Whether `accumulate` needs each microbatch's own gradient."""
 
-    def __init__(self, kinds: Iterable[str], architecture: Architecture, decay: float) -> None:
-        """Start without scores. `decay` is the weight of the past per optimizer step."""
+    def __init__(
+        self,
+        kinds: Iterable[str],
+        architecture: Architecture,
+        decay: float,
+        mean_over_ranks: MeanOverRanks = single_rank,
+    ) -> None:
+        """Start without scores. `decay` is the weight of the past per optimizer step.
+
+        `mean_over_ranks` averages tensors in place if samples are a rank's own microbatches.
+        """
         self.kinds = tuple(kinds)
         self.architecture = architecture
         self.decay = decay
+        self.mean_over_ranks = mean_over_ranks
         self.num_observations = 0
         self.scores: Scores = {}
 

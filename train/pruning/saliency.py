@@ -53,12 +53,7 @@ class SaliencyTracker(RunningScores):
         decay: float,
         mean_over_ranks: MeanOverRanks = single_rank,
     ) -> None:
-        """Start without scores.
-
-        `mean_over_ranks` averages tensors in place if samples are a rank's own microbatches.
-        """
-        super().__init__(kinds, architecture, decay)
-        self.mean_over_ranks = mean_over_ranks
+        super().__init__(kinds, architecture, decay, mean_over_ranks)
         self.criterion = criterion
         self.needs_microbatches = criterion.per_microbatch
         self._samples: list[tuple[Sums, float]] = []

@@ -87,7 +87,7 @@ def read_pieces(data: Mapping[str, Any], num_rows: int) -> Pieces:
     vocab: dict[str, int] = model["vocab"]
     added = {each["id"]: each["content"] for each in data.get("added_tokens", [])}
     texts = {index: text for text, index in vocab.items()} | added
-    fixed = {*added, *_unknown(model, vocab)}
+    fixed = {*added, *([vocab[model["unk_token"]]] if model.get("unk_token") in vocab else [])}
     parts = _parts_of_merges(merges_of(model), vocab)
     for text, index in vocab.items():
         if is_byte(text):
@@ -120,10 +120,6 @@ def _check(model: Mapping[str, Any]) -> None:
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise ModelError(f"--prune vocabulary: a BPE tokenizer with {name} {model[name]!r} is not supported")
-
-
-def _unknown(model: Mapping[str, Any], vocab: Mapping[str, int]) -> list[int]:
-    return [vocab[model["unk_token"]]] if model.get("unk_token") in vocab else []
 
 
 def _byte_spelling(character: str, vocab: Mapping[str, int]) -> tuple[int, ...] | None:
