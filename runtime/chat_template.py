@@ -122,6 +122,13 @@ def read_template_file(path: str) -> str:
     return template
 
 
+def described(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return functions in OpenAI's form as templates get them: without empty fields, and without `strict`."""
+    fields = ("name", "description", "parameters")
+    functions = [{name: tool["function"][name] for name in fields if tool["function"].get(name)} for tool in tools]
+    return [{"type": "function", "function": function} for function in functions]
+
+
 def render_chat(
     template: str | None,
     messages: Sequence[Message],
@@ -143,7 +150,7 @@ def render_chat(
         raise ArtefactError("the model has no chat template; use plain completion")
     values: dict[str, Any] = {
         **(variables or {}),
-        "tools": list(tools) or None,
+        "tools": described(tools) or None,
         "messages": [dict(message) for message in messages],
         "add_generation_prompt": add_generation_prompt,
         "bos_token": bos_token,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 from .base.errors import UsageError
 from .call_reader import BEGIN_REASONING, END_REASONING, CallReader, ReasoningReader
-from .chat_template import Message, MessageEscape, render_chat
+from .chat_template import Message, MessageEscape, described, render_chat
 from .copied_arguments import CopiedArguments, ToolArguments, words_rule
 from .engines.scheduler import EngineScheduler
 from .grammar import CACHED_GRAMMARS, Grammar, GrammarConstraint
@@ -25,7 +25,8 @@ class ToolUse:
     """Functions that an answer may call, and how."""
 
     tools: Sequence[Mapping[str, Any]]
-    """Functions in OpenAI's form, {"type": "function", "function": {"name", "description", "parameters"}}."""
+    """Functions in OpenAI's form, {"type": "function", "function": {"name", "description", "parameters", "strict"}}.
+    Keywords that cannot be enforced are ignored unless a function is strict."""
     must_call: bool = False
     """True if the answer must be a call."""
     only: str = ""
@@ -36,9 +37,6 @@ class ToolUse:
     """JSON schema of an answer without calls. None: any text."""
     arguments: ToolArguments = "any"
     """Free texts in arguments, see ToolArguments."""
-    strict: Collection[str] | None = None
-    """Names of functions whose keywords must all be enforced. Those of others are ignored if they cannot be. None:
-    all."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,7 @@ def _grammar(calls: _Calls, format: ToolFormat, control: tuple[int, ...]) -> Gra
         )
     tools = [tool for tool in use.tools if use.only in ("", tool["function"]["name"])]
     must_call = use.must_call or bool(use.only)
-    return format.grammar(
-        tools, control, must_call=must_call, otherwise=use.otherwise, copied=copied, strict=use.strict
-    )
+    return format.grammar(tools, control, must_call=must_call, otherwise=use.otherwise, copied=copied)
 
 
 def chat_prompt(engine: EngineScheduler, messages: Sequence[Message]) -> list[int]:
@@ -217,7 +213,7 @@ def in_plain_roles(
         if calls and "tool_calls" in format.given:  # without ids, which training does not have
             plain[-1]["tool_calls"] = [{"type": "function", "function": call["function"]} for call in calls]
     if tools and not format.is_learned:
-        listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in described(tools))
         instructions = INSTRUCTIONS.format(tools=listed)
         if plain[0]["role"] == "system":
             plain[0] = {**plain[0], "content": f"{plain[0]['content']}\n\n{instructions}"}

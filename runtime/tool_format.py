@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,9 @@ from .spaced_texts import ObjectScanner, schema_with_spaces, with_spaces
 
 MAX_CALLS = 16
 """Largest number of calls in one answer, because a small model may repeat calls without end."""
+
+FUNCTION_NAME = "[a-zA-Z0-9_.-]{1,128}"
+"""Regular expression of the names of functions."""
 
 INSTRUCTIONS = """You can call functions. They are, one JSON object a line:
 {tools}
@@ -56,13 +59,13 @@ class ToolFormat:
         """
         tokens = engine.tokenize(self.begin, special=True)
         num_control = sum(not engine.token_bytes(token) for token in tokens)
-        begin = _text(engine, tokens)
+        begin = engine.text_of(tokens)
         is_readable = begin.strip() and self.begin.endswith(begin) and _is_plain(engine, self.middle)
         if not is_readable or any(engine.token_bytes(token) for token in tokens[:num_control]):
             return None
         between = self.between if _is_plain(engine, self.between) else ""
         end_tokens = engine.tokenize(self.end, special=True)
-        end = _text(engine, itertools.takewhile(engine.token_bytes, end_tokens))  # up to a control token
+        end = engine.text_of(itertools.takewhile(engine.token_bytes, end_tokens))  # up to a control token
         return tuple(tokens[:num_control]), replace(self, begin=begin, between=between, end=end)
 
     def grammar(
@@ -73,19 +76,17 @@ class ToolFormat:
         must_call: bool,
         otherwise: Mapping[str, Any] | None = None,
         copied: CopiedArguments | None = None,
-        strict: Collection[str] | None = None,
     ) -> Grammar:
         """Return the grammar of calls of `tools`, in OpenAI's form, with arguments that follow their schemas.
 
         Without `must_call`, the answer may also be text, or text that ends with calls. With a schema `otherwise`, it is
         JSON of that schema, or calls. Calls begin with the tokens `control`. With `copied`, it writes the arguments.
-        Keywords that cannot be enforced are ignored, except in the functions named in `strict` (None: all). Its
-        `GrammarConstraint` raises UsageError with the name of the tool if its schema cannot be enforced.
+        Its `GrammarConstraint` raises UsageError with the name of the tool if its schema cannot be enforced. Keywords
+        that cannot be enforced are ignored unless a function is strict.
         """
         functions = [tool["function"] for tool in tools]
         lines = self._frame(len(functions), control, must_call, otherwise)
-        is_strict = [strict is None or function["name"] in strict for function in functions]
-        formats = [CALL_JSON if each else LENIENT_CALL_JSON for each in is_strict]
+        formats = [CALL_JSON if each.get("strict") else LENIENT_CALL_JSON for each in functions]
         parts = [
             schema_part(parameters_of(each), f"tool {each['name']!r}: parameters", format)
             for each, format in zip(functions, formats, strict=True)
@@ -207,10 +208,6 @@ def why_not_called(call: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) 
     if start is not None and others and schema.get("additionalProperties") is False:
         return f'{call["name"]} takes no argument "{others[0]}"'
     return "" if start is None else f"{call['name']} takes no {arguments[len(start) :]} after {start or 'its name'}"
-
-
-def _text(engine: EngineScheduler, tokens: Iterable[int]) -> str:
-    return b"".join(map(engine.token_bytes, tokens)).decode("utf-8", "replace")
 
 
 def _is_plain(engine: EngineScheduler, text: str) -> bool:

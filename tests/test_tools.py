@@ -247,7 +247,8 @@ def test_arguments_without_free_texts_follow_their_schema(engine: EngineSchedule
     assert accepts(engine, ToolUse(TOOLS, must_call=True, arguments="copy"), ROME)
     assert accepts(engine, ToolUse(TOOLS, arguments="copy"), call("now", "{}"))
     nested = {"type": "object", "properties": {"a": {"type": "string"}}, "propertyNames": {"maxLength": 3}}
-    use = ToolUse([{"type": "function", "function": {"name": "nested", "parameters": nested}}], arguments="copy")
+    function = {"name": "nested", "parameters": nested, "strict": True}
+    use = ToolUse([{"type": "function", "function": function}], arguments="copy")
     with pytest.raises(UsageError, match=r"^tool 'nested': parameters: `propertyNames` cannot be enforced"):
         tool_prompt(engine, [QUESTION], use).constraint(engine)
 
@@ -392,12 +393,12 @@ def test_keywords_that_cannot_be_enforced_are_ignored_unless_the_function_is_str
 ) -> None:
     tags = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
     parameters = {"type": "object", "properties": {"tags": tags}, "additionalProperties": False}
-    tools = [{"type": "function", "function": {"name": "tag", "parameters": parameters}}]
-    use = ToolUse(tools, must_call=True, arguments=kind, strict=())
+    function = {"name": "tag", "parameters": parameters}
+    use = ToolUse([{"type": "function", "function": function}], must_call=True, arguments=kind)
     assert accepts(engine, use, call("tag", '{"tags": [1, 1]}'))
     assert not accepts(engine, use, call("tag", '{"tags": ["a"]}'))
     with pytest.raises(UsageError, match=r"^tool 'tag': parameters: `uniqueItems` cannot be enforced"):
-        accepts(engine, replace(use, strict=("tag",)), "")
+        accepts(engine, replace(use, tools=[{"type": "function", "function": {**function, "strict": True}}]), "")
 
 
 @pytest.mark.parametrize("wrong", [{"properties": [1]}, {"properties": {"a": 1}}, {"required": [{}]}, {"required": 1}])

@@ -380,7 +380,7 @@ class ChatRequest(CompletionRequest):
 
     @cached_property
     def _functions(self) -> list[dict[str, Any]]:
-        return [tool.as_template_value() for tool in self.tools]
+        return [tool.model_dump() for tool in self.tools]
 
     @property
     def tool_use(self) -> ToolUse | None:
@@ -389,9 +389,8 @@ class ChatRequest(CompletionRequest):
             return None
         only = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else ""
         otherwise = self.response_format.answer_schema()
-        strict = {tool.function.name for tool in self.tools if tool.function.strict}
         must_call, arguments = self.tool_choice == "required", self.tool_arguments
-        return ToolUse(self._functions, must_call, only, self.parallel_tool_calls, otherwise, arguments, strict)
+        return ToolUse(self._functions, must_call, only, self.parallel_tool_calls, otherwise, arguments)
 
     @property
     def stops(self) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, Strict, model_validator
 
 from ...runtime.grammar import Grammar, answer_schema
+from ...runtime.tool_format import FUNCTION_NAME
 
 MAX_CHARACTERS = 200_000
 MAX_TOOLS = 128
@@ -51,7 +52,7 @@ Int = Annotated[int, Strict(), BeforeValidator(_to_int)]
 Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_check_text)]
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+Name = Annotated[str, Field(pattern=rf"^{FUNCTION_NAME}$")]
 Json = Annotated[dict[str, JsonValue], AfterValidator(_check_json)]
 """A JSON object."""
 
@@ -181,11 +182,6 @@ class Function(RequestPart):
 class Tool(RequestPart):
     type: Literal["function"]
     function: Function
-
-    def as_template_value(self) -> dict[str, Any]:
-        """Return the tool as chat templates need it, without empty fields."""
-        fields = self.function.model_dump(exclude={"strict"})
-        return {"type": "function", "function": {name: value for name, value in fields.items() if value}}
 
 
 class NamedFunction(RequestPart):

@@ -126,8 +126,7 @@ class EngineModel:
         A grammar limits calls to the functions of the chat. `arguments` limits free texts in arguments.
         """
         for chat, schema in chats:
-            strict = {tool["function"]["name"] for tool in chat.tools if tool["function"].get("strict")}
-            use = ToolUse(chat.tools, arguments=arguments, otherwise=schema, strict=strict) if chat.tools else None
+            use = ToolUse(chat.tools, arguments=arguments, otherwise=schema) if chat.tools else None
             prompt = tool_prompt(self.engine, chat.messages, use)
             constraint = prompt.constraint(self.engine)
             if use is None and schema is not None:
