@@ -6,12 +6,13 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from .base.errors import UsageError
-from .grammar import embedded_schema, schema_part
+from .grammar import LENIENT_CALL_JSON, embedded_schema, schema_part
 from .listed_context import Record
 
 ToolArguments = Literal["any", "copy", "examples", "listed"]
@@ -30,7 +31,7 @@ MARKS = r"\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06e
 WORD = re.compile(rf"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[\w{MARKS}]+|\W")
 """A word, a sign, or a character of a script without spaces between words (Thai, Lao, Japanese, Chinese)."""
 
-ANNOTATIONS = {"title", "description", "examples", "default", "deprecated"}
+ANNOTATIONS = {"$comment", "title", "description", "examples", "default", "deprecated"}
 """Keywords of a JSON schema that restrict nothing."""
 
 DEFINITIONS = ("$defs", "definitions")
@@ -41,8 +42,15 @@ NUMBERS = {
 }
 """Expressions of numbers. Small models write digits without end where JSON allows it."""
 
-OBJECT_KEYWORDS = ANNOTATIONS | {"type", "properties", "required", "additionalProperties", "$schema"} | {*DEFINITIONS}
-"""Keywords of parameters whose arguments may be copied."""
+OBJECT_KEYWORDS = {"type", "properties", "required", "additionalProperties", "minProperties", "maxProperties"}
+OBJECT_KEYWORDS |= ANNOTATIONS | {"$schema", "$id", *DEFINITIONS}
+"""Keywords of parameters whose arguments may be copied. No number of properties is enforced that restricts them."""
+
+QUOTE = json.dumps('"')
+"""Lark literal of the start of a JSON string."""
+
+TEXT_KEYWORDS = {"type", "enum", "minLength", "maxLength", "pattern", "format"}
+"""Keywords of a text that may be listed."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,42 @@ class _Slot:
     key: str
     """The argument's name in JSON, as a Lark literal."""
     value: str
-    """Expression of its value, "" if it is listed."""
+    """Expression of its values that are not listed, "" if there are none."""
     is_required: bool
+    is_text: bool = False
+    """True if it may be a listed value."""
     is_array: bool = False
-    """True if it is a list of listed values."""
+    """True if it may be a list of listed values."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The values of an argument that records may list."""
+
+    texts: Sequence[Mapping[str, Any]]
+    """Schemas that all of its texts follow."""
+    others: str
+    """Expression of its values of other types, "" if there are none."""
+    is_text: bool
+    """True if it may be a text."""
+    is_array: bool
+    """True if it may be a list of texts."""
+
+    @property
+    def keywords(self) -> set[str]:
+        """Return the keywords that restrict its texts."""
+        return set[str]().union(*map(_keywords, self.texts)) - {"type"}
+
+    def written(self, value: str, is_spaced: bool) -> str:
+        """Return a listed value as an argument has it, "" if its schema does not allow it.
+
+        If texts are spaced, it begins with a space unless its schema forbids that (see `schema_with_spaces`).
+        """
+        spaced = " " * is_spaced + value
+        if not self.keywords:
+            return spaced
+        schemas = [json.dumps(each) for each in self.texts]
+        return next((text for text in (value, spaced) if all(_follows(text, each) for each in schemas)), "")
 
 
 State = frozenset[tuple[tuple[str, ...], ...]]
@@ -68,10 +108,10 @@ class _Listed:
 
     state: State
     """Their values in the records on which the function may act."""
-    arrays: Mapping[str, bool]
-    """Argument -> whether it is a list of values."""
-    absent: Collection[str]
-    """Texts for which no such record has a value."""
+    kinds: Mapping[str, _Kind]
+    """Those with a value in such a record."""
+    absent: Mapping[str, _Kind]
+    """Free texts without one."""
 
 
 class CopiedArguments:
@@ -117,18 +157,23 @@ class CopiedArguments:
         llguidance must have accepted `parameters`, a JSON schema. JSON has its `format`.
         """
         properties, required = parameters.get("properties"), parameters.get("required", [])
-        has_other_keywords = not set(parameters) <= OBJECT_KEYWORDS
-        if has_other_keywords or not properties or not set(required) <= set(properties):
+        if not set(parameters) <= OBJECT_KEYWORDS or not properties or not set(required) <= set(properties):
             return embedded_schema(parameters, format)
         definitions = {key: parameters[key] for key in DEFINITIONS if key in parameters}
-        listed = self._listed_arguments(properties)
+        listed = self._listed_arguments(properties, definitions, format)
         slots: list[_Slot] = []
         for key, schema in properties.items():
-            value = "COPIED" if key in listed.absent and key in required else ""
-            if key not in listed.arrays and key not in listed.absent:
-                value = self._value(schema, definitions, format) or ("COPIED" if key in required else "")
-            if value or key in listed.arrays:
-                slots.append(_Slot(_quoted(key), value, key in required, listed.arrays.get(key, False)))
+            is_required, kind = key in required, listed.kinds.get(key)
+            copied = "COPIED" if is_required else ""
+            if kind is not None:
+                slots.append(_Slot(_quoted(key), kind.others, is_required, kind.is_text, kind.is_array))
+                continue
+            if key in listed.absent:
+                value = _one_of([copied, listed.absent[key].others])
+            else:
+                value = self._value(schema, definitions, format) or copied
+            if value:
+                slots.append(_Slot(_quoted(key), value, is_required))
         pairs = self._pairs(slots, listed.state)
         if not pairs:
             return '"{}"'
@@ -146,32 +191,48 @@ class CopiedArguments:
         self.rules.append(f'{name}_rest_{len(pairs)}: ""')
         return f'"{{" ({" | ".join(starts)}){"" if required else "?"} "}}"'
 
-    def _listed_arguments(self, properties: Mapping[str, Any]) -> _Listed:
-        found = {key: _listed_kind(properties[key]) for key in properties if key in self._fields}
+    def _listed_arguments(self, properties: Mapping[str, Any], definitions: Mapping[str, Any], format: Any) -> _Listed:
+        found = {key: self._kind(properties[key], definitions, format) for key in properties if key in self._fields}
         kinds = {key: kind for key, kind in found.items() if kind is not None}
         key = repr(kinds)
         if key not in self._listed:
             self._listed[key] = self._agreeing(kinds)
         return self._listed[key]
 
-    def _agreeing(self, kinds: Mapping[str, tuple[bool, list[str]]]) -> _Listed:
-        """Return the listed arguments of functions with arguments of these kinds (see `_listed_kind`)."""
-        space, enums = " " * self._are_spaced, {key: enum for key, (_, enum) in kinds.items() if enum}
-        values: list[dict[str, tuple[str, ...]]] = []
+    def _kind(self, schema: Any, definitions: Mapping[str, Any], format: Any) -> _Kind | None:
+        """Return the kind of an argument, None if it is neither a text nor a list of texts."""
+        texts, lists, others = [], [], []
+        for each in _choices(schema, definitions):
+            is_list = _keywords(each) == {"type", "items"} and each["type"] == "array"
+            items = _choices(each["items"], definitions) if is_list else []
+            if _may_be_listed(each):
+                texts.append(each)
+            elif items and all(map(_may_be_listed, items)):
+                lists += items
+            else:
+                others.append(self._choice(each, definitions, format))
+        return _Kind(texts + lists, _one_of(others), bool(texts), bool(lists)) if texts or lists else None
+
+    def _agreeing(self, kinds: Mapping[str, _Kind]) -> _Listed:
+        """Return the listed arguments of functions with arguments of these kinds."""
+        enums = [key for key, kind in kinds.items() if "enum" in kind.keywords]
+        values: list[dict[str, list[str]]] = []
         for record in self._records:
-            allowed = {key: record.get(key, ()) for key in kinds}
-            for key, enum in enums.items():
-                allowed[key] = tuple(each for each in allowed[key] if space + each in enum)
+            allowed = {
+                key: [*filter(None, (kind.written(each, self._are_spaced) for each in record.get(key, ())))]
+                for key, kind in kinds.items()
+            }
             if all(allowed[key] for key in enums):
                 values.append(allowed)
-        arrays = {key: kinds[key][0] for key in kinds if any(each[key] for each in values)}
-        state = frozenset(tuple(each[key] for key in arrays) for each in values)
-        return _Listed(state, arrays, {key for key, kind in kinds.items() if key not in arrays and kind == (False, [])})
+        present = {key: kind for key, kind in kinds.items() if any(each[key] for each in values)}
+        state = frozenset(tuple(tuple(each[key]) for key in present) for each in values)
+        absent = {key: kind for key, kind in kinds.items() if kind.is_text and not (kind.keywords or key in present)}
+        return _Listed(state, present, absent)
 
     def _pairs(self, slots: Sequence[_Slot], state: State) -> list[tuple[str, bool]]:
         """Return (expression, whether it is required) of each argument. Those around listed ones are one expression."""
         single = [(f'{slot.key} ": " {slot.value}', slot.is_required) for slot in slots]
-        positions = [index for index, slot in enumerate(slots) if not slot.value]
+        positions = [index for index, slot in enumerate(slots) if slot.is_text or slot.is_array]
         if not positions:
             return single
         first, after = positions[0], positions[-1] + 1
@@ -187,8 +248,9 @@ class CopiedArguments:
             return self._chains[slots, state, is_first]
         slot, rest = slots[0], slots[1:]
         values, skipped = [(slot.value, state)], state
-        if not slot.value:
-            values, skipped = self._listed_values(slot, state), frozenset(each[1:] for each in state)
+        if slot.is_text or slot.is_array:
+            skipped = frozenset(each[1:] for each in state)
+            values = [*self._listed_values(slot, state), *([(slot.value, skipped)] if slot.value else [])]
         followed = [(value, self._chain(rest, after, is_first=False)) for value, after in values]
         choices = [f"{value} {chain}" for value, chain in followed if chain]
         comma = "" if is_first else '", " '
@@ -210,28 +272,27 @@ class CopiedArguments:
         groups: dict[State, list[str]] = {}
         for value in sorted(tails):
             groups.setdefault(frozenset(tails[value]), []).append(value)
-        found = [(self._rule_of([*map(_quoted_text, values)]), after) for after, values in groups.items()]
+        found = [(self._rule_of(map(_quoted_text, values), QUOTE), after) for after, values in groups.items()]
+        texts = found if slot.is_text else []
         if not slot.is_array:
-            return found
+            return texts
         one = [(f'"[" {rule} "]"', after) for rule, after in found]
-        every = self._rule_of([*map(_quoted_text, sorted(tails))])
+        every = self._rule_of(map(_quoted_text, sorted(tails)), QUOTE)
         rest = frozenset(tail for tails_of_value in tails.values() for tail in tails_of_value)
-        return [*one, (f'"[" {every} (", " {every})+ "]"', rest)] if len(tails) > 1 else one
+        return [*texts, *one, *([(f'"[" {every} (", " {every})+ "]"', rest)] if len(tails) > 1 else [])]
 
     def _value(self, schema: Any, definitions: Mapping[str, Any], format: Any) -> str:
         """Return the expression of one argument, "" if the request or the schema has no value for it."""
+        return _one_of([self._choice(each, definitions, format) for each in _choices(schema, definitions)])
+
+    def _choice(self, schema: Any, definitions: Mapping[str, Any], format: Any) -> str:
+        """Return the expression of one of the `_choices` of an argument, "" if there is no value for it."""
         if isinstance(schema, bool):
             return "%json true" if schema else ""
-        if _keywords(schema) == {"anyOf"}:
-            annotations = {key: schema[key] for key in ("examples", "default") if key in schema}
-            schemas = [_with_annotations(each, annotations) for each in schema["anyOf"]]
-            return _one_of([self._value(each, definitions, format) for each in schemas])
-        if _keywords(schema) == {"type"} and schema["type"] in ("integer", "number"):
-            return NUMBERS[schema["type"]]
-        if not _is_free_text(schema):
-            return _json({**definitions, **schema}, format)
-        others = [each for each in _types(schema) if each != "string"]
-        return _one_of([self._text(schema), embedded_schema({"type": others}, format) if others else ""])
+        if _is_free_text(schema):
+            return self._text(schema)
+        is_number = _keywords(schema) == {"type"} and schema["type"] in NUMBERS
+        return NUMBERS[schema["type"]] if is_number else _json({**definitions, **schema}, format)
 
     def _text(self, schema: Mapping[str, Any]) -> str:
         """Return the expression of a free text, "" if it must be an example and none occurs in the request."""
@@ -244,11 +305,11 @@ class CopiedArguments:
             choices = ["RUN", *map(_quoted_text, listed)]
         else:
             return "COPIED"
-        return self._rule_of(choices)
+        return self._rule_of(choices, self._opening)
 
-    def _rule_of(self, choices: Sequence[str]) -> str:
-        """Return the rule of a text that is one of `choices`."""
-        expression = f'{self._opening} ({" | ".join(choices)}) "\\""'
+    def _rule_of(self, choices: Iterable[str], opening: str) -> str:
+        """Return the rule of a text that is one of `choices` after the `opening`."""
+        expression = f'{opening} ({" | ".join(choices)}) "\\""'
         if expression not in self._listed_rules:
             name = self._listed_rules[expression] = f"LISTED_{len(self._listed_rules)}"
             self.rules.append(f"{name}: {expression}")
@@ -262,14 +323,31 @@ class CopiedArguments:
         return self._occurs[example]
 
 
-def _listed_kind(schema: Any) -> tuple[bool, list[str]] | None:
-    """Return whether an argument is a list of texts, and the texts that its schema lists. None for other kinds."""
-    is_array = _keywords(schema) == {"type", "items"} and schema["type"] == "array"
-    text = schema["items"] if is_array else schema
-    if _is_free_text(text) and text["type"] == "string":
-        return is_array, []
-    enum = text["enum"] if _keywords(text) in ({"enum"}, {"enum", "type"}) else None
-    return (is_array, enum) if enum and all(isinstance(each, str) for each in enum) else None
+def _choices(schema: Any, definitions: Mapping[str, Any]) -> list[Any]:
+    """Return the schemas that a value follows one of, each with one type. A reference is followed once."""
+    if isinstance(schema, dict) and isinstance(schema.get("type"), list):
+        return [{**schema, "type": each} for each in schema["type"]]
+    choices: list[Any] = []
+    if _keywords(schema) == {"anyOf"}:
+        choices = [choice for each in schema["anyOf"] for choice in _choices(each, definitions)]
+    elif _keywords(schema) == {"$ref"}:
+        group, _, name = schema["$ref"].removeprefix("#/").partition("/")
+        others = {key: dict(each) for key, each in definitions.items()}
+        choices = _choices(others[group].pop(name), others) if name in others.get(group, ()) else []
+    return [_with_examples(each, schema) for each in choices] or [schema]
+
+
+def _may_be_listed(schema: Any) -> bool:
+    """Tell whether all values of a schema are texts, or it names no type."""
+    if not isinstance(schema, dict) or not _keywords(schema) <= TEXT_KEYWORDS:
+        return False
+    return schema.get("type", "string") == "string" and all(isinstance(each, str) for each in schema.get("enum", ()))
+
+
+@lru_cache(maxsize=4096)
+def _follows(text: str, schema: str) -> bool:
+    """Tell whether a text follows a JSON schema."""
+    return schema_part(json.loads(schema), "", LENIENT_CALL_JSON).allowed_start(json.dumps(text)) is None
 
 
 def _json(schema: Mapping[str, Any], format: Any) -> str:
@@ -289,21 +367,16 @@ def _keywords(schema: Any) -> set[str]:
     return set(schema) - ANNOTATIONS if isinstance(schema, dict) else set()
 
 
-def _types(schema: Mapping[str, Any]) -> list[Any]:
-    types = schema.get("type")
-    return types if isinstance(types, list) else [types]
-
-
 def _is_free_text(schema: Any) -> bool:
-    return _keywords(schema) == {"type"} and "string" in _types(schema)
+    return _keywords(schema) == {"type"} and schema["type"] == "string"
 
 
-def _with_annotations(schema: Any, annotations: Mapping[str, Any]) -> Any:
-    """Return a schema with further examples, and a default if it has none, if it is a free text or may be one."""
-    examples = annotations.get("examples")
-    if not (examples or "default" in annotations) or not (_is_free_text(schema) or _keywords(schema) == {"anyOf"}):
+def _with_examples(schema: Any, outer: Mapping[str, Any]) -> Any:
+    """Return a schema with the examples and the default of an `outer` one, if it is a free text."""
+    if not _is_free_text(schema):
         return schema
-    return {**annotations, **schema, "examples": [*_texts_of(schema.get("examples")), *_texts_of(examples)]}
+    examples = [*_texts_of(schema.get("examples")), *_texts_of(outer.get("examples"))]
+    return {"default": outer.get("default"), **schema, "examples": examples}
 
 
 def _listed(schema: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
+from .base.errors import UsageError
+
 Record = Mapping[str, tuple[str, ...]]
 """Field -> its values. A list in one line, separated by commas, is also one value."""
 
@@ -23,9 +25,12 @@ _COMMENT = re.compile(r"\{#-? *efficientllm lists *\n(.*?)\n\s*-?#\}", re.DOTALL
 
 
 def listed_records(template: str | None, texts: Iterable[str]) -> tuple[Record, ...] | None:
-    """Return the records in `texts`, None if the template does not say how they are listed."""
+    """Return the records in `texts`, None if the template does not say how they are listed.
+
+    Raises UsageError if its comment has a line that cannot be read, as with a field that occurs twice.
+    """
     found = _COMMENT.search(template or "")
-    if found is None:
+    if found is None or not found[1].strip():
         return None
     return tuple(record for text in texts for record in _records(found[1], text))
 
@@ -40,7 +45,10 @@ def _forms(pattern: str) -> tuple[re.Pattern[str], ...]:
         # an atomic group ends at the first text that follows the field
         inner = "".join(f"(?>(?P<{name}>.+?){re.escape(after)})" for name, after in pairs[:-1])
         last = "".join(f"(?P<{name}>.+){re.escape(after)}" for name, after in pairs[-1:])
-        forms.append(re.compile(re.escape(begin) + inner + last))
+        try:
+            forms.append(re.compile(re.escape(begin) + inner + last))
+        except re.error as error:
+            raise UsageError(f"the chat template lists records by {line!r}: {error}; correct its comment") from error
     return tuple(forms)
 
 
@@ -49,7 +57,7 @@ def _records(pattern: str, text: str) -> tuple[Record, ...]:
     first, *others = _forms(pattern)
     records: list[dict[str, tuple[str, ...]]] = []
     is_open = False
-    for line in text.splitlines():
+    for line in re.split("\r?\n", text):  # splitlines would also split within names
         found = first.fullmatch(line)
         if found:
             records.append({})

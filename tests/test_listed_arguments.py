@@ -39,12 +39,16 @@ Devices:
   areas: Garden
 """
 TEXT, TEXTS = {"type": "string"}, {"type": "array", "items": {"type": "string"}}
+AREA = {"$ref": "#/$defs/Area"}
 ORDERS = {
     "switch": {"name": TEXT, "area": TEXT, "floor": TEXT, "domain": TEXTS, "level": {"type": "integer"}},
     "heat": {"level": {"type": "integer"}, "area": TEXT, "name": TEXT},
     "old": {"domain": TEXT, "area": TEXT, "name": TEXT},
     "clean": {"name": TEXT, "area": TEXT, "domain": {"type": "array", "items": {"enum": ["vacuum"]}}},
     "call": {"text": TEXT, "area": TEXT},
+    "find": {"name": {"anyOf": [TEXT, {"type": "null"}]}, "domain": {"type": ["string", "null"]}, "area": AREA},
+    "list": {"area": {"anyOf": [TEXT, TEXTS]}, "name": {"type": "string", "minLength": 6}},
+    "move": {"area": {"minLength": 5}, "text": AREA},
 }
 REQUIRED = {"heat": ["level"], "call": ["area"]}
 
@@ -58,14 +62,15 @@ def test_records_are_read_as_the_template_describes_them() -> None:
         {"name": ("none",)},
     )
     line = "{#- efficientllm lists\n* {item} ({size}) on shelf {shelf}.\n-#}"
-    assert listed_records(line, ["* Blue (big) box (2 l) on shelf 4.\n* Red on shelf"]) == (
-        {"item": ("Blue",), "size": ("big) box (2 l",), "shelf": ("4",)},
-    )
-    assert listed_records(PLAIN, [HOME]) is None
+    boxes = {"item": ("Blue",), "size": ("big) box (2 l",), "shelf": ("4",)}
+    assert listed_records(line, ["* Blue (big) box (2 l) on shelf 4.\n* Red on shelf"]) == (boxes,)
+    assert listed_records(PLAIN, [HOME]) is None is listed_records("{#- efficientllm lists\n\n-#}", [HOME])
+    with pytest.raises(UsageError, match=r"'{a} {a}': redefinition of group name 'a'.*; correct its comment"):
+        listed_records("{#- efficientllm lists\n{a} {a}\n-#}", [HOME])
 
 
-def accepts(engine: EngineScheduler, name: str, arguments: dict[str, Any], home: str = HOME) -> bool:
-    parameters = {"type": "object", "properties": ORDERS[name], "required": REQUIRED.get(name, [])}
+def accepts(engine: EngineScheduler, name: str, arguments: dict[str, Any], home: str = HOME, **beside: Any) -> bool:
+    parameters = {"type": "object", "properties": ORDERS[name], "required": REQUIRED.get(name, []), **beside}
     tools = [{"type": "function", "function": {"name": name, "parameters": parameters}}]
     messages = [{"role": "system", "content": home}, {"role": "user", "content": "the Top floor, now"}]
     other: Any = Picky(engine, JOB_MARK + LISTS + PLAIN)
@@ -109,12 +114,22 @@ def accepts(engine: EngineScheduler, name: str, arguments: dict[str, Any], home:
         ("clean", {"area": "Loft"}, False),
         ("call", {"text": "now", "area": "Loft"}, True),
         ("call", {"text": "now"}, False),
+        ("find", {"name": "Hatch", "domain": "cover", "area": "Loft"}, True),
+        ("find", {"name": "Hatch", "domain": "light"}, False),
+        ("find", {"name": None, "domain": None, "area": "Loft"}, True),
+        ("list", {"area": "Attic"}, True),
+        ("list", {"area": ["Attic", "Loft"]}, True),
+        ("list", {"name": "Work Lamp"}, True),
+        ("list", {"name": "Dusty"}, False),
+        ("move", {"area": "Attic", "text": "now"}, True),
+        ("move", {"area": "Loft"}, False),
     ],
 )
 def test_arguments_agree_with_one_record(
     engine: EngineScheduler, name: str, arguments: dict[str, Any], expected: bool
 ) -> None:
-    assert accepts(engine, name, arguments) == expected
+    beside = {"$comment": "any", "minProperties": 0, "$defs": {"Area": TEXT}}
+    assert accepts(engine, name, arguments, **beside) == expected
 
 
 def test_without_records_texts_are_copied(engine: EngineScheduler) -> None:
