@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from ...runtime.base.errors import DataError
 from ...runtime.base.quantities import did_you_mean
 from ...runtime.chat_template import Message
+from ...runtime.tool_format import FUNCTION_NAME
 from .chat import Chat, Document
 
 _log = logging.getLogger("efficientllm.train")
@@ -164,6 +166,11 @@ def _tools(context: ReadContext, record: Mapping[str, Any], place: str) -> tuple
             function = {**function, "parameters": parameters}
         if not isinstance(parameters, dict | None):
             raise context.error(f'the "parameters" of a function of {place} must be a JSON schema, which is an object')
+        if not re.fullmatch(FUNCTION_NAME, function["name"]):
+            allowed = "use at most 128 letters, digits, dots, _ and -, as the server does"
+            raise context.error(f"{place} has a function {function['name']!r}; {allowed}")
+        if any(function["name"] == each["function"]["name"] for each in found):
+            raise context.error(f"{place} has two functions {function['name']}; rename one")
         found.append({"type": "function", "function": function})
     return tuple(found)
 

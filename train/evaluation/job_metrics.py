@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,13 @@ class Example:
         message = self.chat.messages[-1]
         if "tool_calls" in message:
             return calls_in(text_of({**message, "content": ""}))
-        names = {tool["function"]["name"] for tool in self.chat.tools}
+        names = self.functions
         return [each for each in calls_in(message["content"]) if not names or each[0] in names]
+
+    @property
+    def functions(self) -> set[str]:
+        """Return the names of the functions that may be called, none if the example lists none."""
+        return {tool["function"]["name"] for tool in self.chat.tools}
 
     @property
     def prompt(self) -> Chat:
@@ -108,11 +113,12 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def calls_in(text: str) -> list[tuple[str, dict[str, Any]]]:
+def calls_in(text: str, functions: Collection[str] = ()) -> list[tuple[str, dict[str, Any]]]:
     """Return the (name, arguments) of all calls in an answer.
 
     A call is a JSON object with a name and arguments (or parameters), or a name before a JSON object, as templates
-    write them. An object with a name alone is the arguments of a name right before it. Other objects are ignored.
+    write them. An object with a name alone is the arguments of a name right before it. A word before an object is a
+    name if `functions` have it or are empty. Other objects are ignored.
     """
     found: list[tuple[str, dict[str, Any]]] = []
     position = text.find("{")
@@ -129,7 +135,9 @@ def calls_in(text: str) -> list[tuple[str, dict[str, Any]]]:
             between = r"(?<=\w)[\s(]*" if is_named else r"(?!\"\s*:)\W*"
             if is_named and arguments is not None:
                 found.append((value["name"], arguments))
-            elif name := re.search(rf"([A-Za-z_][\w.-]*){between}$", text[:position]):
+            elif (name := re.search(rf"([A-Za-z_][\w.-]*){between}$", text[:position])) and (
+                not functions or name[1] in functions
+            ):
                 found.append((name[1], value))
             elif is_named:
                 found.append((value["name"], {}))
@@ -184,7 +192,7 @@ def call(answer: str, example: Example) -> Values:
     An example without a call expects a refusal, which is right if the answer has no call. After a result it expects
     its text, in any case.
     """
-    expected, found = example.calls, calls_in(answer)
+    expected, found = example.calls, calls_in(answer, example.functions)
     if not expected:
         refused = float(not found)
         if len(example.chat.messages) > 1 and example.chat.messages[-2]["role"] == "tool":
