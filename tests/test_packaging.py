@@ -150,18 +150,18 @@ def test_version_and_changelog_agree() -> None:
 
 
 MISSING = [
-    ("efficientllm.train.cli", ["--output", "x"], "torch", "train"),
-    ("efficientllm.train.cli", ["--output", "x", "--data", "TEXT.parquet"], "pyarrow", "datasets"),
-    ("efficientllm.train.cli", ["--output", "x", "--data", "TEXT.txt.zst"], "pyarrow", "datasets"),
-    ("efficientllm.train.cli", ["--output", "x", "--tensorboard"], "tensorboard", "tensorboard"),
-    ("efficientllm.export.cli", ["CHECKPOINT", "--target", "gguf", "--output", "x"], "llama_cpp", "gguf"),
-    ("efficientllm.runtime.chat", ["MODEL.gguf", "Hi"], "llama_cpp,xllamacpp", "gguf-binary"),
-    ("efficientllm.server.cli", ["MODEL.gguf"], "fastapi", "server"),
-    ("efficientllm.server.cli", ["MODEL.gguf"], "uvicorn", "server"),
+    ("train", ["--output", "x"], "torch", "train"),
+    ("train", ["--output", "x", "--data", "TEXT.parquet"], "pyarrow", "datasets"),
+    ("train", ["--output", "x", "--data", "TEXT.txt.zst"], "pyarrow", "datasets"),
+    ("train", ["--output", "x", "--tensorboard"], "tensorboard", "tensorboard"),
+    ("export", ["CHECKPOINT", "--target", "gguf", "--output", "x"], "llama_cpp", "gguf"),
+    ("chat", ["MODEL.gguf", "Hi"], "llama_cpp,xllamacpp", "gguf-binary"),
+    ("serve", ["MODEL.gguf"], "fastapi", "server"),
+    ("serve", ["MODEL.gguf"], "uvicorn", "server"),
 ]
 
 WITHOUT_ONE = """
-import importlib, importlib.util, sys
+import importlib.util, sys
 
 blocked = sys.argv.pop(1).split(",")
 find_spec = importlib.util.find_spec
@@ -173,22 +173,23 @@ class Block:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Block())
-importlib.import_module(sys.argv.pop(1)).main()
+from efficientllm.runtime.start import main
+main()
 """
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments", "blocked", "extra"), MISSING, ids=[f"{case[0]}-{case[2]}" for case in MISSING]
+    ("name", "arguments", "blocked", "extra"), MISSING, ids=[f"{case[0]}-{case[2]}" for case in MISSING]
 )
 def test_a_missing_extra_is_named(
-    module: str, arguments: list[str], blocked: str, extra: str, source_folder: Path, tmp_path: Path
+    name: str, arguments: list[str], blocked: str, extra: str, source_folder: Path, tmp_path: Path
 ) -> None:
-    for name in ("MODEL.gguf", "TEXT.parquet", "TEXT.txt.zst"):
-        (tmp_path / name).write_bytes(b"GGUF")
+    for file in ("MODEL.gguf", "TEXT.parquet", "TEXT.txt.zst"):
+        (tmp_path / file).write_bytes(b"GGUF")
     places = {"CHECKPOINT": str(source_folder)} | {path.name: str(path) for path in tmp_path.iterdir()}
     places["x"] = str(tmp_path / "x")
     arguments = [places.get(argument, argument) for argument in arguments]
-    command = [sys.executable, "-c", WITHOUT_ONE, blocked, module, *arguments]
+    command = [sys.executable, "-c", WITHOUT_ONE, blocked, name, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip().splitlines()[-1].endswith(f"run: {install_command(extra)}")

@@ -14,7 +14,6 @@ from training import SETTINGS
 from efficientllm.runtime.base.child import ProcessResult, run
 
 PLUGIN = Path(__file__).with_name("plugin")
-MAIN = "import importlib, sys; importlib.import_module(sys.argv.pop(1)).main()"
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +27,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def command(site: Path | None, module: str, *arguments: str) -> ProcessResult:
+def command(site: Path | None, *arguments: str) -> ProcessResult:
     path = os.pathsep.join([*([str(site)] if site else []), *sys.path])
-    return run(
-        [sys.executable, "-c", MAIN, f"efficientllm.{module}", *arguments], env=os.environ | {"PYTHONPATH": path}
-    )
+    started = [sys.executable, "-m", "efficientllm.runtime.start", *arguments]
+    return run(started, env=os.environ | {"PYTHONPATH": path})
 
 
 @pytest.mark.slow
@@ -40,23 +38,23 @@ def test_an_installed_criterion_target_and_engine_carry_a_model_all_the_way(
     site: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     source = ["--source", str(source_folder), "--data", str(corpus), "--output", str(tmp_path / "run")]
-    done = command(site, "train.cli", *source, *SETTINGS, "--saliency", "fourth-power")
+    done = command(site, "train", *source, *SETTINGS, "--saliency", "fourth-power")
     assert done.code == 0, done.errors
     assert json.loads((tmp_path / "run" / "model" / "training.json").read_text())["perplexity"]["final"] > 1
     export = ["--target", "bigram", "--half", "--output", str(tmp_path / "bigram")]
-    done = command(site, "export.cli", str(tmp_path / "run"), *export)
+    done = command(site, "export", str(tmp_path / "run"), *export)
     assert done.code == 0, done.errors
     assert "bigram table, f16" in done.output
-    done = command(site, "runtime.chat", str(tmp_path / "bigram"), "Hello", "--temperature", "1", "--seed", "1")
+    done = command(site, "chat", str(tmp_path / "bigram"), "Hello", "--temperature", "1", "--seed", "1")
     assert done.code == 0, done.errors
     assert done.output.strip()
 
 
 def test_its_flags_are_in_the_help_and_its_names_among_the_known(site: Path, source_folder: Path) -> None:
-    done = command(site, "export.cli", "--target", "bigram", "--help")
+    done = command(site, "export", "--target", "bigram", "--help")
     assert "Store fp16 instead of fp32." in done.output
     output = [str(source_folder), "--target", "nothing", "--output", "unused"]
-    assert command(site, "export.cli", *output).last_error.endswith(
+    assert command(site, "export", *output).last_error.endswith(
         "known: gguf, onnx, executorch, hf-uniform, web, android, ios, bigram"
     )
-    assert "bigram" not in command(None, "export.cli", *output).last_error
+    assert "bigram" not in command(None, "export", *output).last_error
