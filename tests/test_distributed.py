@@ -227,7 +227,9 @@ def test_a_rank_that_loads_holds_its_shard_and_one_layer(heavy: Path) -> None:
 
 
 def test_ranks_print_a_common_refusal_once(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    done = torchrun("efficientllm.train.cli", *command(source_folder, corpus, tmp_path / "run", "--saliency", "best"))
+    done = torchrun(
+        "efficientllm.runtime.start", "train", *command(source_folder, corpus, tmp_path / "run", "--saliency", "best")
+    )
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert [error.partition(";")[0] for error in errors] == ["error: --saliency best: unknown"], done.stderr
 
@@ -299,7 +301,7 @@ def test_full_disk_ends_all_ranks_in_one_line_and_the_run_resumes_with_room(
         assert "the disk is full (" in errors.pop()
         assert done.stderr.count("Traceback") == 1, done.stderr[-9000:]  # the launcher's
         grow(disk, 20_000)
-        assert torchrun("efficientllm.train.cli", *arguments, "--resume").returncode == 0
+        assert torchrun("efficientllm.runtime.start", "train", *arguments, "--resume").returncode == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -273,7 +273,7 @@ def test_profile_of_this_machine_predicts_its_measurements(
         programs.append(arguments)
         if len(programs) == 1:
             return run_python(*arguments)
-        return ProcessResult(run_command(export_cli.body, arguments[2:]), "", "")
+        return ProcessResult(run_command(export_cli.body, arguments[3:]), "", "")
 
     monkeypatch.setattr(random_models, "run_python", export_here)
     file = tmp_path / "profile.json"

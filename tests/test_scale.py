@@ -44,8 +44,8 @@ def launches() -> Iterator[list[str]]:
 def parts(words: list[str]) -> tuple[list[str], list[str]]:
     """The flags of torchrun and those of the run."""
     start = words.index("-m")
-    assert words[start + 1] == "efficientllm.train.cli"
-    return words[1:start], words[start + 2 :]
+    assert words[start + 1 : start + 3] == ["efficientllm.runtime.start", "train"]
+    return words[1:start], words[start + 3 :]
 
 
 def test_scripts_are_shell_and_files_name_their_kind() -> None:
@@ -55,10 +55,8 @@ def test_scripts_are_shell_and_files_name_their_kind() -> None:
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     sky, job = files()
     assert {"resources", "file_mounts", "num_nodes", "run"} <= sky.keys()
-    assert (job["apiVersion"], job["spec"]["runtimeRef"]) == (
-        "trainer.kubeflow.org/v1alpha1",
-        {"name": "torch-distributed"},
-    )
+    assert job["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
+    assert job["spec"]["runtimeRef"] == {"name": "torch-distributed"}
 
 
 def test_commands_of_all_launchers_are_understood() -> None:

@@ -28,8 +28,8 @@ def test_the_first_hour_on_a_gpu_runs_on_the_cpu(
 
     def start(command: list[str], **options: Any) -> Any:
         is_killed = str(folder / "killed") in command and "--resume" not in command
-        if "efficientllm.train.cli" in command and not is_killed:
-            return SimpleNamespace(wait=lambda seconds: run(command[3:]))
+        if "efficientllm.runtime.start" in command and not is_killed:
+            return SimpleNamespace(wait=lambda seconds: run(command[4:]))
         return start_process(command, **options)
 
     monkeypatch.setattr(gpu_hour.subprocess, "Popen", start)

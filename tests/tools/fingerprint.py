@@ -51,18 +51,17 @@ rows = [json.dumps({{"text": f"Document {{index}}. {{lines[index % len(lines)]}}
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
-def run(module: str, *arguments: str) -> None:
-    """Run the command line of `module` on one thread."""
-    code = f"from efficientllm.{module} import main; main()"
+def run(command: str, *arguments: str) -> None:
+    """Run a command on one thread."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-m", "efficientllm.runtime.start", command, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"efficientllm.{module} {' '.join(arguments)}: {done.stderr[-2000:]}")
+        raise SystemExit(f"efficientllm-{command} {' '.join(arguments)}: {done.stderr[-2000:]}")
 
 
 def print_loss(folder: Path, name: str) -> None:
@@ -73,7 +72,7 @@ def print_loss(folder: Path, name: str) -> None:
         *("--batch-size", "4", "--threads", "1", "--dtype", "float32", "--learning-rate", "1e-3", "--no-quality"),
         *("--width-multiple", "2", "--overwrite", "--output", str(output)),
     )
-    run("train.cli", "--source", str(folder / "source"), "--data", str(folder / "text.jsonl"), *settings, *RUNS[name])
+    run("train", "--source", str(folder / "source"), "--data", str(folder / "text.jsonl"), *settings, *RUNS[name])
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     told = [(record["loss"], record["grad_norm"], record.get("removed")) for record in records if "loss" in record]
     weights = hashlib.sha256((output / "model" / "model.safetensors").read_bytes()).hexdigest()
@@ -86,7 +85,7 @@ def print_export(folder: Path, name: str) -> None:
     target, *flags = TARGETS[name]
     output = folder / f"export-{name}"
     checkpoint = str(folder / "irregular")
-    run("export.cli", checkpoint, "--target", target, *flags, "--overwrite", "--output", str(output))
+    run("export", checkpoint, "--target", target, *flags, "--overwrite", "--output", str(output))
     for file in sorted(path for path in output.rglob("*") if path.name.endswith(WEIGHTS)):
         print(f"{name}: {file.relative_to(output)} {hashlib.sha256(file.read_bytes()).hexdigest()}")
 
