@@ -385,7 +385,7 @@ def test_ctrl_c_in_one_thread_leaves_no_empty_pass_to_another(
 ) -> None:
     first, second = answers(engine, PROMPTS[:2])
     alone = "".join(answers(engine, PROMPTS[1:2])[0])
-
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     add, added = engine.answers.add, threading.Semaphore(0)
 
     def add_and_count(answer: Answer) -> None:
