@@ -127,11 +127,6 @@ class Checkpoint:
         return Scales.of(self.config, self.architecture)
 
     @property
-    def rms_norm_eps(self) -> float:
-        """Return eps of the norms of the stem."""
-        return self.scales.stem_eps
-
-    @property
     def attention(self) -> tuple[LayerAttention, ...]:
         """Return the attention settings of each layer."""
         return layer_attention(self.config, self.architecture)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.train.model.architecture import Architecture, matmul_parameters
+from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.reporting.plots import save_figure
 
 SAME_SHARE = 0.02
@@ -84,11 +84,13 @@ def training_flops(
     excluded. At 256 tokens they are less than 3 % of a 135M model.
     """
     total, before, parameters = 0.0, 0, initial_parameters
-    teacher = 2 * matmul_parameters(source, source.num_parameters) if with_teacher else 0
+    # an untied table of embeddings is not multiplied
+    table = 0 if source.tie_word_embeddings else source.vocab_size * source.hidden_size
+    teacher = 2 * (source.num_parameters - table) if with_teacher else 0
     for record in records:
         if "loss" in record:
             tokens, before = record["tokens"] - before, record["tokens"]
-            total += tokens * (6 * matmul_parameters(source, parameters) + teacher)
+            total += tokens * (6 * (parameters - table) + teacher)
             parameters = record["parameters"]  # after the step's removal
     return total
 

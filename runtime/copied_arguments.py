@@ -42,9 +42,9 @@ NUMBERS = {
 }
 """Expressions of numbers. Small models write digits without end where JSON allows it."""
 
-OBJECT_KEYWORDS = {"type", "properties", "required", "additionalProperties", "minProperties", "maxProperties"}
-OBJECT_KEYWORDS |= ANNOTATIONS | {"$schema", "$id", *DEFINITIONS}
-"""Keywords of parameters whose arguments may be copied. No number of properties is enforced that restricts them."""
+OBJECT_KEYWORDS = ANNOTATIONS | {"type", "properties", "required", "additionalProperties"}
+OBJECT_KEYWORDS |= {"$schema", "$id", *DEFINITIONS}
+"""Keywords of parameters whose arguments may be copied."""
 
 QUOTE = json.dumps('"')
 """Lark literal of the start of a JSON string."""
@@ -62,6 +62,7 @@ class _Slot:
     value: str
     """Expression of its values that are not listed, "" if there are none."""
     is_required: bool
+    """True if every call has it."""
     is_text: bool = False
     """True if it may be a listed value."""
     is_array: bool = False
@@ -73,18 +74,24 @@ class _Kind:
     """The values of an argument that records may list."""
 
     texts: Sequence[Mapping[str, Any]]
-    """Schemas that all of its texts follow."""
+    """Schemas of which a text follows one."""
+    items: Sequence[Mapping[str, Any]]
+    """Schemas of which each text of a list follows one."""
     others: str
     """Expression of its values of other types, "" if there are none."""
-    is_text: bool
-    """True if it may be a text."""
-    is_array: bool
-    """True if it may be a list of texts."""
 
     @property
-    def keywords(self) -> set[str]:
-        """Return the keywords that restrict its texts."""
-        return set[str]().union(*map(_keywords, self.texts)) - {"type"}
+    def is_free(self) -> bool:
+        """Return True if it may be any text."""
+        return bool(self.texts) and all(map(_is_free_text, [*self.texts, *self.items]))
+
+    @property
+    def is_limited(self) -> bool:
+        """Return True if all of its values are from an `enum`.
+
+        Such an argument tells on which records its function acts.
+        """
+        return not self.others and all("enum" in each for each in [*self.texts, *self.items])
 
     def written(self, value: str, is_spaced: bool) -> str:
         """Return a listed value as an argument has it, "" if its schema does not allow it.
@@ -92,10 +99,9 @@ class _Kind:
         If texts are spaced, it begins with a space unless its schema forbids that (see `schema_with_spaces`).
         """
         spaced = " " * is_spaced + value
-        if not self.keywords:
-            return spaced
-        schemas = [json.dumps(each) for each in self.texts]
-        return next((text for text in (value, spaced) if all(_follows(text, each) for each in schemas)), "")
+        places = [each for each in (self.texts, self.items) if each and not any(map(_is_free_text, each))]
+        forms = (value, spaced) if places else (spaced,)
+        return next((text for text in forms if all(_follows_one(text, each) for each in places)), "")
 
 
 State = frozenset[tuple[tuple[str, ...], ...]]
@@ -140,7 +146,6 @@ class CopiedArguments:
         """
         self._only_examples, self._are_spaced = only_examples, are_spaced
         self._records, self._fields = records, {field for record in records for field in record}
-        self._listed: dict[str, _Listed] = {}
         self._chains: dict[tuple[tuple[_Slot, ...], State, bool], str] = {}
         """Names of the rules of `_chain`."""
         self._opening = json.dumps('" ' if are_spaced else '"')
@@ -166,7 +171,7 @@ class CopiedArguments:
             is_required, kind = key in required, listed.kinds.get(key)
             copied = "COPIED" if is_required else ""
             if kind is not None:
-                slots.append(_Slot(_quoted(key), kind.others, is_required, kind.is_text, kind.is_array))
+                slots.append(_Slot(_quoted(key), kind.others, is_required, bool(kind.texts), bool(kind.items)))
                 continue
             if key in listed.absent:
                 value = _one_of([copied, listed.absent[key].others])
@@ -192,12 +197,25 @@ class CopiedArguments:
         return f'"{{" ({" | ".join(starts)}){"" if required else "?"} "}}"'
 
     def _listed_arguments(self, properties: Mapping[str, Any], definitions: Mapping[str, Any], format: Any) -> _Listed:
+        """Return the listed arguments of a function, whose `properties` may refer to `definitions`.
+
+        Arguments whose values are all from an `enum` leave only the records with one of them.
+        """
         found = {key: self._kind(properties[key], definitions, format) for key in properties if key in self._fields}
         kinds = {key: kind for key, kind in found.items() if kind is not None}
-        key = repr(kinds)
-        if key not in self._listed:
-            self._listed[key] = self._agreeing(kinds)
-        return self._listed[key]
+        enums = [key for key, kind in kinds.items() if kind.is_limited]
+        values: list[dict[str, list[str]]] = []
+        for record in self._records:
+            allowed = {
+                key: [*filter(None, (kind.written(each, self._are_spaced) for each in record.get(key, ())))]
+                for key, kind in kinds.items()
+            }
+            if all(allowed[key] for key in enums):
+                values.append(allowed)
+        present = {key: kind for key, kind in kinds.items() if any(each[key] for each in values)}
+        state = frozenset(tuple(tuple(each[key]) for key in present) for each in values)
+        absent = {key: kind for key, kind in kinds.items() if kind.is_free and key not in present}
+        return _Listed(state, present, absent)
 
     def _kind(self, schema: Any, definitions: Mapping[str, Any], format: Any) -> _Kind | None:
         """Return the kind of an argument, None if it is neither a text nor a list of texts."""
@@ -211,23 +229,7 @@ class CopiedArguments:
                 lists += items
             else:
                 others.append(self._choice(each, definitions, format))
-        return _Kind(texts + lists, _one_of(others), bool(texts), bool(lists)) if texts or lists else None
-
-    def _agreeing(self, kinds: Mapping[str, _Kind]) -> _Listed:
-        """Return the listed arguments of functions with arguments of these kinds."""
-        enums = [key for key, kind in kinds.items() if "enum" in kind.keywords]
-        values: list[dict[str, list[str]]] = []
-        for record in self._records:
-            allowed = {
-                key: [*filter(None, (kind.written(each, self._are_spaced) for each in record.get(key, ())))]
-                for key, kind in kinds.items()
-            }
-            if all(allowed[key] for key in enums):
-                values.append(allowed)
-        present = {key: kind for key, kind in kinds.items() if any(each[key] for each in values)}
-        state = frozenset(tuple(tuple(each[key]) for key in present) for each in values)
-        absent = {key: kind for key, kind in kinds.items() if kind.is_text and not (kind.keywords or key in present)}
-        return _Listed(state, present, absent)
+        return _Kind(texts, lists, _one_of(others)) if texts or lists else None
 
     def _pairs(self, slots: Sequence[_Slot], state: State) -> list[tuple[str, bool]]:
         """Return (expression, whether it is required) of each argument. Those around listed ones are one expression."""
@@ -338,16 +340,27 @@ def _choices(schema: Any, definitions: Mapping[str, Any]) -> list[Any]:
 
 
 def _may_be_listed(schema: Any) -> bool:
-    """Tell whether all values of a schema are texts, or it names no type."""
-    if not isinstance(schema, dict) or not _keywords(schema) <= TEXT_KEYWORDS:
+    """Tell whether all values of a schema are texts, or it limits texts and names no type."""
+    if not set() < _keywords(schema) <= TEXT_KEYWORDS:
         return False
-    return schema.get("type", "string") == "string" and all(isinstance(each, str) for each in schema.get("enum", ()))
+    texts = "type" not in schema and all(isinstance(each, str) for each in schema.get("enum", ()))
+    return texts or schema.get("type") == "string"
 
 
 @lru_cache(maxsize=4096)
 def _follows(text: str, schema: str) -> bool:
     """Tell whether a text follows a JSON schema."""
-    return schema_part(json.loads(schema), "", LENIENT_CALL_JSON).allowed_start(json.dumps(text)) is None
+    part = schema_part(json.loads(schema), "", LENIENT_CALL_JSON)
+    return part.allowed_start(json.dumps(text, ensure_ascii=False)) is None
+
+
+def _follows_one(text: str, schemas: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a text follows one of the JSON schemas.
+
+    Their annotations do not count, so the same limit of many arguments is checked once.
+    """
+    limits = ({key: each[key] for key in _keywords(each)} for each in schemas)
+    return any(_follows(text, json.dumps(each)) for each in limits)
 
 
 def _json(schema: Mapping[str, Any], format: Any) -> str:

@@ -17,8 +17,6 @@ from .grammar import CACHED_GRAMMARS, Grammar, GrammarConstraint
 from .listed_context import Record, listed_records
 from .tool_format import GENERIC, INSTRUCTIONS, ToolFormat, tool_format
 
-ToolChoice = Literal["auto", "required"]
-
 
 @dataclass(frozen=True)
 class ToolUse:

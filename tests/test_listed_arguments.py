@@ -35,6 +35,8 @@ Devices:
 - names: Hatch
   domain: cover
   areas: "Loft"
+- names: Ofen
+  areas: Küche
 
   areas: Garden
 """
@@ -49,6 +51,9 @@ ORDERS = {
     "find": {"name": {"anyOf": [TEXT, {"type": "null"}]}, "domain": {"type": ["string", "null"]}, "area": AREA},
     "list": {"area": {"anyOf": [TEXT, TEXTS]}, "name": {"type": "string", "minLength": 6}},
     "move": {"area": {"minLength": 5}, "text": AREA},
+    "warm": {"name": TEXT, "area": {"enum": ["Küche", "Loft"]}},
+    "dim": {"name": TEXT, "area": {"anyOf": [{"enum": ["Attic"]}, {"enum": ["Loft"]}]}},
+    "say": {"name": TEXT, "area": {"type": ["string", "null"], "enum": ["Attic", "Garden", None]}, "domain": {}},
 }
 REQUIRED = {"heat": ["level"], "call": ["area"]}
 
@@ -59,6 +64,7 @@ def test_records_are_read_as_the_template_describes_them() -> None:
         {"name": ("Bob's Lamp",), "domain": ("light",)},
         {"name": ("Dusty",), "domain": ("vacuum",), "area": ("Attic",)},
         {"name": ("Hatch",), "domain": ("cover",), "area": ("Loft",)},
+        {"name": ("Ofen",), "area": ("Küche",)},
         {"name": ("none",)},
     )
     line = "{#- efficientllm lists\n* {item} ({size}) on shelf {shelf}.\n-#}"
@@ -123,13 +129,27 @@ def accepts(engine: EngineScheduler, name: str, arguments: dict[str, Any], home:
         ("list", {"name": "Dusty"}, False),
         ("move", {"area": "Attic", "text": "now"}, True),
         ("move", {"area": "Loft"}, False),
+        ("warm", {"name": "Ofen", "area": "Küche"}, True),
+        ("warm", {"name": "Desk"}, False),
+        ("dim", {"name": "Desk", "area": "Attic"}, True),
+        ("dim", {"name": "Hatch", "area": "Attic"}, False),
+        ("dim", {"name": "Ofen"}, False),
+        ("say", {"name": "Ofen", "area": None}, True),
+        ("say", {"name": "Hatch", "area": "Attic"}, False),
+        ("say", {"name": "Desk", "area": "Attic", "domain": 3}, True),
+        ("say", {"area": "Garden"}, False),
     ],
 )
 def test_arguments_agree_with_one_record(
     engine: EngineScheduler, name: str, arguments: dict[str, Any], expected: bool
 ) -> None:
-    beside = {"$comment": "any", "minProperties": 0, "$defs": {"Area": TEXT}}
+    beside = {"$comment": "any", "$defs": {"Area": TEXT}}
     assert accepts(engine, name, arguments, **beside) == expected
+
+
+def test_keywords_beside_properties_are_enforced(engine: EngineScheduler) -> None:
+    assert not accepts(engine, "switch", {}, minProperties=1)
+    assert accepts(engine, "switch", {"name": "Desk", "area": "Loft"}, minProperties=1)
 
 
 def test_without_records_texts_are_copied(engine: EngineScheduler) -> None:

@@ -130,9 +130,7 @@ class Speaker:
             if found or kind is not None:
                 return [replace(turn, is_unseen=self.is_unseen) for turn in found]
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Acts
-    # ------------------------------------------------------------------------------------------------------------------
 
     def _device(self) -> list[Turn]:
         act = self._act(is_group=False)
@@ -271,9 +269,7 @@ class Speaker:
             return [question, Turn("asked_back", self._polite(target.said), DONE, [call], [DONE_RESULT])]
         return []
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Questions
-    # ------------------------------------------------------------------------------------------------------------------
 
     def _question(self) -> list[Turn]:
         """Draw a question about the state of a device."""
@@ -375,9 +371,7 @@ class Speaker:
         results = [compact({"success": True, "result": result})]
         return [Turn("time", self._polite(text, "?"), answer, [("GetDateTime", {})], results)]
 
-    # ------------------------------------------------------------------------------------------------------------------
     # What must not act
-    # ------------------------------------------------------------------------------------------------------------------
 
     def _unrelated(self) -> list[Turn]:
         return [Turn("unrelated", self._polite(self.names.refused()), NO_HOME_REQUEST)]
@@ -450,9 +444,7 @@ class Speaker:
         self.is_command = False
         return [Turn("negation", self._polite(text), LEFT_ALONE)]
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Parts of a request
-    # ------------------------------------------------------------------------------------------------------------------
 
     def _act(self, is_group: bool) -> tuple[str, Call, Mapping[str, Any], Target] | None:
         """Draw an act: its text, its call, and what both follow from."""

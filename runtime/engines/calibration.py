@@ -27,7 +27,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         points, curve = np.array(self.points), np.array(self.curve)
-        if points.shape[1:] != (2,) or curve.shape[1:] != (3,) or not len(points) or not len(curve):
+        if points.shape[1:] != (2,) or curve.shape[1:] != (3,):
             raise ValueError("a calibration has no points")
         if not all(((each >= 0) & (each <= 1)).all() for each in (points, curve)):
             raise ValueError("a calibration has values outside 0 to 1")

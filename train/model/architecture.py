@@ -192,9 +192,3 @@ def layer_overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     if odd is not None:
         raise ModelError(f"config.json: per_layer_config of layer {odd} is {layers[odd]!r}, but must be an object")
     return layers
-
-
-def matmul_parameters(architecture: Architecture, num_parameters: int) -> int:
-    """Count the parameters that multiply activations. An untied embedding table does not count."""
-    table = 0 if architecture.tie_word_embeddings else architecture.vocab_size * architecture.hidden_size
-    return num_parameters - table

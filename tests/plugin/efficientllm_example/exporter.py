@@ -27,7 +27,7 @@ def export_bigram(checkpoint: Checkpoint, request: ExportRequest[BigramOptions],
     """Write logits [V, V] of the next token after each token: embedding, final norm and head."""
     embedding = checkpoint.tensor("model.embed_tokens.weight")
     head = checkpoint.tensor("lm_head.weight") if checkpoint.has_tensor("lm_head.weight") else embedding
-    scale = np.sqrt(np.square(embedding).mean(-1, keepdims=True) + checkpoint.rms_norm_eps)
+    scale = np.sqrt(np.square(embedding).mean(-1, keepdims=True) + checkpoint.scales.stem_eps)
     table = (embedding / scale * checkpoint.tensor("model.norm.weight")) @ head.T
     table = table.astype(np.float16 if request.options.half else np.float32)
     np.save(folder / FILE, table)
