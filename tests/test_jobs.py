@@ -65,6 +65,22 @@ def test_calls_are_read_in_every_format_of_templates(text: str) -> None:
     assert calls_in(text) == [("set_light", {"area": "loft", "level": 3})]
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('set_light {"level": 3}', [("set_light", {"level": 3})]),
+        ('dim{"level": 3}', [("dim", {"level": 3})]),
+        ('dim({"level": 3})', [("dim", {"level": 3})]),
+        ('The level {"level": 3}', []),
+        ('Contact {"name": "Bob"}', []),
+        ('Then {"name": "set_light"}', [("set_light", {})]),
+        ('{"name": "dim"}', [("dim", {})]),
+    ],
+)
+def test_words_before_objects_are_functions_or_prose(text: str, found: list[tuple[str, dict[str, Any]]]) -> None:
+    assert calls_in(text, {"set_light"}) == found
+
+
 def test_a_call_is_compared_by_name_and_arguments() -> None:
     score = metric_named("call")
     right = score(json.dumps(CALL), called(CALL))

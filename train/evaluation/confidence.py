@@ -37,7 +37,7 @@ def calibration(result: JobResult) -> Calibration | None:
     least = (probability + np.append(probability[1:], -probability[-1])) / 2
     ends = np.flatnonzero(least < probability)
     few = ends[wrong[ends] <= MOST_WRONG]
-    kept = few[np.linspace(0, len(few) - 1, min(len(few), MOST_POINTS)).round().astype(int)] if len(few) else few
+    kept = few[np.linspace(0, len(few) - 1, min(len(few), MOST_POINTS)).round().astype(int)]
     curve = np.transpose([least, acted, wrong])[np.union1d(kept, ends[-1:])].tolist()
     return Calibration(isotonic(probability, is_right), [tuple(row) for row in curve])
 
@@ -45,7 +45,8 @@ def calibration(result: JobResult) -> Calibration | None:
 def _calls(result: JobResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return of each answer with calls, the surest first: mean probability, whether it is right, whether one fits."""
     answers = zip(result.answers, result.probabilities, result.values[result.score_name], result.functions, strict=True)
-    called = [row for text, *row in answers if row[0] and calls_in(text)]
+    # a right answer where no function fits has no call
+    called = [row for text, *row in answers if row[0] and row[1:] != [1, NO_CALL] and calls_in(text)]
     found = sorted(((sure, score == 1, name != NO_CALL) for sure, score, name in called), reverse=True)
     probability, is_right, fits = zip(*found, strict=True) if found else ((), (), ())
     return np.array(probability, dtype=float), np.array(is_right, dtype=bool), np.array(fits, dtype=bool)

@@ -117,8 +117,8 @@ def calls_in(text: str, functions: Collection[str] = ()) -> list[tuple[str, dict
     """Return the (name, arguments) of all calls in an answer.
 
     A call is a JSON object with a name and arguments (or parameters), or a name before a JSON object, as templates
-    write them. An object with a name alone is the arguments of a name right before it. A word before an object is a
-    name if `functions` have it or are empty. Other objects are ignored.
+    write them. An object with a name alone is the arguments of a name right before it. A word with a space before an
+    object is a name if `functions` have it or are empty. Other objects are ignored.
     """
     found: list[tuple[str, dict[str, Any]]] = []
     position = text.find("{")
@@ -135,11 +135,11 @@ def calls_in(text: str, functions: Collection[str] = ()) -> list[tuple[str, dict
             between = r"(?<=\w)[\s(]*" if is_named else r"(?!\"\s*:)\W*"
             if is_named and arguments is not None:
                 found.append((value["name"], arguments))
-            elif (name := re.search(rf"([A-Za-z_][\w.-]*){between}$", text[:position])) and (
-                not functions or name[1] in functions
+            elif (name := re.search(rf"([A-Za-z_][\w.-]*)({between})$", text[:position])) and (
+                not functions or name[1] in functions or name[2] in ("", "(")
             ):
                 found.append((name[1], value))
-            elif is_named:
+            elif is_named and (name is None or value["name"] in functions):
                 found.append((value["name"], {}))
         position = text.find("{", end)
     return found
