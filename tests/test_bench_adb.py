@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from adb_daemon import AdbDaemon
 from phone import entry, program, sysfs
+from training import ERRORS
 
 from efficientllm.devices import cli
 from efficientllm.devices.adb import find_serial
@@ -73,11 +74,7 @@ def runner() -> Path:
 
 @pytest.mark.slow
 def test_a_phone_runs_the_real_runner(
-    connect: Callable[..., tuple[AdbDaemon, str]],
-    artefact: Path,
-    runner: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    connect: Callable[..., tuple[AdbDaemon, str]], artefact: Path, runner: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     daemon, serial = connect()
     command = [str(artefact), "--device", f"adb:{serial}", "--runner", str(runner), *QUICK, "--threads", "1"]
@@ -105,7 +102,7 @@ def test_a_phone_runs_the_real_runner(
 
 @pytest.mark.slow
 def test_energy_is_measured_while_the_program_runs(
-    connect: Callable[..., tuple[AdbDaemon, str]], artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    connect: Callable[..., tuple[AdbDaemon, str]], artefact: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     """A phone that draws 8 W at 1.8 GHz in the longest decode and 0.8 W at 600 MHz at rest: 0.5 J/token at 16 t/s."""
     daemon, serial = connect()
@@ -127,7 +124,7 @@ def test_energy_is_measured_while_the_program_runs(
 
 
 def test_a_damaged_push_leaves_nothing(
-    connect: Callable[..., tuple[AdbDaemon, str]], artefact: Path, runner: Path, capsys: pytest.CaptureFixture[str]
+    connect: Callable[..., tuple[AdbDaemon, str]], artefact: Path, runner: Path, capsys: ERRORS
 ) -> None:
     daemon, serial = connect()
     daemon.corrupt_next = True
@@ -141,7 +138,7 @@ def test_bad_phones_give_one_line(
     connect: Callable[..., tuple[AdbDaemon, str]],
     artefact: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: ERRORS,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fails(device: str, *more: str) -> str:

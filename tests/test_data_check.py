@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from training import ERRORS
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.runtime.base.command import run_command
@@ -74,10 +75,7 @@ def test_lengths_equal_those_of_training_and_long_chats_are_counted(
 
 
 def test_prompts_of_learned_functions_do_not_describe_them(
-    tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     monkeypatch.setattr("efficientllm.train.model.source.load_tokenizer", lambda source: copy.deepcopy(tokenizer))
     path = write(tmp_path / "a.jsonl", [FORMS["chat with functions"]])
@@ -102,7 +100,7 @@ def test_a_chat_that_windows_cut_is_named_once(
 
 
 def test_requests_of_the_test_are_found_whatever_their_answer(
-    tmp_path: Path, source_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, source_folder: Path, capsys: ERRORS
 ) -> None:
     train = write(tmp_path / "train.jsonl", [FORMS["chat"], FORMS["chat with functions"], FORMS["Alpaca"]])
     other = {"messages": [ASKED, {"role": "assistant", "content": "Good morning."}]}
@@ -115,9 +113,7 @@ def test_requests_of_the_test_are_found_whatever_their_answer(
     assert "Ciao" not in out  # the examples are those of training
 
 
-def test_refused_records_are_named_and_the_others_reported(
-    tmp_path: Path, source_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_records_are_named_and_the_others_reported(tmp_path: Path, source_folder: Path, capsys: ERRORS) -> None:
     empty = {"messages": [ASKED, {"role": "assistant", "content": ""}]}
     null = {"messages": [ASKED, {"role": "assistant", "content": None}]}
     path = write(tmp_path / "a.jsonl", [FORMS["chat"], empty, {"question": "Hi"}, null])
@@ -132,7 +128,7 @@ def test_refused_records_are_named_and_the_others_reported(
 
 
 def test_a_file_without_documents_is_refused_as_in_training(
-    tmp_path: Path, source_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, source_folder: Path, capsys: ERRORS
 ) -> None:
     path = write(tmp_path / "a.jsonl", [])
     assert run_command(body, ["check", str(path), "--source", str(source_folder)]) == 2
@@ -272,7 +268,7 @@ def test_check_warns_of_each_planted_defect_alone(case: str, tmp_path: Path) -> 
 
 
 def test_report_has_a_row_for_each_function_and_the_warnings(
-    tmp_path: Path, source_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, source_folder: Path, capsys: ERRORS
 ) -> None:
     train = write(tmp_path / "train.jsonl", [*SOUND, *PLANTED["order"][0], SOUND[0], SOUND[0]])
     test = write(tmp_path / "test.jsonl", TESTED)

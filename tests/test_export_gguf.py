@@ -14,6 +14,7 @@ import torch
 from exporting import SHAPES, TOKENS, export
 from safetensors.torch import load_file, save_file
 from tiny import LLAMA3_ROPE, tiny_architecture
+from training import ERRORS
 
 from efficientllm.export import verification
 from efficientllm.export.checkpoint import Checkpoint
@@ -66,7 +67,7 @@ def test_ropes_that_llama_cpp_cannot_store_are_refused_at_once(
     save_tiny: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: ERRORS,
 ) -> None:
     monkeypatch.setattr(exporter, "write_gguf", lambda *args: pytest.fail("a refused file was written"))
     checkpoint = save_tiny(tiny_architecture(family))
@@ -115,9 +116,7 @@ def test_greedy_text_equals_torch(save_tiny: Callable[..., Path], tmp_path: Path
     engine.close()
 
 
-def test_padding_is_exact_and_named(
-    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_padding_is_exact_and_named(save_tiny: Callable[..., Path], tmp_path: Path, capsys: ERRORS) -> None:
     checkpoint = save_tiny(tiny_architecture(layers=SHAPES["odd FFN widths"], hidden_size=75))
     assert export(checkpoint, "gguf", tmp_path / "padded", "--quantize", "q8_0") == 0
     assert "zero-padded (exact): hidden 75 -> 96, FFN width of 2 of 3 layers" in capsys.readouterr().out
@@ -129,7 +128,7 @@ def test_padding_is_exact_and_named(
 
 @pytest.mark.parametrize(("family", "head_dim"), [("olmo2", 48), ("smollm3", 16), ("olmo", 48)])
 def test_a_uniform_file_has_whole_blocks_in_its_rows(
-    family: str, head_dim: int, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, head_dim: int, save_tiny: Callable[..., Path], tmp_path: Path, capsys: ERRORS
 ) -> None:
     """Three heads do not divide 64: rows of 66 weights would be f16 and not q8_0."""
     layers = (LayerShape(3, 3, 64), LayerShape(3, 3, 96))
@@ -184,7 +183,7 @@ def test_quantised_rows_of_fillers_and_lone_heads_have_two_blocks(
 
 
 def test_a_file_with_rows_of_one_block_is_refused(
-    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     monkeypatch.setattr(layout, "padded_architecture", lambda architecture, multiple: architecture)
     assert export(save_tiny(tiny_architecture(layers=ONE_BLOCK)), "gguf", tmp_path / "gguf", "--quantize", "q8_0") == 2
@@ -193,7 +192,7 @@ def test_a_file_with_rows_of_one_block_is_refused(
 
 
 def test_k_quants_name_the_tensors_of_another_type(
-    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    save_tiny: Callable[..., Path], tmp_path: Path, capsys: ERRORS
 ) -> None:
     assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", "--quantize", "q4_k_m") == 0
     assert "tensors became q5_0, not q4_k: their rows are not multiples of 256: " in capsys.readouterr().out
@@ -201,7 +200,7 @@ def test_k_quants_name_the_tensors_of_another_type(
 
 
 def test_export_past_the_limit_is_refused_and_leaves_nothing(
-    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    save_tiny: Callable[..., Path], tmp_path: Path, capsys: ERRORS
 ) -> None:
     checkpoint = save_tiny(tiny_architecture())
     limit = ["--quantize", "q4_0", "--max-kl", "1e-6"]
@@ -239,11 +238,7 @@ def test_the_engine_computes_the_codes_of_the_file(
 
 @pytest.mark.parametrize("quantize", ["q4_0", "f16"])
 def test_a_file_with_other_weights_is_refused(
-    quantize: str,
-    save_tiny: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    quantize: str, save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     """llama.cpp computes the codes of the file, but the file has those of another model."""
 
@@ -308,7 +303,7 @@ def multiplied_angles(module: Any, inputs: Any, outputs: Any) -> Any:
 
 
 def test_wrong_weights_are_caught(
-    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     """The gate fails where q and k are not permuted for llama.cpp's rope."""
     from efficientllm.export.gguf import writer
@@ -320,7 +315,7 @@ def test_wrong_weights_are_caught(
 
 
 def test_unloadable_file_gives_one_line_and_leaves_no_folder(
-    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     plan_layout = exporter.plan_layout
     monkeypatch.setattr(exporter, "plan_layout", lambda *args: dataclasses.replace(plan_layout(*args), name="llama"))
@@ -351,23 +346,21 @@ BAD_INPUT = [
 
 @pytest.mark.parametrize(("more", "message"), BAD_INPUT)
 def test_bad_input(
-    more: list[str], message: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], message: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: ERRORS
 ) -> None:
     assert export(save_tiny(tiny_architecture(tied=False)), "gguf", tmp_path / "gguf", *more) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_type_for_rows_without_whole_blocks_is_named(
-    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    save_tiny: Callable[..., Path], tmp_path: Path, capsys: ERRORS
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(hidden_size=75))
     assert export(checkpoint, "gguf", tmp_path / "gguf", "--pad", "none", "--embedding-type", "q8_0") == 2
     assert "blocks of 32 weights, and the rows of this file have 75; choose f16" in capsys.readouterr().err
 
 
-def test_damaged_checkpoints(
-    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_checkpoints(save_tiny: Callable[..., Path], tmp_path: Path, capsys: ERRORS) -> None:
     checkpoint = save_tiny(tiny_architecture())
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])

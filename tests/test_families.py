@@ -17,7 +17,7 @@ from exporting import TOKENS, export
 from pruning import some_removal
 from shared import made_once
 from tiny import SETTINGS, SIMILAR, tiny_architecture, tiny_model
-from training import command, run, stopped_and_resumed, without
+from training import ERRORS, command, run, stopped_and_resumed, without
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from efficientllm.export.gguf.exporter import table_gelu
@@ -163,7 +163,7 @@ def test_folders_load_without_efficientllm(irregular: Folder, tmp_path: Path) ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gguf_equals_torch_in_the_layout_that_holds_it(
-    family: str, irregular: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, irregular: Folder, tmp_path: Path, capsys: ERRORS
 ) -> None:
     assert export(irregular(family), "gguf", tmp_path / "gguf", "--quantize", "f32", "--no-verify") == 0
     activation = table_gelu if FAMILIES[family].activation.startswith("gelu") else None
@@ -325,13 +325,7 @@ def test_an_importance_matrix_fits_a_padded_file(irregular: Folder, corpus: Path
     ],
 )
 def test_settings_that_a_family_excludes_give_one_line(
-    family: str,
-    flags: list[str],
-    message: str,
-    irregular: Folder,
-    corpus: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    family: str, flags: list[str], message: str, irregular: Folder, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     arguments = without(command(irregular(family), corpus, tmp_path / "run"), "--target-ratio")
     target = [] if "--target-bytes" in flags else ["--target-ratio", "0.8"]

@@ -11,6 +11,7 @@ import pytest
 from export_cases import BITS, MISREADINGS, Case, generate, misread, possible_misreadings
 from exporting import export
 from tiny import UNEQUAL, tiny_architecture
+from training import ERRORS
 
 from efficientllm.export import reading, verification
 from efficientllm.export.checkpoint import Checkpoint
@@ -64,11 +65,7 @@ def test_each_misreading_matters_in_its_model(save_tiny: Callable[..., Path]) ->
 
 @pytest.mark.parametrize("name", ["self_attn.k_proj.weight", "input_layernorm.weight"])
 def test_a_changed_tensor_is_named(
-    name: str,
-    save_tiny: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     read = Checkpoint.tensor
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import LLAMA3_ROPE, tiny_architecture
-from training import command, expect_same_run, metrics, run, run_until, unpruned, without
+from training import ERRORS, command, expect_same_run, metrics, run, run_until, unpruned, without
 
 from efficientllm.train import cli
 from efficientllm.train.compute.loss import TrainingLoss
@@ -93,7 +93,7 @@ run_command(cli.body)
 
 
 def test_one_command_starts_and_resumes_a_run_and_leaves_a_finished_one(
-    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     arguments = command(source_folder, corpus, tmp_path, "--resume-or-start")
     run_until(8, arguments)
@@ -111,11 +111,7 @@ def test_one_command_starts_and_resumes_a_run_and_leaves_a_finished_one(
 
 
 def test_non_finite_steps_are_skipped_then_end_the_run(
-    source_folder: Path,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     forward = TrainingLoss.forward
     calls: list[int] = []
@@ -143,7 +139,7 @@ def test_uniform_result_is_a_plain_llama(source_folder: Path, corpus: Path, tmp_
     assert config["model_type"] == "llama"
 
 
-def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_round_trips(tmp_path: Path, capsys: ERRORS) -> None:
     assert run(["--preset", "cpu-quickstart", "--tokens", "5k", "--print-config"]) == 0
     text = capsys.readouterr().out
     assert "tokens = 5000" in text
@@ -177,7 +173,7 @@ BAD_INPUT = [
 
 @pytest.mark.parametrize(("more", "message"), BAD_INPUT, ids=[" ".join(more) for more, _ in BAD_INPUT])
 def test_bad_input_gives_one_line_and_writes_no_file(
-    more: list[str], message: str, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], message: str, source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     arguments = command(source_folder, corpus, tmp_path / "run")
     if any(name.startswith("--target-") for name in more):  # excludes its like
@@ -198,11 +194,7 @@ def test_a_target_is_reached_whatever_the_steps_between_removals(
 
 
 def test_resume_works_from_another_folder_and_names_a_changed_corpus(
-    source_folder: Path,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = Path(shutil.copy(corpus, "text.jsonl"))
@@ -229,7 +221,7 @@ def test_a_model_that_a_target_cannot_hold_is_not_trained(
     save_tiny: Callable[..., Path],
     corpus: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: ERRORS,
 ) -> None:
     source, output = save_tiny(tiny_architecture(family), **settings), tmp_path / "run"
     assert run([*command(source, corpus, output), *flags]) == 2
@@ -261,7 +253,7 @@ def test_threads_sleep_while_they_wait_beside_other_programs(
 
 
 def test_output_in_use_is_kept(
-    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     output = Path(shutil.copytree(straight, tmp_path / "run"))
     before = (output / "metrics.jsonl").read_text()
@@ -287,9 +279,7 @@ def test_a_run_killed_before_its_settings_were_written_starts_again(
     assert not list(output.glob(".*"))
 
 
-def test_unsupported_family_names_the_supported_ones(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unsupported_family_names_the_supported_ones(corpus: Path, tmp_path: Path, capsys: ERRORS) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_embd": 8}')
     assert run(command(tmp_path, corpus, tmp_path / "run")) == 2
     assert "model type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3" in capsys.readouterr().err

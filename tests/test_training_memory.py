@@ -14,7 +14,7 @@ import pytest
 import torch
 from pruning import some_removal
 from tiny import tiny_architecture, tiny_model
-from training import command, expect_equal_weights, metrics, run, run_until
+from training import ERRORS, command, expect_equal_weights, metrics, run, run_until
 
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.compute import hardware as heap
@@ -124,7 +124,7 @@ def test_bf16_moments_train_as_fp32_ones_do_and_resume_bit_identically(
 
 
 def test_a_decay_that_bf16_cannot_follow_is_refused(
-    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     arguments = command(source_folder, corpus, tmp_path / "run", "--optimizer-dtype", "bfloat16", "--beta2", "0.999")
     assert run(arguments) == 2
@@ -258,11 +258,7 @@ def test_memory_of_a_run_names_its_parts() -> None:
 
 
 def test_run_beyond_the_memory_is_refused_before_the_source_is_read(
-    source_folder: Path,
-    corpus: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("efficientllm.train.loop.plan.device_memory", lambda *_: memory.Memory(1_000, 500))
     monkeypatch.setattr("efficientllm.train.loop.plan.load_for_ranks", lambda *_: pytest.fail("the source was read"))

@@ -10,18 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from training import run
+from training import ERRORS, run
 
 from research import gpu_hour
 
 
 @pytest.mark.slow
 def test_the_first_hour_on_a_gpu_runs_on_the_cpu(
-    source_folder: Path,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:
     """The run that is killed and the timed cases are processes of their own; the other runs are this one's."""
     folder, start_process = tmp_path / "hour", subprocess.Popen
