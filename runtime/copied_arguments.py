@@ -343,8 +343,8 @@ def _may_be_listed(schema: Any) -> bool:
     """Tell whether all values of a schema are texts, or it limits texts and names no type."""
     if not set() < _keywords(schema) <= TEXT_KEYWORDS:
         return False
-    texts = "type" not in schema and all(isinstance(each, str) for each in schema.get("enum", ()))
-    return texts or schema.get("type") == "string"
+    are_texts = "type" not in schema and all(isinstance(each, str) for each in schema.get("enum", ()))
+    return are_texts or schema.get("type") == "string"
 
 
 @lru_cache(maxsize=4096)
